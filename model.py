@@ -1,0 +1,625 @@
+"""The transformer: Qwen2/Qwen2.5, Qwen3 and Llama 3.x in one class, from and to hub folders.
+
+    model = load("Qwen/Qwen2.5-0.5B")              # a folder, or a hub id
+    hidden = model(ids)                            # (B, T) -> (B, T, D)
+    logits = model.logits(hidden)                  # (B, T, V), never below fp32
+    hidden = model(row, segments=[5, 9, 3])        # three sequences packed in one row, no padding
+    hidden = model(ids, positions, cache=cache)    # prefill and decoding: the cache is an argument
+    save(model, "folder")                          # config.json and safetensors for transformers
+
+Weights may be fp32 masters while activations are bf16: set `model.compute_dtype = torch.bfloat16`.
+Every layer casts its own weights to the type of what flows through it, so no autocast is needed.
+
+Letters: B rows, T tokens of a row, D width, H query heads, K key/value heads, E size of a head,
+V vocabulary.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+PLAIN = {  # keys of config.json that would change the computation, and the one value we compute
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+}
+ROPE_KEYS = {
+    "default": [],
+    "linear": ["factor"],
+    "llama3": [
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ],
+}
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Config:
+    """What shapes the computation. `hub` keeps the rest of config.json for `save` to write back."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_length: int
+    tied: bool
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None
+    norm_eps: float = 1e-6
+    hub: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family == "qwen3"
+
+
+# ---------------------------------------------------------------------------------- the forward
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.head_dim = (
+            layer,
+            c.heads,
+            c.kv_heads,
+            c.head_dim,
+        )
+        # One product instead of three. The hub keeps q, k and v apart: see `hub_pieces`.
+        self.qkv = Linear(c.hidden_size, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
+        self.out = Linear(c.heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], packing, cache) -> Tensor:
+        B, T, _ = x.shape
+        H, K = self.heads, self.kv_heads
+        qkv = self.qkv(x).view(B, T, H + 2 * K, self.head_dim)
+        qk, v = qkv.split((H + K, K), dim=2)  # (B, T, H+K, E), (B, T, K, E)
+        if self.q_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
+        q, k = rotate(qk, *rope).split((H, K), dim=2)
+        if cache is not None:  # the cache owns the past, so it does the attention over it
+            y = cache.attend(self.layer, q, k, v)
+        elif packing is not None:
+            y = packed_attention(q, k, v, packing)
+        else:
+            y = causal_attention(q, k, v)
+        return self.out(y.reshape(B, T, H * self.head_dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_up = Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
+        self.down = Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.attention = Attention(c, layer)
+        self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], packing, cache) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, packing, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        """Random weights (normal, 0.02), ready to train; `load` takes a folder's instead."""
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        # A tied model has no head of its own: one parameter, one gradient, nothing to keep in step.
+        head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = head
+        self.compute_dtype: torch.dtype | None = None  # None: the type of the weights
+        self.checkpointing = False  # recompute each block on the way back: memory for time
+        self._frequencies: Tensor | None = None
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:
+                nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D): what `logits` multiplies with, for kernels that never form the logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.embedding.weight.dtype
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        cache=None,
+        segments: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) -> hidden states (B, T, D) after the last norm.
+
+        `segments`: the lengths of the sequences that lie end to end in the one row of `ids`. Each
+        sees itself alone. They are plain integers, so no mask is ever guessed from token values.
+        `cache`: anything with `attend(layer, q, k, v) -> y`, q and y (B, T, H, E), k and v
+        (B, T, K, E); it stores the keys and values and does the attention (see sampler.py).
+        `positions` (B, T) default to 0, 1, 2, … in each row or segment; a cache wants them given.
+        """
+        B, T = ids.shape
+        if ids.device.type == "cpu" and ids.numel():  # on a GPU this check would stall the stream
+            low, high = ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                bad = int(low if low < 0 else high)
+                raise ValueError(
+                    f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: "
+                    "is this the model's own tokenizer?"
+                )
+        if cache is not None and (positions is None or segments is not None):
+            raise ValueError("with a cache, give `positions` and no `segments`")
+        packing = None
+        if segments is not None:
+            if B != 1 or sum(segments) != T or min(segments, default=1) < 1:
+                raise ValueError(
+                    f"segments {list(segments)} must be positive lengths that fill the one row of "
+                    f"ids, which has the shape {tuple(ids.shape)}"
+                )
+            packing = pack(segments, ids.device)
+            if positions is None:
+                positions = packing.positions[None]
+        if positions is None:
+            positions = torch.arange(T, device=ids.device).expand(B, T)
+
+        x = F.embedding(ids, self.embedding.weight).to(self.activation_dtype)  # (B, T, D)
+        rope = self.rope(positions)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, packing, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, packing, cache)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V), accumulated and kept in fp32 whatever the activations are.
+
+        Logits rounded to bf16 shift probabilities by up to 0.4%, which a policy ratio would see.
+        """
+        weight = self.head_weight.to(hidden.dtype)
+        if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            out = torch.mm(flat, weight.t(), out_dtype=torch.float32)
+            return out.view(*hidden.shape[:-1], -1)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.to(wide), weight.to(wide))
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, T, 1, E) of the rotary embedding, in the activations' type."""
+        if self._frequencies is None or self._frequencies.device != positions.device:
+            self._frequencies = rope_frequencies(self.config).to(positions.device)
+        angles = positions[..., None].float() * self._frequencies  # (B, T, E/2)
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        return angles.cos().to(self.activation_dtype), angles.sin().to(self.activation_dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The hub's layout: dimension i turns together with dimension i + E/2."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((-right, left), dim=-1), sin)
+
+
+def rope_frequencies(c: Config) -> Tensor:
+    """(E/2,) radians per position. Llama 3 slows the long waves down to stretch the context."""
+    exponents = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
+    frequencies = 1.0 / c.rope_theta**exponents
+    scaling = c.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed by `factor`, 1: left alone
+    return frequencies * (blend + (1 - blend) / scaling["factor"])
+
+
+# ---------------------------------------------------------------- attention without a cache
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E); each token sees itself and before."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+class Bucket(NamedTuple):
+    sequences: int
+    length: int  # of the longest
+    source: Tensor  # where in the row its tokens lie
+    place: Tensor  # where in the (sequences * length) grid they go
+
+
+class Packing(NamedTuple):
+    buckets: list[Bucket]
+    back: Tensor  # row position -> place in the buckets' outputs laid end to end
+    positions: Tensor  # (T,) 0, 1, 2, … in each sequence
+
+
+def pack(lengths: Sequence[int], device: torch.device) -> Packing:
+    """Group sequences so that the longest of a bucket is less than twice the shortest."""
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(length.bit_length(), []).append(i)
+    buckets, sources = [], []
+    for members in groups.values():
+        sizes = torch.tensor([lengths[i] for i in members])
+        longest = int(sizes.max())
+        steps = torch.arange(longest).expand(len(members), longest)
+        real = steps < sizes[:, None]  # (S, L)
+        source = (starts[members][:, None] + steps)[real]
+        place = real.flatten().nonzero()[:, 0]
+        sources.append(source)
+        buckets.append(Bucket(len(members), longest, source.to(device), place.to(device)))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    back = torch.cat(sources).argsort()
+    return Packing(buckets, back.to(device), positions.to(device))
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """`causal_attention` for sequences that share one row: q (1, T, H, E), k and v (1, T, K, E).
+
+    Products, norms and the MLP are most of the work and never see padding. Attention alone lays
+    the sequences of a bucket side by side, padded on the right, where a causal token never looks:
+    no mask, so the fast kernels of every device apply.
+    """
+    H, K = q.shape[2], k.shape[2]
+    qkv = torch.cat((q, k, v), dim=2)[0]  # (T, H+2K, E)
+    outputs = []
+    for b in packing.buckets:
+        grid = qkv.new_zeros(b.sequences * b.length, *qkv.shape[1:])
+        grid = grid.index_copy(0, b.place, qkv.index_select(0, b.source))
+        grid = grid.view(b.sequences, b.length, *qkv.shape[1:])
+        y = causal_attention(*grid.split((H, K, K), dim=2))
+        outputs.append(y.flatten(0, 1).index_select(0, b.place))
+    return torch.cat(outputs).index_select(0, packing.back)[None]
+
+
+# ------------------------------------------------------------------------------- from the hub
+
+
+def load(source: str | Path, dtype: torch.dtype | None = None, device=None) -> Transformer:
+    """Read a hub folder, or fetch one by its id; `dtype=None` keeps the file's type."""
+    folder = find_folder(source)
+    config = read_config(folder)
+    with torch.device("meta"):  # shapes only: a 7B model takes its memory once
+        model = Transformer(config)
+    tensors = find_tensors(folder)
+    check_names(config, tensors, folder)
+    state = {}
+    for ours, pieces in hub_pieces(config).items():
+        parts = []
+        for name, shape in pieces:
+            path, file = tensors[name]
+            part = file.get_tensor(name)
+            if tuple(part.shape) != shape:
+                found = f"has the shape {tuple(part.shape)}, but config.json asks for {shape}"
+                raise ValueError(f"{path}: tensor {name} {found}")
+            if part.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                found = f"has the type {part.dtype}; quantised weights are not supported"
+                raise ValueError(f"{path}: tensor {name} {found}")
+            parts.append(part.to(device=device, dtype=dtype))
+        state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if config.tied and "lm_head.weight" in tensors:
+        head = tensors["lm_head.weight"][1].get_tensor("lm_head.weight")
+        if not torch.equal(head.to(state["embedding.weight"]), state["embedding.weight"]):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the "
+                "embedding; set tie_word_embeddings to false in config.json to use that head"
+            )
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def find_folder(source: str | Path) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(source).count("/") != 1 or str(source)[0] in "./~":
+        raise FileNotFoundError(f"{source}: no such folder (and not a hub id of the form org/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
+    except (HfHubHTTPError, OSError) as error:  # offline and not in the cache is an OSError too
+        raise FileNotFoundError(
+            f"{source}: no folder here, and the hub did not give it. Check the name; offline, give "
+            f"a folder; for a gated model, accept its licence and set HF_TOKEN. ({error})"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: not a Hugging Face model folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of either generation: transformers 5 (`rope_parameters`) or before."""
+    path = folder / "config.json"
+    hub = read_json(path)
+
+    def need(key: str):
+        if hub.get(key) is None:
+            raise ValueError(
+                f"{path} lacks the key {key!r}, without which the model is not defined"
+            )
+        return hub[key]
+
+    family = need("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{path}: model_type {family!r} is unknown; known: {', '.join(FAMILIES)}")
+    for key, allowed in PLAIN.items():  # what would change the computation is refused, by name
+        if hub.get(key) not in (None, allowed):
+            raise ValueError(f"{path}: {key}={hub[key]!r} is not supported, only {allowed!r}")
+    if set(hub.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"{path}: layer_types other than 'full_attention' are not supported")
+    theta, scaling = read_rope(hub, path)
+    heads, hidden = need("num_attention_heads"), need("hidden_size")
+    kv_heads = hub.get("num_key_value_heads") or heads
+    head_dim = hub.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
+            f"{kv_heads}, and the head size {head_dim} even"
+        )
+    return Config(
+        family=family,
+        vocab_size=need("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=need("intermediate_size"),
+        layers=need("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_length=need("max_position_embeddings"),
+        tied=bool(hub.get("tie_word_embeddings", False)),  # all three families: silence means no
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=need("rms_norm_eps"),
+        hub=hub,
+    )
+
+
+def read_rope(hub: dict, path: Path) -> tuple[float, dict | None]:
+    rope = {**(hub.get("rope_scaling") or {}), **(hub.get("rope_parameters") or {})}
+    theta = rope.pop("rope_theta", None) or hub.get("rope_theta")
+    if theta is None:
+        raise ValueError(
+            f"{path} has neither rope_theta nor rope_parameters.rope_theta; "
+            'add "rope_theta": 10000.0 if that is what this model was trained with'
+        )
+    kind = rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    if kind not in ROPE_KEYS:
+        known = ", ".join(ROPE_KEYS)
+        raise ValueError(f"{path}: rope type {kind!r} is not supported; known: {known}")
+    missing = [key for key in ROPE_KEYS[kind] if key not in rope]
+    if missing:
+        raise ValueError(f"{path}: rope type {kind!r} needs the key {missing[0]!r}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{path}: partial_rotary_factor other than 1 is not supported")
+    return float(theta), None if kind == "default" else rope
+
+
+def hub_pieces(c: Config) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Our parameter -> the hub's tensors, with shapes, that it is stacked from by rows."""
+    width, inner, E = c.hidden_size, c.intermediate_size, c.head_dim
+    rows = {"q": c.heads * E, "k": c.kv_heads * E, "v": c.kv_heads * E}
+    pieces = {"embedding.weight": [("model.embed_tokens.weight", (c.vocab_size, width))]}
+    for i in range(c.layers):
+        layer = {
+            "attention_norm.weight": [("input_layernorm.weight", (width,))],
+            "attention.qkv.weight": [
+                (f"self_attn.{x}_proj.weight", (n, width)) for x, n in rows.items()
+            ],
+            "attention.out.weight": [("self_attn.o_proj.weight", (width, rows["q"]))],
+            "mlp_norm.weight": [("post_attention_layernorm.weight", (width,))],
+            "mlp.gate_up.weight": [
+                (f"mlp.{x}_proj.weight", (inner, width)) for x in ("gate", "up")
+            ],
+            "mlp.down.weight": [("mlp.down_proj.weight", (width, inner))],
+        }
+        if c.qkv_bias:
+            biases = [(f"self_attn.{x}_proj.bias", (n,)) for x, n in rows.items()]
+            layer["attention.qkv.bias"] = biases
+        if c.qk_norm:
+            for x in ("q", "k"):
+                layer[f"attention.{x}_norm.weight"] = [(f"self_attn.{x}_norm.weight", (E,))]
+        for ours, parts in layer.items():
+            named = [(f"model.layers.{i}.{name}", shape) for name, shape in parts]
+            pieces[f"blocks.{i}.{ours}"] = named
+    pieces["norm.weight"] = [("model.norm.weight", (width,))]
+    if not c.tied:
+        pieces["head.weight"] = [("lm_head.weight", (c.vocab_size, width))]
+    return pieces
+
+
+def find_tensors(folder: Path) -> dict:
+    """Tensor name -> (path, open file), by what the files hold, not by what the index says."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        paths = [single]
+    elif index.is_file():
+        paths = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
+    else:
+        raise FileNotFoundError(
+            f"{folder} holds neither {single.name} nor {index.name}; other formats must "
+            "be saved again with transformers' save_pretrained"
+        )
+    tensors: dict = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is named in {index.name} but missing: fetch it again")
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}): fetch or save it again"
+            ) from error
+        for name in file.keys():  # noqa: SIM118
+            if name in tensors:
+                raise ValueError(f"tensor {name} stands in both {tensors[name][0]} and {path}")
+            tensors[name] = path, file
+    return tensors
+
+
+def check_names(config: Config, tensors: dict, folder: Path) -> None:
+    wanted = {name for pieces in hub_pieces(config).values() for name, _ in pieces}
+    missing = sorted(wanted - set(tensors))
+    if missing == ["lm_head.weight"]:
+        raise ValueError(
+            f"{folder}: lm_head.weight is missing although tie_word_embeddings is not true in "
+            "config.json; set it to true if the head is the embedding; else the head is lost"
+        )
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    ignored = {"lm_head.weight"} if config.tied else set()  # `load` compares it
+    ignored |= {t for t in tensors if t.endswith("rotary_emb.inv_freq")}  # old Llama, derivable
+    extra = sorted(set(tensors) - wanted - ignored)
+    if extra:
+        raise ValueError(
+            f"{folder}: {len(extra)} tensors have no place in a {config.family} model of "
+            f"{config.layers} layers, first {extra[0]} in {tensors[extra[0]][0].name}"
+        )
+
+
+# --------------------------------------------------------------------------------- to the hub
+
+
+def save(model: Transformer, folder: str | Path) -> None:
+    """Write config.json and safetensors that `load` and transformers 4.57 and 5.x read.
+
+    Each file appears whole under its name or not at all; files of an earlier save go last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    state = model.state_dict()
+    for ours, pieces in hub_pieces(model.config).items():
+        parts = state[ours].split([shape[0] for _, shape in pieces])
+        tensors.update({name: part for (name, _), part in zip(pieces, parts, strict=True)})
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        partial = folder / (file + ".partial")
+        # One shard at a time leaves the device; pieces of a stack need memory of their own.
+        save_file(
+            {n: t.cpu().contiguous().clone() for n, t in shard.items()}, partial, {"format": "pt"}
+        )
+        os.replace(partial, folder / file)
+    if len(shards) > 1:
+        total = sum(t.nbytes for t in tensors.values())
+        weight_map = {n: f for f, shard in zip(files, shards, strict=True) for n in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files.append("model.safetensors.index.json")
+        write_json(folder / files[-1], index)
+    write_json(folder / "config.json", hub_config(model.config, model.embedding.weight.dtype))
+    for stale in folder.glob("model*.safetensors*"):
+        if stale.name not in files:
+            stale.unlink()
+
+
+def hub_config(c: Config, dtype: torch.dtype) -> dict:
+    """What was read, with the keys that we own in the spelling of both generations."""
+    scaling = c.rope_scaling or {"rope_type": "default"}
+    return {
+        **c.hub,
+        "architectures": [FAMILIES[c.family]],
+        "model_type": c.family,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.max_length,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": c.rope_scaling,
+        "rope_parameters": {**scaling, "rope_theta": c.rope_theta},
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

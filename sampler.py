@@ -1,0 +1,657 @@
+"""The sampler: many continuations of many prompts from one model, with a hand-written KV cache.
+
+    sampler = Sampler(model, slots=64, max_length=512)
+    groups = sampler.generate(prompts, n=8, max_new_tokens=64, stop_ids=[eos], seed=1)
+    groups[2][5].ids, .logprobs, .stopped          # the sixth sample of the third prompt
+    sampler.score(prompts, continuations)          # log-probs of given continuations
+    sampler.next_logprobs(prompts, token_ids)      # how likely a few tokens are to come next
+
+    python sampler.py --model DIR_OR_ID --prompt "…" -n 4
+
+How it works. The cache has `slots`, each with room for one sequence. What all prompts of a call
+share (an instruction, a judge's template) is computed once and copied to every slot; each distinct
+prompt is then prefilled once, in the slot of its first sample, and copied to its siblings' slots.
+All but its last token, that is: that one is the first token the decoding step is fed, so every
+token is drawn in one place, `step`. A step decodes one token for each live sequence. The live ones
+lie in slots 0 … B-1: when one ends, the last moves into its place and a waiting one joins at the
+end, so a step's work follows the sequences that live, not the longest.
+
+What it asks of a model: `model(ids, positions, cache=view) -> hidden`, where every attention layer
+calls `view.attend(layer, q, k, v)`; `model.logits(hidden)` in fp32; and `model.config` with
+layers, kv_heads, head_dim, max_length, vocab_size. Weights must be updated in place.
+
+A draw depends on (seed, the prompt's key, the sample's number, the position) alone: not on what
+else is in the batch, on slots or order. (Logits of a batch of 3 and of 16 differ in the last bit,
+so once in about a million draws a token on the very edge of another's share may still flip.)
+
+Letters: B sequences in a step, T tokens, H query heads, K key/value heads, E size of a head,
+V vocabulary, S slots, L room of a slot.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Ids = Sequence[int]
+
+
+class Sample(NamedTuple):
+    ids: list[int]
+    """The drawn tokens; a stop token that ended them is the last."""
+    logprobs: list[float]
+    """Of each token, under the distribution it was drawn from (temperature, top-k and top-p
+    included); at temperature 0 under the model's own at temperature 1."""
+    stopped: bool
+    """True: ended with a stop token. False: cut at max_new_tokens."""
+
+
+class Rules(NamedTuple):
+    """How a token is drawn from logits."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def check(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or above")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_k={self.top_k} must be 0 (off) or above, top_p={self.top_p} in (0, 1]"
+            )
+
+
+@dataclass(eq=False)
+class Draft:
+    """One sample in the making."""
+
+    prompt: tuple[int, ...]
+    row: int
+    sample: int
+    key: int
+    made: int = 0  # tokens drawn so far, an upper bound between two looks at the device
+
+
+# ------------------------------------------------------------------------------------ the cache
+
+
+class Prefill:
+    """The cache as B prompts see it, padded on the right: a causal token never looks there.
+
+    `kv` is (layers, 2, S, K, L, E). Positions before `shared` are in every slot already.
+    """
+
+    def __init__(self, kv: Tensor, slots: Tensor | None, shared: int):
+        self.kv, self.slots, self.shared = kv, slots, shared
+        self.mask: Tensor | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)
+        B, H, T, _ = q.shape
+        grouped = H != k.shape[1]
+        keys, values = self.kv[layer]  # (S, K, L, E)
+        if self.slots is not None:
+            keys[self.slots, :, self.shared : self.shared + T] = k
+            values[self.slots, :, self.shared : self.shared + T] = v
+        if self.shared == 0:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return y.transpose(1, 2)
+        k = torch.cat((keys[:1, :, : self.shared].expand(B, -1, -1, -1), k), dim=2)
+        v = torch.cat((values[:1, :, : self.shared].expand(B, -1, -1, -1), v), dim=2)
+        if self.mask is None:
+            self.mask = torch.ones(T, self.shared + T, dtype=torch.bool, device=q.device)
+            self.mask = self.mask.tril(self.shared)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=grouped)
+        return y.transpose(1, 2)
+
+
+class Decode:
+    """The cache as one new token of each of the sequences in slots 0 … B-1 sees it.
+
+    `lengths` (B,) tokens are cached before it; only the first `width` positions are looked at.
+    """
+
+    def __init__(self, kv: Tensor, lengths: Tensor, width: int):
+        self.kv, self.lengths, self.width = kv, lengths, width
+        self.rows = torch.arange(lengths.shape[0], device=kv.device)
+        unseen = torch.arange(width, device=kv.device) > lengths[:, None]
+        bias = torch.zeros(unseen.shape, dtype=kv.dtype, device=kv.device)
+        self.bias = bias.masked_fill_(unseen, -math.inf)[:, None, None]  # (B, 1, 1, width)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, _, H, E = q.shape
+        K = k.shape[2]
+        keys, values = self.kv[layer]
+        keys[self.rows, :, self.lengths] = k[:, 0]
+        values[self.rows, :, self.lengths] = v[:, 0]
+        keys, values = keys[:B, :, : self.width], values[:B, :, : self.width]  # (B, K, width, E)
+        # The H/K query heads of a key head are as good as H/K query tokens: no key is repeated.
+        q = q.view(B, K, H // K, E)
+        if q.dtype in (torch.float32, torch.float64):  # on a CPU three times faster than the fused
+            scores = torch.matmul(q * E**-0.5, keys.transpose(2, 3)) + self.bias
+            y = torch.matmul(scores.softmax(-1), values)
+        else:  # fused: keeps the scores in fp32
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)
+        return y.reshape(B, 1, H, E)
+
+
+# ------------------------------------------------------------------------------------ the draws
+
+
+def draw(logits: Tensor, uniform: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    """logits (B, V) in fp32, uniform (B,) in [0, 1) -> tokens (B,) and their log-probs (B,).
+
+    Inverse transform: the token is the first whose cumulated share passes `uniform`. One number a
+    row instead of V makes the draw easy to key. Shares are cumulated in fp64, first over blocks of
+    tokens, then inside the chosen block, and a token of zero share is passed over by rule.
+    """
+    if rules.temperature == 0:
+        token = logits.argmax(-1)
+        logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        return token, logprob
+    if rules.temperature != 1:
+        logits = logits / rules.temperature
+    logits = truncate(logits, rules)
+    B, V = logits.shape
+    size = next(d for d in range(512, 0, -1) if V % d == 0)
+    peak = logits.amax(-1, keepdim=True)
+    share = (logits - peak).exp_().view(B, -1, size)  # up to a common factor
+    mass = share.sum(-1)  # (B, V/size)
+    edge = mass.double().cumsum(-1)
+    target = uniform[:, None] * edge[:, -1:]
+    block = first((edge > target) & (mass > 0))[:, None]
+    inside = share.gather(1, block[..., None].expand(B, 1, size))[:, 0]  # (B, size)
+    reached = inside.double().cumsum(-1)
+    # A block's mass and the sum of its shares differ in rounding: stay below the last edge.
+    rest = target - (edge - mass).gather(1, block)
+    rest = torch.minimum(rest, reached[:, -1:] * (1 - 2**-48))
+    token = block[:, 0] * size + first((reached > rest) & (inside > 0))
+    logprob = logits.gather(1, token[:, None])[:, 0] - peak[:, 0] - edge[:, -1].log().float()
+    return token, logprob
+
+
+def first(condition: Tensor) -> Tensor:
+    """(B, M) -> (B,) index of the first true column."""
+    return condition.to(torch.uint8).argmax(-1)
+
+
+def truncate(logits: Tensor, rules: Rules) -> Tensor:
+    if rules.top_k and rules.top_k < logits.shape[-1]:
+        least = logits.topk(rules.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if rules.top_p < 1:  # the smallest set whose probability reaches top_p
+        ordered, order = logits.sort(dim=-1, descending=True)
+        share = ordered.softmax(-1)
+        beyond = share.cumsum(-1) - share >= rules.top_p
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
+    return logits
+
+
+def uniforms(seed: int, keys: Ids, samples: Ids, count: int) -> Tensor:
+    """(B, count) numbers in [0, 1), a function of (seed, key, sample, position): splitmix64."""
+
+    def mix(x: Tensor) -> Tensor:  # int64 wraps around; the masks make the shifts logical
+        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+        return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+    def step(state: Tensor, word: Tensor) -> Tensor:
+        return mix((state ^ mix(word - 0x61C8864680B583EB)) - 0x61C8864680B583EB)
+
+    def words(values: Ids) -> Tensor:
+        return torch.tensor([(v + 2**63) % 2**64 - 2**63 for v in values])
+
+    state = step(step(words([seed]), words(keys)), words(samples))[:, None]
+    state = step(state, torch.arange(count))  # (B, count)
+    return ((state >> 16) & (2**48 - 1)).double() * 2.0**-48
+
+
+# ---------------------------------------------------------------------------------- the sampler
+
+
+class Sampler:
+    def __init__(self, model, slots: int, max_length: int, check_every: int | None = None):
+        """Room for `slots` sequences of `max_length` tokens, prompt included.
+
+        The cache takes 2 * layers * slots * kv_heads * max_length * head_dim numbers, and stays.
+        `check_every`: steps between two looks at which sequences have ended. A look is free on a
+        CPU (1) and stalls a GPU (16); tokens past a stop are thrown away.
+        """
+        c = model.config
+        if slots < 1:
+            raise ValueError(f"slots={slots}: at least 1 is needed")
+        if not 2 <= max_length <= c.max_length:
+            raise ValueError(
+                f"max_length={max_length} must lie in 2 … {c.max_length}, the model's positions"
+            )
+        weight = next(model.parameters())
+        self.model, self.slots, self.max_length = model, slots, max_length
+        self.device = device = weight.device
+        self.check_every = check_every or (16 if device.type == "cuda" else 1)
+        dtype = getattr(model, "compute_dtype", None) or weight.dtype
+        shape = (c.layers, 2, slots, c.kv_heads, max_length, c.head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.prefill_tokens = max(max_length, 8192)  # in one forward, padding included
+        self.logit_rows = max(
+            1, 2**26 // c.vocab_size
+        )  # 256 MB of fp32 logits at once, when scoring
+        self.shared = 0  # positions of the prefix that all slots hold
+        # The state of each slot. On a GPU it never leaves the device while steps run.
+        self.token = torch.zeros(slots, dtype=torch.int64, device=device)  # fed next
+        self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the cache
+        self.made = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn
+        self.alive = torch.zeros(slots, dtype=torch.bool, device=device)
+        wide = (slots, max_length + 1)  # a dead slot scribbles into the column after its end
+        self.uniform = torch.zeros(wide, dtype=torch.float64, device=device)
+        self.ids = torch.zeros(wide, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(wide, dtype=torch.float32, device=device)
+        self.state = (self.token, self.length, self.made, self.alive)
+        self.state += (self.uniform, self.ids, self.logprobs)
+        self.limit = torch.zeros((), dtype=torch.int64, device=device)
+        self.is_stop = torch.zeros(c.vocab_size, dtype=torch.bool, device=device)
+        self.graphs: dict = {}
+        self.addresses: tuple = ()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        n: int = 1,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_ids: Ids = (),
+        seed: int = 0,
+        keys: Ids | None = None,
+        watch: Callable[[int, int, list[int], bool], None] | None = None,
+    ) -> list[list[Sample]]:
+        """n samples of each prompt, in the order of `prompts`.
+
+        `keys` (default 0, 1, 2, …) name the prompts for the draws: the same key and seed give the
+        same samples in any call. `watch(prompt, sample, ids_so_far, ended)` is called for each live
+        sequence at each look; it costs a copy from the device.
+        """
+        rules = Rules(temperature, top_k, top_p)
+        rules.check()
+        keys = range(len(prompts)) if keys is None else keys
+        if n < 1 or max_new_tokens < 1 or len(keys) != len(prompts):
+            raise ValueError(
+                f"n={n} and max_new_tokens={max_new_tokens} must be at least 1, and keys "
+                f"({len(keys)}) as many as prompts ({len(prompts)})"
+            )
+        self.check(prompts, "prompt", max_new_tokens)
+        self.check_vocabulary(stop_ids, "stop_ids")
+        self.stops = frozenset(stop_ids)
+        self.limit.fill_(max_new_tokens)
+        self.is_stop.zero_()
+        self.is_stop[torch.tensor(list(stop_ids), dtype=torch.int64, device=self.device)] = True
+        self.alive.zero_()
+        self.share_prefix(prompts, min(self.slots, n * len(prompts)))
+
+        # Siblings in a row, long prompts first: those who wait longest then have the least to do.
+        rows = sorted(range(len(prompts)), key=lambda r: (-len(prompts[r]), tuple(prompts[r])))
+        waiting = [Draft(tuple(prompts[r]), r, s, keys[r]) for r in rows for s in range(n)]
+        waiting.reverse()
+        samples: list[list] = [[None] * n for _ in prompts]
+        live: list[Draft] = []
+        self.kept: tuple | None = None
+        while waiting or live:
+            free = min(self.slots - len(live), len(waiting))
+            if free and (not live or free >= self.slots // 8 or free == len(waiting)):
+                joining = [waiting.pop() for _ in range(free)]
+                self.admit(joining, len(live), waiting, seed, max_new_tokens)
+                live += joining
+            left = max_new_tokens - min(s.made for s in live)
+            for _ in range(min(self.check_every, left)):
+                width = max(len(s.prompt) + s.made for s in live)
+                self.decode(len(live), min(width, self.max_length), rules)
+                for s in live:
+                    s.made += 1
+            live = self.collect(live, samples, watch)
+        return samples
+
+    def check(self, sequences: Sequence[Ids], what: str, more: int = 0) -> None:
+        """Raise on what no sampler could continue: never cut, never skipped."""
+        for i, ids in enumerate(sequences):
+            if len(ids) == 0:
+                raise ValueError(f"{what} {i} is empty: a model continues at least one token")
+            if len(ids) + more > self.max_length:
+                raise ValueError(
+                    f"{what} {i} has {len(ids)} tokens and {more} are to come, but the window is "
+                    f"{self.max_length}: shorten it or make Sampler(max_length=…) larger"
+                )
+            self.check_vocabulary(ids, f"{what} {i}")
+
+    def check_vocabulary(self, ids: Ids, what: str) -> None:
+        size = self.model.config.vocab_size
+        if len(ids) and not 0 <= min(ids) <= max(ids) < size:
+            bad = next(i for i in ids if not 0 <= i < size)
+            raise ValueError(f"{what} holds the id {bad}, outside the vocabulary of {size}")
+
+    # ------------------------------------------------------------------------- prompts
+
+    def share_prefix(self, prompts: Sequence[Ids], slots: int) -> None:
+        """Compute what all prompts begin with, and put it into the first `slots` slots."""
+        self.shared = shared = common_prefix(prompts) if slots else 0
+        if shared:
+            ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
+            self.shared = 0
+            first_slot = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self.forward(ids, Prefill(self.kv, first_slot, 0), 0)
+            self.kv[:, :, 1:slots, :, :shared] = self.kv[:, :, :1, :, :shared]
+            self.shared = shared
+
+    def forward(self, ids: Tensor, view: Prefill, start: int) -> Tensor:
+        positions = torch.arange(start, start + ids.shape[1], device=self.device)
+        return self.model(ids, positions=positions.expand_as(ids), cache=view)
+
+    def prefill(
+        self, sequences: Sequence[Ids], slots: Ids | None = None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Run sequences past the shared prefix, together with others of about their length.
+
+        Yields (which of the sequences, hidden (B, T, D) from position `shared` on).
+        """
+        todo = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        todo = [i for i in todo if len(sequences[i]) > self.shared]
+        while todo:
+            T = len(sequences[todo[0]]) - self.shared
+            fits = max(1, self.prefill_tokens // T)
+            batch = [i for i in todo[:fits] if 2 * (len(sequences[i]) - self.shared) > T]
+            todo = todo[len(batch) :]
+            ids = torch.zeros(len(batch), T, dtype=torch.int64)
+            for row, i in enumerate(batch):
+                tail = sequences[i][self.shared :]
+                ids[row, : len(tail)] = torch.tensor(tail)
+            where = None if slots is None else torch.tensor([slots[i] for i in batch])
+            where = None if where is None else where.to(self.device)
+            view = Prefill(self.kv, where, self.shared)
+            yield batch, self.forward(ids.to(self.device), view, self.shared)
+
+    def admit(self, joining, start: int, waiting, seed: int, max_new_tokens: int) -> None:
+        """Give slots `start`, `start + 1`, … to new sequences and prefill what is new of them."""
+        owner: dict[tuple, list[int]] = {}  # prompt -> its slots
+        for slot, s in enumerate(joining, start):
+            owner.setdefault(s.prompt, []).append(slot)
+        kept_prompt, kept = self.kept or (None, None)
+        fresh = [p for p in owner if p != kept_prompt]
+        for _ in self.prefill([p[:-1] for p in fresh], [owner[p][0] for p in fresh]):
+            pass
+        for prompt, slots in owner.items():
+            span = slice(self.shared, len(prompt) - 1)
+            if prompt == kept_prompt:
+                self.kv[:, :, slots[0] : slots[-1] + 1, :, span] = kept
+            else:
+                mine = self.kv[:, :, slots[0] : slots[0] + 1, :, span]
+                self.kv[:, :, slots[0] + 1 : slots[-1] + 1, :, span] = mine
+        # A group that did not fit whole: keep its prompt for the siblings who wait.
+        last = joining[-1].prompt
+        self.kept = None
+        if waiting and waiting[-1].prompt == last:
+            span, slot = slice(self.shared, len(last) - 1), owner[last][0]
+            self.kept = last, self.kv[:, :, slot : slot + 1, :, span].clone()
+
+        here = slice(start, start + len(joining))
+        self.token[here] = torch.tensor([s.prompt[-1] for s in joining], device=self.device)
+        self.length[here] = torch.tensor([len(s.prompt) - 1 for s in joining], device=self.device)
+        self.made[here] = 0
+        self.alive[here] = True
+        numbers = uniforms(
+            seed, [s.key for s in joining], [s.sample for s in joining], max_new_tokens
+        )
+        self.uniform[here, :max_new_tokens] = numbers.to(self.device)
+
+    # ------------------------------------------------------------------------- decoding
+
+    def step(self, B: int, width: int, rules: Rules) -> None:
+        """One token for each of the slots 0 … B-1, without a word to the host."""
+        token, length, made = self.token[:B], self.length[:B], self.made[:B]
+        alive = self.alive[:B]
+        view = Decode(self.kv, length, width)
+        hidden = self.model(token[:, None], positions=length[:, None], cache=view)
+        column = made[:, None]
+        uniform = self.uniform[:B].gather(1, column)[:, 0]
+        drawn, logprob = draw(self.model.logits(hidden[:, 0]), uniform, rules)
+        self.ids[:B].scatter_(1, column, drawn[:, None])
+        self.logprobs[:B].scatter_(1, column, logprob.float()[:, None])
+        token.copy_(drawn)
+        length += alive
+        made += alive
+        alive &= ~self.is_stop[drawn] & (made < self.limit)
+
+    def decode(self, live: int, width: int, rules: Rules) -> None:
+        if self.device.type != "cuda":
+            self.step(live, width, rules)
+            return
+        # A graph replays fixed shapes: round up. Slots beyond the live ones are dead and harmless.
+        B = min(self.slots, 1 << (live - 1).bit_length())
+        width = min(self.max_length, max(256, 1 << (width - 1).bit_length()))
+        addresses = tuple(p.data_ptr() for p in self.model.parameters())
+        if addresses != self.addresses:  # somebody replaced the weights instead of updating them
+            self.graphs.clear()
+            self.addresses = addresses
+        if (B, width, rules) not in self.graphs:
+            self.graphs[B, width, rules] = self.capture(B, width, rules)
+        self.graphs[B, width, rules].replay()
+
+    def capture(self, B: int, width: int, rules: Rules) -> "torch.cuda.CUDAGraph":
+        before = [t.clone() for t in self.state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up outside the capture
+            for _ in range(2):
+                self.step(B, width, rules)
+        torch.cuda.current_stream().wait_stream(side)
+        for t, old in zip(
+            self.state, before, strict=True
+        ):  # what the warm-up cached is written again
+            t.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self.step(B, width, rules)
+        return graph
+
+    def collect(self, live: list[Draft], samples: list[list], watch) -> list[Draft]:
+        """Take out the sequences that ended, close the gaps, return those that live on."""
+        B = len(live)
+        alive = self.alive[:B].tolist()
+        seen = [i for i in range(B) if watch or not alive[i]]
+        if not seen:
+            return live
+        index = torch.tensor(seen, device=self.device)
+        made = self.made[index].tolist()
+        ids = self.ids[index, : max(made)].tolist()
+        logprobs = self.logprobs[index, : max(made)].tolist()
+        for row, i in enumerate(seen):
+            draft, drawn, their = live[i], ids[row][: made[row]], logprobs[row][: made[row]]
+            if not all(map(math.isfinite, their)):
+                raise FloatingPointError(
+                    f"prompt {draft.row}, sample {draft.sample}: the model's logits are not finite"
+                )
+            if not alive[i]:
+                samples[draft.row][draft.sample] = Sample(drawn, their, drawn[-1] in self.stops)
+            if watch:
+                watch(draft.row, draft.sample, drawn, not alive[i])
+
+        rest = [i for i in range(B) if alive[i]]
+        holes = [i for i in range(len(rest)) if not alive[i]]
+        movers = rest[len(rest) - len(holes) :]
+        if holes:
+            width = max(len(live[i].prompt) + live[i].made for i in movers)
+            span = slice(self.shared, width)
+            self.kv[:, :, holes, :, span] = self.kv[:, :, movers, :, span]
+            for state in self.state:
+                state[holes] = state[movers]
+        self.alive[len(rest) : B] = False
+        for hole, mover in zip(holes, movers, strict=True):
+            live[hole] = live[mover]
+        return live[: len(rest)]
+
+    # ------------------------------------------------------------------------- reading
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[Ids], continuations: Sequence[Ids], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """Log-probs of the tokens of each continuation after its prompt, in fp32 on the device."""
+        if len(prompts) != len(continuations) or not temperature > 0:
+            raise ValueError(
+                f"{len(prompts)} prompts, {len(continuations)} continuations, temperature="
+                f"{temperature}: the counts must be equal and the temperature above 0"
+            )
+        whole = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
+        self.check(prompts, "prompt")
+        self.check(whole, "prompt and continuation")
+        self.share_prefix(prompts, 1)
+        scores = [torch.zeros(0, device=self.device) for _ in prompts]
+        for batch, hidden in self.prefill([ids[:-1] for ids in whole]):
+            begins = [len(prompts[i]) - 1 - self.shared for i in batch]
+            sizes = [len(continuations[i]) for i in batch]
+            rows = zip(hidden, begins, sizes, strict=True)
+            hidden = torch.cat([h[begin : begin + size] for h, begin, size in rows])
+            targets = [token for i in batch for token in continuations[i]]
+            targets = torch.tensor(targets, dtype=torch.int64, device=self.device)
+            scored = []
+            step = self.logit_rows
+            for h, t in zip(hidden.split(step), targets.split(step), strict=True):
+                logits = self.model.logits(h) / temperature
+                scored.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(-1))
+            for i, part in zip(batch, torch.cat(scored).split(sizes), strict=True):
+                scores[i] = part
+        return scores
+
+    @torch.no_grad()
+    def next_logprobs(
+        self, prompts: Sequence[Ids], token_ids: Ids, temperature: float = 1.0
+    ) -> Tensor:
+        """(len(prompts), len(token_ids)): log-probs of these tokens right after each prompt.
+
+        Over the whole vocabulary: what lies beside `token_ids` is missing from their sum.
+        """
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be above 0")
+        self.check(prompts, "prompt")
+        self.check_vocabulary(token_ids, "token_ids")
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        self.share_prefix(distinct, 1)
+        columns = torch.tensor(list(token_ids), device=self.device)
+        answers = torch.zeros(len(distinct), len(columns), device=self.device)
+        for batch, hidden in self.prefill(distinct):
+            last = torch.tensor([len(distinct[i]) - 1 - self.shared for i in batch])
+            rows = hidden[torch.arange(len(batch)), last.to(self.device)]
+            parts = []
+            for h in rows.split(self.logit_rows):
+                logits = self.model.logits(h) / temperature
+                parts.append(logits[:, columns] - logits.logsumexp(-1, keepdim=True))
+            answers[torch.tensor(batch, device=self.device)] = torch.cat(parts).float()
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        return answers[[place[tuple(p)] for p in prompts]]
+
+
+def common_prefix(prompts: Sequence[Ids]) -> int:
+    """How many tokens all prompts begin with, leaving each at least its last one."""
+    if not prompts:
+        return 0
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # the two least alike
+    size = 0
+    while size < min(map(len, prompts)) - 1 and first[size] == last[size]:
+        size += 1
+    return size
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def main() -> None:
+    import argparse
+    import json
+    import sys
+
+    from transformers import AutoTokenizer
+
+    from model import find_folder, load
+
+    parser = argparse.ArgumentParser(description="Stream samples of a prompt; print tokens/s.")
+    parser.add_argument("--model", required=True, help="a Hugging Face folder, or a hub id")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("-n", type=int, default=1, help="samples (default 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="0: off")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    options = parser.parse_args()
+    try:
+        folder = find_folder(options.model)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        model = load(folder, dtype=dtype, device=options.device)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if options.chat:
+            turn = [{"role": "user", "content": options.prompt}]
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            prompt = tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            prompt = tokenizer(options.prompt).input_ids
+        stops = [tokenizer.eos_token_id]
+        if (folder / "generation_config.json").is_file():
+            text = (folder / "generation_config.json").read_text(encoding="utf-8")
+            more = json.loads(text).get("eos_token_id")
+            stops += more if isinstance(more, list) else [more]
+        stops = sorted({s for s in stops if s is not None})
+        room = len(prompt) + options.max_new_tokens
+        sampler = Sampler(model, slots=options.n, max_length=room)
+    except (OSError, ValueError) as error:
+        sys.exit(f"sampler.py: {error}")
+
+    shown, texts, ended, tokens = [0] * options.n, [""] * options.n, set(), [0] * options.n
+    at = 0  # the sample on show: the others wait their turn, what they have is printed at once
+
+    def watch(_: int, sample: int, ids: list[int], end: bool) -> None:
+        nonlocal at
+        texts[sample] = tokenizer.decode(ids, skip_special_tokens=True)
+        tokens[sample] = len(ids)
+        ended.update([sample] if end else [])
+        while at < options.n:
+            ready = texts[at] if at in ended else texts[at].rstrip("\ufffd")  # half a character
+            if shown[at] == 0 and ready and options.n > 1:
+                print(f"[{at + 1}] ", end="")
+            print(ready[shown[at] :], end="", flush=True)
+            shown[at] = len(ready)
+            if at not in ended:
+                return
+            print()
+            at += 1
+
+    start = time.perf_counter()
+    try:
+        sampler.generate(
+            [prompt],
+            options.n,
+            options.max_new_tokens,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            stops,
+            options.seed,
+            watch=watch,
+        )
+    except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
+        print(f"\nsampler.py: {error or 'stopped'}", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    print(f"{sum(tokens)} tokens in {seconds:.2f} s: {sum(tokens) / seconds:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Small models with random weights, made and saved by transformers: the other side of our tests."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import Qwen3Config as Qwen3
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "qwen2": (Qwen2Config, {"rope_theta": 1_000_000.0, "rope_type": "default"}),
+    "qwen3": (Qwen3, {"rope_theta": 1_000_000.0, "rope_type": "default"}),
+    "llama": (LlamaConfig, {"rope_theta": 10_000.0, "rope_type": "default"}),
+    "llama3": (LlamaConfig, LLAMA3_ROPE),
+    "linear": (Qwen2Config, {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 4.0}),
+}
+
+
+def make_model(folder, family="qwen2", tied=True, kv_heads=2, head_dim=8, seed=0, vocab=99):
+    """Save a transformers model of 2 layers and 4 heads in `folder`, and return it."""
+    kind, rope = FAMILIES[family]
+    config = kind(
+        vocab_size=vocab,
+        hidden_size=4 * head_dim if family != "qwen3" else 40,  # Qwen3 sets its head size freely
+        head_dim=head_dim,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        rope_parameters=dict(rope),
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # biases and norms away from 0 and 1
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.12)
+    model.save_pretrained(folder)
+    return model
+
+
+def make_tokenizer(folder: Path, texts=("a small test of some letters, nothing more",)):
+    """A byte-level BPE tokenizer of Qwen2's kind."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
