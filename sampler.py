@@ -18,7 +18,7 @@ end, so a step's work follows the sequences that live, not the longest.
 
 What it asks of a model: `model(ids, positions, cache=view) -> hidden`, where every attention layer
 calls `view.attend(layer, q, k, v)`; `model.logits(hidden)` in fp32; and `model.config` with
-layers, kv_heads, head_dim, max_length, vocab_size. Weights must be updated in place.
+layers, kv_heads, head_dim, max_length, vocab_size.
 
 A draw depends on (seed, the prompt's key, the sample's number, the position) alone: not on what
 else is in the batch, on slots or order. (Logits of a batch of 3 and of 16 differ in the last bit,
@@ -256,7 +256,7 @@ class Sampler:
         self.limit = torch.zeros((), dtype=torch.int64, device=device)
         self.is_stop = torch.zeros(c.vocab_size, dtype=torch.bool, device=device)
         self.graphs: dict = {}
-        self.addresses: tuple = ()
+        self.addresses: list[int] = []  # of the weights that the graphs read
 
     @torch.no_grad()
     def generate(
@@ -288,6 +288,10 @@ class Sampler:
             )
         self.check(prompts, "prompt", max_new_tokens)
         self.check_vocabulary(stop_ids, "stop_ids")
+        addresses = [p.data_ptr() for p in self.model.parameters()]
+        if addresses != self.addresses:  # somebody replaced the weights instead of updating them
+            self.graphs.clear()
+            self.addresses = addresses
         self.stops = frozenset(stop_ids)
         self.limit.fill_(max_new_tokens)
         self.is_stop.zero_()
@@ -308,12 +312,12 @@ class Sampler:
                 joining = [waiting.pop() for _ in range(free)]
                 self.admit(joining, len(live), waiting, seed, max_new_tokens)
                 live += joining
-            left = max_new_tokens - min(s.made for s in live)
-            for _ in range(min(self.check_every, left)):
-                width = max(len(s.prompt) + s.made for s in live)
-                self.decode(len(live), min(width, self.max_length), rules)
-                for s in live:
-                    s.made += 1
+            steps = min(self.check_every, max_new_tokens - min(s.made for s in live))
+            width = max(len(s.prompt) + s.made for s in live)
+            for i in range(steps):
+                self.decode(len(live), min(width + i, self.max_length), rules)
+            for s in live:
+                s.made += steps
             live = self.collect(live, samples, watch)
         return samples
 
@@ -433,10 +437,6 @@ class Sampler:
         # A graph replays fixed shapes: round up. Slots beyond the live ones are dead and harmless.
         B = min(self.slots, 1 << (live - 1).bit_length())
         width = min(self.max_length, max(256, 1 << (width - 1).bit_length()))
-        addresses = tuple(p.data_ptr() for p in self.model.parameters())
-        if addresses != self.addresses:  # somebody replaced the weights instead of updating them
-            self.graphs.clear()
-            self.addresses = addresses
         if (B, width, rules) not in self.graphs:
             self.graphs[B, width, rules] = self.capture(B, width, rules)
         self.graphs[B, width, rules].replay()

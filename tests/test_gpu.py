@@ -1,0 +1,81 @@
+"""What only a GPU can show: CUDA graphs, bf16, fp32 logits out of bf16 products."""
+
+import pytest
+import torch
+
+import model as ours
+from sampler import Rules, Sampler
+from tests.test_sampler import STOPS, forward_logprobs, some_prompts
+from tests.tiny import make_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+RULES = {"n": 4, "max_new_tokens": 20, "stop_ids": STOPS, "seed": 9}
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def model(request, tmp_path):
+    make_model(tmp_path)
+    return ours.load(tmp_path, dtype=request.param, device="cuda")
+
+
+def test_graphs_give_the_samples_of_plain_steps(model):
+    graphed, plain = Sampler(model, 16, 64), Sampler(model, 16, 64)
+    plain.decode = lambda live, width, rules: plain.step(  # the graphs' shapes, without graphs
+        min(16, 1 << (live - 1).bit_length()), 64, rules
+    )
+    prompts = some_prompts(9, begin=(4, 5))
+    for changes in ({}, {"temperature": 0}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}):
+        assert graphed.generate(prompts, **RULES | changes) == plain.generate(
+            prompts, **RULES | changes
+        )
+    assert graphed.graphs
+
+
+def test_graphs_see_weights_updated_in_place_and_replaced(model):
+    sampler = Sampler(model, 8, 64)
+    prompts = some_prompts(2)
+    first = sampler.generate(prompts, **RULES)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    second = sampler.generate(prompts, **RULES)
+    assert second == Sampler(model, 8, 64).generate(prompts, **RULES) != first
+    model.load_state_dict({k: v / 1.5 for k, v in model.state_dict().items()}, assign=True)
+    assert sampler.generate(prompts, **RULES) == Sampler(model, 8, 64).generate(prompts, **RULES)
+
+
+def test_logprobs_agree_with_the_training_forward(model):
+    prompts = some_prompts(6)
+    budget = 1e-4 if model.activation_dtype == torch.float32 else 0.05
+    model_cpu = model.to("cuda")
+    for prompt, group in zip(
+        prompts, Sampler(model, 7, 64).generate(prompts, **RULES), strict=True
+    ):
+        for sample in group:
+            with torch.device("cuda"):
+                want = forward_logprobs(model_cpu, prompt, sample.ids)
+            gap = (torch.tensor(sample.logprobs) - want.cpu()).abs().max()
+            assert gap < budget
+
+
+def test_logits_are_fp32_with_and_without_grad(model):
+    hidden = torch.randn(5, 32, device="cuda", dtype=model.activation_dtype)
+    exact = hidden.double() @ model.head_weight.double().T
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(hidden).double(), exact, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.logits(hidden).double(), exact, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_rows_equal_one_by_one(model):
+    lengths = [5, 1, 17, 8, 16]
+    row = torch.randint(99, (1, sum(lengths)), device="cuda")
+    alone = torch.cat([model(ids[None]) for ids in row[0].split(lengths)], dim=1)
+    budget = 1e-4 if model.activation_dtype == torch.float32 else 0.1
+    assert (model(row, segments=lengths) - alone).abs().max() < budget
+
+
+def test_rules_are_part_of_a_graphs_name(model):
+    sampler = Sampler(model, 4, 64)
+    sampler.generate([[1, 2]], 2, 4)
+    sampler.generate([[1, 2]], 2, 4, temperature=0.5)
+    assert {rules for _, _, rules in sampler.graphs} == {Rules(), Rules(0.5)}

@@ -1,0 +1,63 @@
+"""Who may import whom, and that nothing happens at import: whoever copies a file takes one file."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {  # file -> (imported with the file, imported inside a function), standard library aside
+    "model.py": ({"torch", "safetensors"}, {"huggingface_hub"}),
+    "sampler.py": ({"torch"}, {"transformers", "model"}),  # its command line alone
+}
+
+
+def imports(tree, inside_functions):
+    """Top-level names of the modules imported at the top of a file, or anywhere below it."""
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    nodes = [n for n in nodes if n not in top] if inside_functions else top
+    names = set()
+    for node in nodes:
+        found = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+        names |= {name.split(".")[0] for name in found}
+    return names - set(sys.stdlib_module_names)
+
+
+def core_files():
+    return sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.py")])
+
+
+def test_every_core_file_has_its_arrows_listed():
+    assert set(core_files()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("file", ALLOWED)
+def test_files_import_only_what_their_arrows_allow(file):
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    with_file, in_functions = ALLOWED[file]
+    assert imports(tree, False) <= with_file
+    assert imports(tree, True) <= in_functions
+
+
+@pytest.mark.parametrize("file", ALLOWED)
+def test_a_file_alone_imports_and_does_nothing(file, tmp_path):
+    shutil.copy(ROOT / file, tmp_path)
+    module = Path(file).stem
+    code = f"""
+import os, sys, torch
+before = dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
+import {module}
+after = dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
+assert before[:3] == after[:3], "an import changed the environment, the dtype or the threads"
+assert torch.equal(before[3], after[3]), "an import drew random numbers"
+assert torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
+assert not torch.cuda.is_initialized()
+assert not (torch.distributed.is_available() and torch.distributed.is_initialized())
+assert "transformers" not in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
