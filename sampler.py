@@ -160,8 +160,7 @@ def draw(logits: Tensor, uniform: Tensor, rules: Rules) -> tuple[Tensor, Tensor]
     logits = truncate(logits, rules)
     B, V = logits.shape
     size = next(d for d in range(512, 0, -1) if V % d == 0)
-    peak = logits.amax(-1, keepdim=True)
-    share = (logits - peak).exp_().view(B, -1, size)  # up to a common factor
+    share = logits.softmax(-1).view(B, -1, size)
     mass = share.sum(-1)  # (B, V/size)
     edge = mass.double().cumsum(-1)
     target = uniform[:, None] * edge[:, -1:]
@@ -172,7 +171,7 @@ def draw(logits: Tensor, uniform: Tensor, rules: Rules) -> tuple[Tensor, Tensor]
     rest = target - (edge - mass).gather(1, block)
     rest = torch.minimum(rest, reached[:, -1:] * (1 - 2**-48))
     token = block[:, 0] * size + first((reached > rest) & (inside > 0))
-    logprob = logits.gather(1, token[:, None])[:, 0] - peak[:, 0] - edge[:, -1].log().float()
+    logprob = share.view(B, V).gather(1, token[:, None])[:, 0].log()
     return token, logprob
 
 

@@ -99,7 +99,7 @@ def test_rope_scaling_and_theta_matter(tmp_path):
 def test_saved_folders_load_in_transformers_4(tmp_path):
     """transformers 4.57 in a folder of its own, beside our torch."""
     packages = ["transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2"]
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--target"]
     subprocess.run([*pip, str(tmp_path / "old"), *packages], check=True)
     for family in FAMILIES:
         make_model(tmp_path / family, family, tied=family != "llama")
