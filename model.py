@@ -30,7 +30,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-PLAIN = {  # keys of config.json that would change the computation, and the one value we compute
+HUB_KEYS = {  # our field -> the key of config.json
+    "family": "model_type",
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "max_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+SUPPORTED = {  # keys that would change the computation, and the one value that we compute
     "hidden_act": "silu",
     "use_sliding_window": False,
     "attention_bias": False,
@@ -38,16 +48,8 @@ PLAIN = {  # keys of config.json that would change the computation, and the one 
     "quantization_config": None,
     "partial_rotary_factor": 1.0,
 }
-ROPE_KEYS = {
-    "default": [],
-    "linear": ["factor"],
-    "llama3": [
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ],
-}
+LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ROPE_KEYS = {"default": [], "linear": ["factor"], "llama3": LLAMA3}
 SHARD_BYTES = 5_000_000_000
 
 
@@ -193,10 +195,10 @@ class Transformer(nn.Module):
         """Token ids (B, T) -> hidden states (B, T, D) after the last norm.
 
         `segments`: the lengths of the sequences that lie end to end in the one row of `ids`. Each
-        sees itself alone. They are plain integers, so no mask is ever guessed from token values.
+        sees itself alone. They are plain integers, so no mask is ever inferred from token values.
         `cache`: anything with `attend(layer, q, k, v) -> y`, q and y (B, T, H, E), k and v
         (B, T, K, E); it stores the keys and values and does the attention (see sampler.py).
-        `positions` (B, T) default to 0, 1, 2, … in each row or segment; a cache wants them given.
+        `positions` (B, T) default to 0, 1, 2, … in each row or segment; a cache requires them.
         """
         B, T = ids.shape
         if ids.device.type == "cpu" and ids.numel():  # on a GPU this check would stall the stream
@@ -237,6 +239,7 @@ class Transformer(nn.Module):
         Logits rounded to bf16 shift probabilities by up to 0.4%, which a policy ratio would see.
         """
         weight = self.head_weight.to(hidden.dtype)
+        # The product with fp32 output has no backward, and exists on CUDA alone.
         if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
             flat = hidden.reshape(-1, hidden.shape[-1])
             out = torch.mm(flat, weight.t(), out_dtype=torch.float32)
@@ -246,6 +249,7 @@ class Transformer(nn.Module):
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, T, 1, E) of the rotary embedding, in the activations' type."""
+        # Not a buffer: it must stay fp32, and out of the state dict and of the meta device.
         if self._frequencies is None or self._frequencies.device != positions.device:
             self._frequencies = rope_frequencies(self.config).to(positions.device)
         angles = positions[..., None].float() * self._frequencies  # (B, T, E/2)
@@ -269,8 +273,10 @@ def rope_frequencies(c: Config) -> Tensor:
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed by `factor`, 1: left alone
+    turns_in_window = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    blend = ((turns_in_window - low) / (high - low)).clamp(
+        0, 1
+    )  # 0: slowed by `factor`, 1: left alone
     return frequencies * (blend + (1 - blend) / scaling["factor"])
 
 
@@ -299,7 +305,10 @@ class Packing(NamedTuple):
 
 
 def pack(lengths: Sequence[int], device: torch.device) -> Packing:
-    """Group sequences so that the longest of a bucket is less than twice the shortest."""
+    """Group sequences so that the longest of a bucket is less than twice the shortest.
+
+    Less than half of a bucket's grid is padding then, whatever the mixture of lengths.
+    """
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
@@ -308,14 +317,14 @@ def pack(lengths: Sequence[int], device: torch.device) -> Packing:
     for members in groups.values():
         sizes = torch.tensor([lengths[i] for i in members])
         longest = int(sizes.max())
-        steps = torch.arange(longest).expand(len(members), longest)
-        real = steps < sizes[:, None]  # (S, L)
-        source = (starts[members][:, None] + steps)[real]
+        offsets = torch.arange(longest).expand(len(members), longest)
+        real = offsets < sizes[:, None]  # (sequences, longest)
+        source = (starts[members][:, None] + offsets)[real]
         place = real.flatten().nonzero()[:, 0]
         sources.append(source)
         buckets.append(Bucket(len(members), longest, source.to(device), place.to(device)))
     positions = torch.cat([torch.arange(length) for length in lengths])
-    back = torch.cat(sources).argsort()
+    back = torch.cat(sources).argsort()  # the inverse of the permutation
     return Packing(buckets, back.to(device), positions.to(device))
 
 
@@ -370,7 +379,7 @@ def load(source: str | Path, dtype: torch.dtype | None = None, device=None) -> T
                 f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the "
                 "embedding; set tie_word_embeddings to false in config.json to use that head"
             )
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True)  # assigned: nothing can be copied to meta
     return model
 
 
@@ -407,44 +416,34 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     hub = read_json(path)
 
-    def need(key: str):
+    for key in HUB_KEYS.values():
         if hub.get(key) is None:
-            raise ValueError(
-                f"{path} lacks the key {key!r}, without which the model is not defined"
-            )
-        return hub[key]
-
-    family = need("model_type")
+            raise ValueError(f"{path} lacks the key {key!r}: the model is not defined without it")
+    known = {ours: hub[key] for ours, key in HUB_KEYS.items()}
+    family, heads = known["family"], known["heads"]
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is unknown; known: {', '.join(FAMILIES)}")
-    for key, allowed in PLAIN.items():  # what would change the computation is refused, by name
+    for key, allowed in SUPPORTED.items():
         if hub.get(key) not in (None, allowed):
             raise ValueError(f"{path}: {key}={hub[key]!r} is not supported, only {allowed!r}")
     if set(hub.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"{path}: layer_types other than 'full_attention' are not supported")
-    theta, scaling = read_rope(hub, path)
-    heads, hidden = need("num_attention_heads"), need("hidden_size")
     kv_heads = hub.get("num_key_value_heads") or heads
-    head_dim = hub.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
+    head_dim = hub.get("head_dim") or (128 if family == "qwen3" else known["hidden_size"] // heads)
     if heads % kv_heads or head_dim % 2:
         raise ValueError(
             f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
             f"{kv_heads}, and the head size {head_dim} even"
         )
+    theta, scaling = read_rope(hub, path)
+    tied = bool(hub.get("tie_word_embeddings", False))  # all three families: silence means no
     return Config(
-        family=family,
-        vocab_size=need("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=need("intermediate_size"),
-        layers=need("num_hidden_layers"),
-        heads=heads,
+        **known,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        max_length=need("max_position_embeddings"),
-        tied=bool(hub.get("tie_word_embeddings", False)),  # all three families: silence means no
+        tied=tied,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=need("rms_norm_eps"),
         hub=hub,
     )
 
@@ -457,7 +456,8 @@ def read_rope(hub: dict, path: Path) -> tuple[float, dict | None]:
             f"{path} has neither rope_theta nor rope_parameters.rope_theta; "
             'add "rope_theta": 10000.0 if that is what this model was trained with'
         )
-    kind = rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    kind = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope["rope_type"] = kind
     if kind not in ROPE_KEYS:
         known = ", ".join(ROPE_KEYS)
         raise ValueError(f"{path}: rope type {kind!r} is not supported; known: {known}")
@@ -503,7 +503,7 @@ def hub_pieces(c: Config) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
 
 
 def find_tensors(folder: Path) -> dict:
-    """Tensor name -> (path, open file), by what the files hold, not by what the index says."""
+    """Tensor name -> (path, open file). An index names the files; files name their tensors."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         paths = [single]
@@ -557,7 +557,7 @@ def check_names(config: Config, tensors: dict, folder: Path) -> None:
 def save(model: Transformer, folder: str | Path) -> None:
     """Write config.json and safetensors that `load` and transformers 4.57 and 5.x read.
 
-    Each file appears whole under its name or not at all; files of an earlier save go last.
+    Each file appears whole under its name or not at all; stale ones of an earlier save are deleted last.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -576,10 +576,9 @@ def save(model: Transformer, folder: str | Path) -> None:
         files = ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
         partial = folder / (file + ".partial")
-        # One shard at a time leaves the device; pieces of a stack need memory of their own.
-        save_file(
-            {n: t.cpu().contiguous().clone() for n, t in shard.items()}, partial, {"format": "pt"}
-        )
+        # One shard at a time leaves the device. safetensors refuses pieces that share memory.
+        pieces = {name: tensor.detach().cpu().clone() for name, tensor in shard.items()}
+        save_file(pieces, partial, {"format": "pt"})
         os.replace(partial, folder / file)
     if len(shards) > 1:
         total = sum(t.nbytes for t in tensors.values())
@@ -596,26 +595,20 @@ def save(model: Transformer, folder: str | Path) -> None:
 def hub_config(c: Config, dtype: torch.dtype) -> dict:
     """What was read, with the keys that we own in the spelling of both generations."""
     scaling = c.rope_scaling or {"rope_type": "default"}
+    stored = str(dtype).removeprefix("torch.")
     return {
         **c.hub,
+        **{key: getattr(c, ours) for ours, key in HUB_KEYS.items()},
         "architectures": [FAMILIES[c.family]],
-        "model_type": c.family,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": c.max_length,
-        "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
         "rope_theta": c.rope_theta,
         "rope_scaling": c.rope_scaling,
         "rope_parameters": {**scaling, "rope_theta": c.rope_theta},
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": stored,
+        "torch_dtype": stored,
     }
 
 

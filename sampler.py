@@ -9,20 +9,28 @@
     python sampler.py --model DIR_OR_ID --prompt "…" -n 4
 
 How it works. The cache has `slots`, each with room for one sequence. What all prompts of a call
-share (an instruction, a judge's template) is computed once and copied to every slot; each distinct
-prompt is then prefilled once, in the slot of its first sample, and copied to its siblings' slots.
-All but its last token, that is: that one is the first token the decoding step is fed, so every
-token is drawn in one place, `step`. A step decodes one token for each live sequence. The live ones
-lie in slots 0 … B-1: when one ends, the last moves into its place and a waiting one joins at the
-end, so a step's work follows the sequences that live, not the longest.
+begin with (an instruction, a judge's template) is computed once and copied to every slot in use;
+each distinct prompt is then prefilled once, in the slot of its first sample, and copied to its
+siblings' slots. All but its last token, that is: that one is what the first decoding step is fed,
+so every token is drawn in one place, `step`. A step decodes one token for each live sequence:
+
+    slot 0   | shared prefix | prompt A | drawn …        live: slots 0 … B-1
+    slot 1   | shared prefix | prompt A | drawn
+    slot 2   | shared prefix | prompt B | drawn ………
+    slot 3   | shared prefix |                           free
+
+When one ends, the last live one moves into its slot and waiting ones join at the end, so a step's
+work follows the sequences that live. Siblings that do not fit wait, their prompt's rows `kept`.
 
 What it asks of a model: `model(ids, positions, cache=view) -> hidden`, where every attention layer
-calls `view.attend(layer, q, k, v)`; `model.logits(hidden)` in fp32; and `model.config` with
-layers, kv_heads, head_dim, max_length, vocab_size.
+calls `view.attend(layer, q, k, v)`; `model.logits(hidden)` in fp32; `model.parameters()`; and
+`model.config` with layers, kv_heads, head_dim, max_length, vocab_size.
 
-A draw depends on (seed, the prompt's key, the sample's number, the position) alone: not on what
-else is in the batch, on slots or order. (Logits of a batch of 3 and of 16 differ in the last bit,
-so once in about a million draws a token on the very edge of another's share may still flip.)
+Given its logits, a draw depends on (seed, key, number of the sample, number of the token) alone.
+Keys default to the prompts' places in the call; give `keys` to make samples independent of what
+else is asked, in which order, by how many ranks. The logits of a batch of 3 and of 16 still differ
+in the last bits, so a draw on the very edge of another token's share can flip, and what follows
+with it: very rarely in fp32, more often in bf16.
 
 Letters: B sequences in a step, T tokens, H query heads, K key/value heads, E size of a head,
 V vocabulary, S slots, L room of a slot.
@@ -46,7 +54,7 @@ class Sample(NamedTuple):
     """The drawn tokens; a stop token that ended them is the last."""
     logprobs: list[float]
     """Of each token, under the distribution it was drawn from (temperature, top-k and top-p
-    included); at temperature 0 under the model's own at temperature 1."""
+    included); at temperature 0 under the model's own, untruncated, at temperature 1."""
     stopped: bool
     """True: ended with a stop token. False: cut at max_new_tokens."""
 
@@ -72,10 +80,10 @@ class Draft:
     """One sample in the making."""
 
     prompt: tuple[int, ...]
-    row: int
+    place: int  # of the prompt in the call
     sample: int
     key: int
-    made: int = 0  # tokens drawn so far, an upper bound between two looks at the device
+    made: int = 0  # tokens drawn; too high for one that ended since the last look
 
 
 # ------------------------------------------------------------------------------------ the cache
@@ -84,7 +92,9 @@ class Draft:
 class Prefill:
     """The cache as B prompts see it, padded on the right: a causal token never looks there.
 
-    `kv` is (layers, 2, S, K, L, E). Positions before `shared` are in every slot already.
+    `kv` is (layers, 2, S, K, L, E). Positions before `shared` are in slot 0 (and in the others that
+    will be used). The rest goes to `slots` (None: nowhere, the hidden states are all that is
+    wanted), padding too: decoding hides it until it is overwritten.
     """
 
     def __init__(self, kv: Tensor, slots: Tensor | None, shared: int):
@@ -106,20 +116,20 @@ class Prefill:
         v = torch.cat((values[:1, :, : self.shared].expand(B, -1, -1, -1), v), dim=2)
         if self.mask is None:
             self.mask = torch.ones(T, self.shared + T, dtype=torch.bool, device=q.device)
-            self.mask = self.mask.tril(self.shared)
+            self.mask = self.mask.tril(self.shared)  # token t sees shared + t + 1 columns
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=grouped)
         return y.transpose(1, 2)
 
 
 class Decode:
-    """The cache as one new token of each of the sequences in slots 0 … B-1 sees it.
+    """For decoding: one new token for each of the sequences in slots 0 … B-1.
 
     `lengths` (B,) tokens are cached before it; only the first `width` positions are looked at.
     """
 
     def __init__(self, kv: Tensor, lengths: Tensor, width: int):
         self.kv, self.lengths, self.width = kv, lengths, width
-        self.rows = torch.arange(lengths.shape[0], device=kv.device)
+        self.row_index = torch.arange(lengths.shape[0], device=kv.device)
         unseen = torch.arange(width, device=kv.device) > lengths[:, None]
         bias = torch.zeros(unseen.shape, dtype=kv.dtype, device=kv.device)
         self.bias = bias.masked_fill_(unseen, -math.inf)[:, None, None]  # (B, 1, 1, width)
@@ -128,15 +138,16 @@ class Decode:
         B, _, H, E = q.shape
         K = k.shape[2]
         keys, values = self.kv[layer]
-        keys[self.rows, :, self.lengths] = k[:, 0]
-        values[self.rows, :, self.lengths] = v[:, 0]
+        keys[self.row_index, :, self.lengths] = k[:, 0]
+        values[self.row_index, :, self.lengths] = v[:, 0]
         keys, values = keys[:B, :, : self.width], values[:B, :, : self.width]  # (B, K, width, E)
-        # The H/K query heads of a key head are as good as H/K query tokens: no key is repeated.
+        # Treat the H/K query heads of a key head as query tokens: no key needs repeating.
         q = q.view(B, K, H // K, E)
-        if q.dtype in (torch.float32, torch.float64):  # on a CPU three times faster than the fused
+        # Plain products are three times as fast on a CPU; below fp32 they would round the scores.
+        if q.dtype in (torch.float32, torch.float64):
             scores = torch.matmul(q * E**-0.5, keys.transpose(2, 3)) + self.bias
             y = torch.matmul(scores.softmax(-1), values)
-        else:  # fused: keeps the scores in fp32
+        else:
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)
         return y.reshape(B, 1, H, E)
 
@@ -148,8 +159,9 @@ def draw(logits: Tensor, uniform: Tensor, rules: Rules) -> tuple[Tensor, Tensor]
     """logits (B, V) in fp32, uniform (B,) in [0, 1) -> tokens (B,) and their log-probs (B,).
 
     Inverse transform: the token is the first whose cumulated share passes `uniform`. One number a
-    row instead of V makes the draw easy to key. Shares are cumulated in fp64, first over blocks of
-    tokens, then inside the chosen block, and a token of zero share is passed over by rule.
+    row instead of V makes the draw easy to key. Shares are cumulated in fp64, over blocks of tokens
+    first and then inside the chosen block (fp64 over all of V would cost more than the softmax). A
+    token of zero share is passed over by rule, whatever the rounding.
     """
     if rules.temperature == 0:
         token = logits.argmax(-1)
@@ -200,14 +212,14 @@ def uniforms(seed: int, keys: Ids, samples: Ids, count: int) -> Tensor:
         x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
         return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
-    def step(state: Tensor, word: Tensor) -> Tensor:
+    def absorb(state: Tensor, word: Tensor) -> Tensor:
         return mix((state ^ mix(word - 0x61C8864680B583EB)) - 0x61C8864680B583EB)
 
     def words(values: Ids) -> Tensor:
         return torch.tensor([(v + 2**63) % 2**64 - 2**63 for v in values])
 
-    state = step(step(words([seed]), words(keys)), words(samples))[:, None]
-    state = step(state, torch.arange(count))  # (B, count)
+    state = absorb(absorb(words([seed]), words(keys)), words(samples))[:, None]
+    state = absorb(state, torch.arange(count))  # (B, count)
     return ((state >> 16) & (2**48 - 1)).double() * 2.0**-48
 
 
@@ -237,11 +249,11 @@ class Sampler:
         shape = (c.layers, 2, slots, c.kv_heads, max_length, c.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.prefill_tokens = max(max_length, 8192)  # in one forward, padding included
-        self.logit_rows = max(
-            1, 2**26 // c.vocab_size
-        )  # 256 MB of fp32 logits at once, when scoring
-        self.shared = 0  # positions of the prefix that all slots hold
-        # The state of each slot. On a GPU it never leaves the device while steps run.
+        self.logit_rows = max(1, 2**26 // c.vocab_size)  # scoring: 256 MB of logits at once
+        self.shared = 0  # how many positions all prompts of this call have in common
+        self.kept: tuple | None = None  # (prompt, its rows) for siblings that wait
+        self.stops: frozenset[int] = frozenset()
+        # The state of each slot, and the call's settings, where a captured graph reads them.
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)  # fed next
         self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the cache
         self.made = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn
@@ -298,15 +310,16 @@ class Sampler:
         self.alive.zero_()
         self.share_prefix(prompts, min(self.slots, n * len(prompts)))
 
-        # Siblings in a row, long prompts first: those who wait longest then have the least to do.
+        # Long prompts first, equal ones side by side: `admit` relies on siblings in a row.
         rows = sorted(range(len(prompts)), key=lambda r: (-len(prompts[r]), tuple(prompts[r])))
         waiting = [Draft(tuple(prompts[r]), r, s, keys[r]) for r in rows for s in range(n)]
         waiting.reverse()
         samples: list[list] = [[None] * n for _ in prompts]
         live: list[Draft] = []
-        self.kept: tuple | None = None
+        self.kept = None
         while waiting or live:
             free = min(self.slots - len(live), len(waiting))
+            # Prefill in batches: wait until an eighth of the slots is free.
             if free and (not live or free >= self.slots // 8 or free == len(waiting)):
                 joining = [waiting.pop() for _ in range(free)]
                 self.admit(joining, len(live), waiting, seed, max_new_tokens)
@@ -340,16 +353,14 @@ class Sampler:
 
     # ------------------------------------------------------------------------- prompts
 
-    def share_prefix(self, prompts: Sequence[Ids], slots: int) -> None:
-        """Compute what all prompts begin with, and put it into the first `slots` slots."""
-        self.shared = shared = common_prefix(prompts) if slots else 0
+    def share_prefix(self, prompts: Sequence[Ids], copies: int) -> None:
+        """Compute what all prompts begin with, and put it into the first `copies` slots."""
+        self.shared = shared = common_prefix(prompts)
         if shared:
             ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
-            self.shared = 0
             first_slot = torch.zeros(1, dtype=torch.int64, device=self.device)
             self.forward(ids, Prefill(self.kv, first_slot, 0), 0)
-            self.kv[:, :, 1:slots, :, :shared] = self.kv[:, :, :1, :, :shared]
-            self.shared = shared
+            self.kv[:, :, 1:copies, :, :shared] = self.kv[:, :, :1, :, :shared]
 
     def forward(self, ids: Tensor, view: Prefill, start: int) -> Tensor:
         positions = torch.arange(start, start + ids.shape[1], device=self.device)
@@ -358,7 +369,7 @@ class Sampler:
     def prefill(
         self, sequences: Sequence[Ids], slots: Ids | None = None
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Run sequences past the shared prefix, together with others of about their length.
+        """Run sequences past the shared prefix, in batches of less than half padding.
 
         Yields (which of the sequences, hidden (B, T, D) from position `shared` on).
         """
@@ -386,7 +397,7 @@ class Sampler:
         kept_prompt, kept = self.kept or (None, None)
         fresh = [p for p in owner if p != kept_prompt]
         for _ in self.prefill([p[:-1] for p in fresh], [owner[p][0] for p in fresh]):
-            pass
+            pass  # all that is wanted is in the cache
         for prompt, slots in owner.items():
             span = slice(self.shared, len(prompt) - 1)
             if prompt == kept_prompt:
@@ -414,7 +425,7 @@ class Sampler:
     # ------------------------------------------------------------------------- decoding
 
     def step(self, B: int, width: int, rules: Rules) -> None:
-        """One token for each of the slots 0 … B-1, without a word to the host."""
+        """One token for each of the slots 0 … B-1, without waiting for the host."""
         token, length, made = self.token[:B], self.length[:B], self.made[:B]
         alive = self.alive[:B]
         view = Decode(self.kv, length, width)
@@ -429,12 +440,13 @@ class Sampler:
         made += alive
         alive &= ~self.is_stop[drawn] & (made < self.limit)
 
-    def decode(self, live: int, width: int, rules: Rules) -> None:
+    def decode(self, count: int, width: int, rules: Rules) -> None:
         if self.device.type != "cuda":
-            self.step(live, width, rules)
+            self.step(count, width, rules)
             return
-        # A graph replays fixed shapes: round up. Slots beyond the live ones are dead and harmless.
-        B = min(self.slots, 1 << (live - 1).bit_length())
+        # A graph replays fixed shapes: round up. A slot beyond the live ones is dead: it writes at
+        # its own `length`, past any prefix, and whoever joins there overwrites it.
+        B = min(self.slots, 1 << (count - 1).bit_length())
         width = min(self.max_length, max(256, 1 << (width - 1).bit_length()))
         if (B, width, rules) not in self.graphs:
             self.graphs[B, width, rules] = self.capture(B, width, rules)
@@ -472,13 +484,13 @@ class Sampler:
         for row, i in enumerate(seen):
             draft, drawn, their = live[i], ids[row][: made[row]], logprobs[row][: made[row]]
             if not all(map(math.isfinite, their)):
-                raise FloatingPointError(
-                    f"prompt {draft.row}, sample {draft.sample}: the model's logits are not finite"
-                )
+                self.kv.zero_()  # what is not finite there would outlive the weights that made it
+                where = f"prompt {draft.place}, sample {draft.sample}"
+                raise FloatingPointError(f"{where}: the model's logits are not finite")
             if not alive[i]:
-                samples[draft.row][draft.sample] = Sample(drawn, their, drawn[-1] in self.stops)
+                samples[draft.place][draft.sample] = Sample(drawn, their, drawn[-1] in self.stops)
             if watch:
-                watch(draft.row, draft.sample, drawn, not alive[i])
+                watch(draft.place, draft.sample, drawn, not alive[i])
 
         rest = [i for i in range(B) if alive[i]]
         holes = [i for i in range(len(rest)) if not alive[i]]
@@ -519,8 +531,8 @@ class Sampler:
             targets = [token for i in batch for token in continuations[i]]
             targets = torch.tensor(targets, dtype=torch.int64, device=self.device)
             scored = []
-            step = self.logit_rows
-            for h, t in zip(hidden.split(step), targets.split(step), strict=True):
+            chunk = self.logit_rows
+            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
                 logits = self.model.logits(h) / temperature
                 scored.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(-1))
             for i, part in zip(batch, torch.cat(scored).split(sizes), strict=True):
@@ -533,7 +545,7 @@ class Sampler:
     ) -> Tensor:
         """(len(prompts), len(token_ids)): log-probs of these tokens right after each prompt.
 
-        Over the whole vocabulary: what lies beside `token_ids` is missing from their sum.
+        Normalised over the whole vocabulary: the probabilities of a row sum to at most 1.
         """
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} must be above 0")
@@ -559,11 +571,10 @@ def common_prefix(prompts: Sequence[Ids]) -> int:
     """How many tokens all prompts begin with, leaving each at least its last one."""
     if not prompts:
         return 0
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # the two least alike
-    size = 0
-    while size < min(map(len, prompts)) - 1 and first[size] == last[size]:
-        size += 1
-    return size
+    # The first and the last in dictionary order share just what all share.
+    smallest, largest = min(map(tuple, prompts)), max(map(tuple, prompts))
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if smallest[i] != largest[i]), most)
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -646,8 +657,10 @@ def main() -> None:
             options.seed,
             watch=watch,
         )
-    except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
-        print(f"\nsampler.py: {error or 'stopped'}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"sampler.py: {error}")
     seconds = time.perf_counter() - start
     print(f"{sum(tokens)} tokens in {seconds:.2f} s: {sum(tokens) / seconds:.0f} tokens/s")
 

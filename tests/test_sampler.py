@@ -459,10 +459,18 @@ def test_bad_samplers_and_readings_are_refused(model):
 
 def test_logits_that_are_not_finite_are_an_error(folder):
     model = ours.load(folder)
+    sampler = Sampler(model, 2, 32)
+    ragged = [[1, 2], [3, 4, 5, 6, 7, 8]]
+    want = sampler.generate(ragged, 1, 9)
+    weight = model.blocks[0].attention_norm.weight
+    old = weight[3].item()
     with torch.no_grad():
-        model.norm.weight[3] = math.nan
-    with pytest.raises(FloatingPointError, match=r"prompt 0, sample 0: .* not finite"):
-        Sampler(model, 2, 32).generate([[1, 2]], 1, 4)
+        weight[3] = math.nan
+    with pytest.raises(FloatingPointError, match=r"prompt 0, sample \d: .* not finite"):
+        sampler.generate([[1, 2, 3, 4, 5]], 2, 20)
+    with torch.no_grad():
+        weight[3] = old
+    assert sampler.generate(ragged, 1, 9) == want  # nothing of it lingers in the cache
 
 
 # ------------------------------------------------------------------------------ the command line
