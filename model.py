@@ -17,6 +17,7 @@ V vocabulary.
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ SUPPORTED = {  # keys that would change the computation, and the one value that 
 LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 ROPE_KEYS = {"default": [], "linear": ["factor"], "llama3": LLAMA3}
 SHARD_BYTES = 5_000_000_000
+STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -200,22 +202,27 @@ class Transformer(nn.Module):
         (B, T, K, E); it stores the keys and values and does the attention (see sampler.py).
         `positions` (B, T) default to 0, 1, 2, … in each row or segment; a cache requires them.
         """
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise ValueError(f"ids must be (rows, tokens), not empty; not {tuple(ids.shape)}")
         B, T = ids.shape
-        if ids.device.type == "cpu" and ids.numel():  # on a GPU this check would stall the stream
+        if ids.device.type == "cpu":  # on a GPU this check would stall the stream
             low, high = ids.aminmax()
             if low < 0 or high >= self.config.vocab_size:
-                bad = int(low if low < 0 else high)
+                bad, size = int(low if low < 0 else high), self.config.vocab_size
                 raise ValueError(
-                    f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: "
-                    "is this the model's own tokenizer?"
+                    f"token id {bad} is outside the vocabulary of {size}: is this the model's own "
+                    "tokenizer?"
                 )
         if cache is not None and (positions is None or segments is not None):
             raise ValueError("with a cache, give `positions` and no `segments`")
+        if positions is not None and positions.shape != ids.shape:
+            raise ValueError(f"positions {tuple(positions.shape)} for ids {tuple(ids.shape)}")
         packing = None
         if segments is not None:
+            segments = [int(length) for length in segments]
             if B != 1 or sum(segments) != T or min(segments, default=1) < 1:
                 raise ValueError(
-                    f"segments {list(segments)} must be positive lengths that fill the one row of "
+                    f"segments {segments} must be positive lengths that fill the one row of "
                     f"ids, which has the shape {tuple(ids.shape)}"
                 )
             packing = pack(segments, ids.device)
@@ -240,7 +247,8 @@ class Transformer(nn.Module):
         """
         weight = self.head_weight.to(hidden.dtype)
         # The product with fp32 output has no backward, and exists on CUDA alone.
-        if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
+        half = hidden.dtype in (torch.bfloat16, torch.float16)
+        if hidden.is_cuda and half and not torch.is_grad_enabled():
             flat = hidden.reshape(-1, hidden.shape[-1])
             out = torch.mm(flat, weight.t(), out_dtype=torch.float32)
             return out.view(*hidden.shape[:-1], -1)
@@ -291,16 +299,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-class Bucket(NamedTuple):
-    sequences: int
-    length: int  # of the longest
-    source: Tensor  # where in the row its tokens lie
-    place: Tensor  # where in the (sequences * length) grid they go
-
-
 class Packing(NamedTuple):
-    buckets: list[Bucket]
-    back: Tensor  # row position -> place in the buckets' outputs laid end to end
+    grids: list[Tensor]  # for each bucket (sequences, longest): where in the row its tokens lie
+    back: Tensor  # (T,) row position -> place in the buckets' grids, laid end to end
     positions: Tensor  # (T,) 0, 1, 2, … in each sequence
 
 
@@ -309,23 +310,21 @@ def pack(lengths: Sequence[int], device: torch.device) -> Packing:
 
     Less than half of a bucket's grid is padding then, whatever the mixture of lengths.
     """
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         groups.setdefault(length.bit_length(), []).append(i)
-    buckets, sources = [], []
+    back, grids, filled = torch.empty(sum(lengths), dtype=torch.int64), [], 0
     for members in groups.values():
-        sizes = torch.tensor([lengths[i] for i in members])
-        longest = int(sizes.max())
-        offsets = torch.arange(longest).expand(len(members), longest)
-        real = offsets < sizes[:, None]  # (sequences, longest)
-        source = (starts[members][:, None] + offsets)[real]
-        place = real.flatten().nonzero()[:, 0]
-        sources.append(source)
-        buckets.append(Bucket(len(members), longest, source.to(device), place.to(device)))
+        sizes = torch.tensor([lengths[i] for i in members])[:, None]
+        offsets = torch.arange(int(sizes.max()))
+        grid = starts[members][:, None] + offsets.minimum(sizes - 1)  # padding repeats the last
+        real = offsets < sizes
+        back[grid[real]] = filled + real.flatten().nonzero()[:, 0]
+        filled += grid.numel()
+        grids.append(grid.to(device))
     positions = torch.cat([torch.arange(length) for length in lengths])
-    back = torch.cat(sources).argsort()  # the inverse of the permutation
-    return Packing(buckets, back.to(device), positions.to(device))
+    return Packing(grids, back.to(device), positions.to(device))
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -338,12 +337,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tenso
     H, K = q.shape[2], k.shape[2]
     qkv = torch.cat((q, k, v), dim=2)[0]  # (T, H+2K, E)
     outputs = []
-    for b in packing.buckets:
-        grid = qkv.new_zeros(b.sequences * b.length, *qkv.shape[1:])
-        grid = grid.index_copy(0, b.place, qkv.index_select(0, b.source))
-        grid = grid.view(b.sequences, b.length, *qkv.shape[1:])
-        y = causal_attention(*grid.split((H, K, K), dim=2))
-        outputs.append(y.flatten(0, 1).index_select(0, b.place))
+    for grid in packing.grids:
+        rows = qkv.index_select(0, grid.flatten()).view(*grid.shape, H + 2 * K, -1)
+        outputs.append(causal_attention(*rows.split((H, K, K), dim=2)).flatten(0, 1))
     return torch.cat(outputs).index_select(0, packing.back)[None]
 
 
@@ -404,11 +400,14 @@ def find_folder(source: str | Path) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: not a Hugging Face model folder") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not an object")
+    return content
 
 
 def read_config(folder: Path) -> Config:
@@ -416,9 +415,9 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     hub = read_json(path)
 
-    for key in HUB_KEYS.values():
-        if hub.get(key) is None:
-            raise ValueError(f"{path} lacks the key {key!r}: the model is not defined without it")
+    for ours, key in HUB_KEYS.items():
+        if not isinstance(hub.get(key), str if ours == "family" else int | float):
+            raise ValueError(f"{path}: the key {key!r} is missing or not of its type")
     known = {ours: hub[key] for ours, key in HUB_KEYS.items()}
     family, heads = known["family"], known["heads"]
     if family not in FAMILIES:
@@ -449,15 +448,23 @@ def read_config(folder: Path) -> Config:
 
 
 def read_rope(hub: dict, path: Path) -> tuple[float, dict | None]:
-    rope = {**(hub.get("rope_scaling") or {}), **(hub.get("rope_parameters") or {})}
-    theta = rope.pop("rope_theta", None) or hub.get("rope_theta")
+    old = {"rope_theta": hub.get("rope_theta"), **(hub.get("rope_scaling") or {})}
+    old["rope_type"] = old.get("rope_type") or old.pop("type", None)
+    new = hub.get("rope_parameters") or {}
+    rope = {key: value for key, value in (old | new).items() if value is not None and key != "type"}
+    for key, value in old.items():
+        if value is not None and new.get(key, value) != value:
+            raise ValueError(
+                f"{path}: rope_parameters say {key}={new[key]!r}, the older keys {value!r}: "
+                "remove the wrong one"
+            )
+    theta = rope.pop("rope_theta", None)
     if theta is None:
         raise ValueError(
             f"{path} has neither rope_theta nor rope_parameters.rope_theta; "
             'add "rope_theta": 10000.0 if that is what this model was trained with'
         )
-    kind = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope["rope_type"] = kind
+    kind = rope.setdefault("rope_type", "default")
     if kind not in ROPE_KEYS:
         known = ", ".join(ROPE_KEYS)
         raise ValueError(f"{path}: rope type {kind!r} is not supported; known: {known}")
@@ -557,7 +564,8 @@ def check_names(config: Config, tensors: dict, folder: Path) -> None:
 def save(model: Transformer, folder: str | Path) -> None:
     """Write config.json and safetensors that `load` and transformers 4.57 and 5.x read.
 
-    Each file appears whole under its name or not at all; stale ones of an earlier save are deleted last.
+    All files are written beside the old ones first and renamed at the end, so a save that fails
+    leaves an earlier one as it was.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -574,22 +582,31 @@ def save(model: Transformer, folder: str | Path) -> None:
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
-        partial = folder / (file + ".partial")
-        # One shard at a time leaves the device. safetensors refuses pieces that share memory.
-        pieces = {name: tensor.detach().cpu().clone() for name, tensor in shard.items()}
-        save_file(pieces, partial, {"format": "pt"})
-        os.replace(partial, folder / file)
+    config = {"config.json": hub_config(model.config, model.embedding.weight.dtype)}
     if len(shards) > 1:
         total = sum(t.nbytes for t in tensors.values())
         weight_map = {n: f for f, shard in zip(files, shards, strict=True) for n in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        files.append("model.safetensors.index.json")
-        write_json(folder / files[-1], index)
-    write_json(folder / "config.json", hub_config(model.config, model.embedding.weight.dtype))
-    for stale in folder.glob("model*.safetensors*"):
-        if stale.name not in files:
-            stale.unlink()
+        config["model.safetensors.index.json"] = index
+    partial = {name: folder / (name + ".partial") for name in [*files, *config]}
+    try:
+        for file, shard in zip(files, shards, strict=True):
+            # One shard at a time leaves the device. safetensors refuses pieces that share memory.
+            pieces = {name: tensor.detach().cpu().clone() for name, tensor in shard.items()}
+            save_file(pieces, partial[file], {"format": "pt"})
+        for file, content in config.items():
+            partial[file].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for path in partial.values():
+            with open(path, "rb") as written:
+                os.fsync(written.fileno())
+        for path in folder.iterdir():  # old shards beside new ones would be a loadable mixture
+            if STALE.fullmatch(path.name) and (len(shards) > 1 or path.name not in files):
+                path.unlink()
+        for file, path in partial.items():
+            os.replace(path, folder / file)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
 
 
 def hub_config(c: Config, dtype: torch.dtype) -> dict:
@@ -610,9 +627,3 @@ def hub_config(c: Config, dtype: torch.dtype) -> dict:
         "dtype": stored,
         "torch_dtype": stored,
     }
-
-
-def write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

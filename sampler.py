@@ -67,8 +67,10 @@ class Rules(NamedTuple):
     top_p: float = 1.0
 
     def check(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or above")
+        if self.temperature != 0 and not 1e-4 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} must be 0 (greedy) or at least 0.0001"
+            )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"top_k={self.top_k} must be 0 (off) or above, top_p={self.top_p} in (0, 1]"
@@ -103,22 +105,24 @@ class Prefill:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)
-        B, H, T, _ = q.shape
-        grouped = H != k.shape[1]
+        B, H, T, E = q.shape
+        K, shared = k.shape[1], self.shared
         keys, values = self.kv[layer]  # (S, K, L, E)
         if self.slots is not None:
-            keys[self.slots, :, self.shared : self.shared + T] = k
-            values[self.slots, :, self.shared : self.shared + T] = v
-        if self.shared == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            keys[self.slots, :, shared : shared + T] = k
+            values[self.slots, :, shared : shared + T] = v
+        if shared == 0:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
             return y.transpose(1, 2)
-        k = torch.cat((keys[:1, :, : self.shared].expand(B, -1, -1, -1), k), dim=2)
-        v = torch.cat((values[:1, :, : self.shared].expand(B, -1, -1, -1), v), dim=2)
-        if self.mask is None:
-            self.mask = torch.ones(T, self.shared + T, dtype=torch.bool, device=q.device)
-            self.mask = self.mask.tril(self.shared)  # token t sees shared + t + 1 columns
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=grouped)
-        return y.transpose(1, 2)
+        k = torch.cat((keys[:1, :, :shared].expand(B, -1, -1, -1), k), dim=2)
+        v = torch.cat((values[:1, :, :shared].expand(B, -1, -1, -1), v), dim=2)
+        if self.mask is None:  # token t sees shared + t + 1 columns, in each of the H/K query heads
+            mask = torch.ones(T, shared + T, dtype=torch.bool, device=q.device).tril(shared)
+            self.mask = mask.repeat(H // K, 1)
+        # A mask and grouped heads together have no fast kernel: the groups become query tokens.
+        q = q.reshape(B, K, H // K * T, E)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return y.view(B, H, T, E).transpose(1, 2)
 
 
 class Decode:
@@ -141,7 +145,7 @@ class Decode:
         keys[self.row_index, :, self.lengths] = k[:, 0]
         values[self.row_index, :, self.lengths] = v[:, 0]
         keys, values = keys[:B, :, : self.width], values[:B, :, : self.width]  # (B, K, width, E)
-        # Treat the H/K query heads of a key head as query tokens: no key needs repeating.
+        # The H/K query heads of a key head become query tokens: no key needs repeating.
         q = q.view(B, K, H // K, E)
         # Plain products are three times as fast on a CPU; below fp32 they would round the scores.
         if q.dtype in (torch.float32, torch.float64):
@@ -200,6 +204,7 @@ def truncate(logits: Tensor, rules: Rules) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True)
         share = ordered.softmax(-1)
         beyond = share.cumsum(-1) - share >= rules.top_p
+        beyond[:, 0] = False
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return logits
 
@@ -216,7 +221,7 @@ def uniforms(seed: int, keys: Ids, samples: Ids, count: int) -> Tensor:
         return mix((state ^ mix(word - 0x61C8864680B583EB)) - 0x61C8864680B583EB)
 
     def words(values: Ids) -> Tensor:
-        return torch.tensor([(v + 2**63) % 2**64 - 2**63 for v in values])
+        return torch.tensor([(int(v) + 2**63) % 2**64 - 2**63 for v in values])
 
     state = absorb(absorb(words([seed]), words(keys)), words(samples))[:, None]
     state = absorb(state, torch.arange(count))  # (B, count)
@@ -231,12 +236,14 @@ class Sampler:
         """Room for `slots` sequences of `max_length` tokens, prompt included.
 
         The cache takes 2 * layers * slots * kv_heads * max_length * head_dim numbers, and stays.
+        Its type is that in which the model computes; a model that casts fp32 weights as it goes
+        would do so at each token, so give the sampler a copy of it in that type.
         `check_every`: steps between two looks at which sequences have ended. A look is free on a
         CPU (1) and stalls a GPU (16); tokens past a stop are thrown away.
         """
         c = model.config
-        if slots < 1:
-            raise ValueError(f"slots={slots}: at least 1 is needed")
+        if slots < 1 or (check_every is not None and check_every < 1):
+            raise ValueError(f"slots={slots}, check_every={check_every}: at least 1 is needed")
         if not 2 <= max_length <= c.max_length:
             raise ValueError(
                 f"max_length={max_length} must lie in 2 … {c.max_length}, the model's positions"
@@ -245,9 +252,13 @@ class Sampler:
         self.model, self.slots, self.max_length = model, slots, max_length
         self.device = device = weight.device
         self.check_every = check_every or (16 if device.type == "cuda" else 1)
-        dtype = getattr(model, "compute_dtype", None) or weight.dtype
-        shape = (c.layers, 2, slots, c.kv_heads, max_length, c.head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            raise ValueError(
+                f"the model is on {device}: call torch.cuda.set_device({device}) first"
+            )
+        self.room = -(-max_length // 8) * 8  # fused attention wants multiples of 8
+        shape = (c.layers, 2, slots, c.kv_heads, self.room, c.head_dim)
+        self.kv = torch.zeros(shape, dtype=self.dtype, device=device)
         self.prefill_tokens = max(max_length, 8192)  # in one forward, padding included
         self.logit_rows = max(1, 2**26 // c.vocab_size)  # scoring: 256 MB of logits at once
         self.shared = 0  # how many positions all prompts of this call have in common
@@ -268,6 +279,12 @@ class Sampler:
         self.is_stop = torch.zeros(c.vocab_size, dtype=torch.bool, device=device)
         self.graphs: dict = {}
         self.addresses: list[int] = []  # of the weights that the graphs read
+        self.busy = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        weight = next(self.model.parameters())
+        return getattr(self.model, "compute_dtype", None) or weight.dtype
 
     @torch.no_grad()
     def generate(
@@ -291,7 +308,8 @@ class Sampler:
         """
         rules = Rules(temperature, top_k, top_p)
         rules.check()
-        keys = range(len(prompts)) if keys is None else keys
+        prompts, stop_ids = plain(prompts), plain([stop_ids])[0]
+        keys = range(len(prompts)) if keys is None else plain([keys])[0]
         if n < 1 or max_new_tokens < 1 or len(keys) != len(prompts):
             raise ValueError(
                 f"n={n} and max_new_tokens={max_new_tokens} must be at least 1, and keys "
@@ -300,37 +318,40 @@ class Sampler:
         self.check(prompts, "prompt", max_new_tokens)
         self.check_vocabulary(stop_ids, "stop_ids")
         addresses = [p.data_ptr() for p in self.model.parameters()]
-        if addresses != self.addresses:  # somebody replaced the weights instead of updating them
-            self.graphs.clear()
+        if addresses != self.addresses or len(self.graphs) > 64:
+            self.graphs.clear()  # somebody replaced the weights, or used many sets of rules
             self.addresses = addresses
-        self.stops = frozenset(stop_ids)
+        self.share_prefix(prompts, min(self.slots, n * len(prompts)))
+        self.stops, self.kept = frozenset(stop_ids), None
         self.limit.fill_(max_new_tokens)
         self.is_stop.zero_()
-        self.is_stop[torch.tensor(list(stop_ids), dtype=torch.int64, device=self.device)] = True
+        self.is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=self.device)] = True
         self.alive.zero_()
-        self.share_prefix(prompts, min(self.slots, n * len(prompts)))
 
         # Long prompts first, equal ones side by side: `admit` relies on siblings in a row.
-        rows = sorted(range(len(prompts)), key=lambda r: (-len(prompts[r]), tuple(prompts[r])))
-        waiting = [Draft(tuple(prompts[r]), r, s, keys[r]) for r in rows for s in range(n)]
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+        waiting = [Draft(prompts[i], i, j, keys[i]) for i in order for j in range(n)]
         waiting.reverse()
         samples: list[list] = [[None] * n for _ in prompts]
         live: list[Draft] = []
-        self.kept = None
-        while waiting or live:
-            free = min(self.slots - len(live), len(waiting))
-            # Prefill in batches: wait until an eighth of the slots is free.
-            if free and (not live or free >= self.slots // 8 or free == len(waiting)):
-                joining = [waiting.pop() for _ in range(free)]
-                self.admit(joining, len(live), waiting, seed, max_new_tokens)
-                live += joining
-            steps = min(self.check_every, max_new_tokens - min(s.made for s in live))
-            width = max(len(s.prompt) + s.made for s in live)
-            for i in range(steps):
-                self.decode(len(live), min(width + i, self.max_length), rules)
-            for s in live:
-                s.made += steps
-            live = self.collect(live, samples, watch)
+        self.busy = True
+        try:
+            while waiting or live:
+                free = min(self.slots - len(live), len(waiting))
+                # Prefill in batches: wait until an eighth of the slots is free.
+                if free and (not live or free >= self.slots // 8 or free == len(waiting)):
+                    joining = [waiting.pop() for _ in range(free)]
+                    self.admit(joining, len(live), waiting, seed, max_new_tokens)
+                    live += joining
+                steps = min(self.check_every, max_new_tokens - min(d.made for d in live))
+                width = max(len(d.prompt) + d.made for d in live)
+                for i in range(steps):
+                    self.decode(len(live), min(width + i, self.room), rules)
+                for draft in live:
+                    draft.made += steps
+                live = self.collect(live, samples, watch)
+        finally:
+            self.busy = False
         return samples
 
     def check(self, sequences: Sequence[Ids], what: str, more: int = 0) -> None:
@@ -355,16 +376,18 @@ class Sampler:
 
     def share_prefix(self, prompts: Sequence[Ids], copies: int) -> None:
         """Compute what all prompts begin with, and put it into the first `copies` slots."""
-        self.shared = shared = common_prefix(prompts)
+        if self.busy:
+            raise RuntimeError("this sampler is in the middle of a call: `watch` may not use it")
+        if self.kv.dtype != self.dtype:
+            raise RuntimeError(
+                f"the model computes in {self.dtype} now, the cache in {self.kv.dtype}: make a new "
+                "Sampler"
+            )
+        shared, self.shared = common_prefix(prompts), 0
         if shared:
-            ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
-            first_slot = torch.zeros(1, dtype=torch.int64, device=self.device)
-            self.forward(ids, Prefill(self.kv, first_slot, 0), 0)
-            self.kv[:, :, 1:copies, :, :shared] = self.kv[:, :, :1, :, :shared]
-
-    def forward(self, ids: Tensor, view: Prefill, start: int) -> Tensor:
-        positions = torch.arange(start, start + ids.shape[1], device=self.device)
-        return self.model(ids, positions=positions.expand_as(ids), cache=view)
+            for _ in self.prefill([prompts[0][:shared]], [0]):
+                self.kv[:, :, 1:copies, :, :shared] = self.kv[:, :, :1, :, :shared]
+        self.shared = shared
 
     def prefill(
         self, sequences: Sequence[Ids], slots: Ids | None = None
@@ -375,19 +398,26 @@ class Sampler:
         """
         todo = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         todo = [i for i in todo if len(sequences[i]) > self.shared]
+        budget = self.prefill_tokens
         while todo:
             T = len(sequences[todo[0]]) - self.shared
-            fits = max(1, self.prefill_tokens // T)
+            # The prefix costs no products, but each row of the batch has its own copy of its keys.
+            fits = max(1, min(budget // T, 8 * budget // (self.shared + T)))
             batch = [i for i in todo[:fits] if 2 * (len(sequences[i]) - self.shared) > T]
             todo = todo[len(batch) :]
             ids = torch.zeros(len(batch), T, dtype=torch.int64)
             for row, i in enumerate(batch):
                 tail = sequences[i][self.shared :]
                 ids[row, : len(tail)] = torch.tensor(tail)
-            where = None if slots is None else torch.tensor([slots[i] for i in batch])
-            where = None if where is None else where.to(self.device)
-            view = Prefill(self.kv, where, self.shared)
-            yield batch, self.forward(ids.to(self.device), view, self.shared)
+            rows = slots and torch.tensor([slots[i] for i in batch], device=self.device)
+            positions = torch.arange(self.shared, self.shared + T, device=self.device)
+            view = Prefill(self.kv, rows, self.shared)
+            yield (
+                batch,
+                self.model(
+                    ids.to(self.device), positions=positions.expand(len(batch), T), cache=view
+                ),
+            )
 
     def admit(self, joining, start: int, waiting, seed: int, max_new_tokens: int) -> None:
         """Give slots `start`, `start + 1`, … to new sequences and prefill what is new of them."""
@@ -417,10 +447,8 @@ class Sampler:
         self.length[here] = torch.tensor([len(s.prompt) - 1 for s in joining], device=self.device)
         self.made[here] = 0
         self.alive[here] = True
-        numbers = uniforms(
-            seed, [s.key for s in joining], [s.sample for s in joining], max_new_tokens
-        )
-        self.uniform[here, :max_new_tokens] = numbers.to(self.device)
+        draws = [s.key for s in joining], [s.sample for s in joining]
+        self.uniform[here, :max_new_tokens] = uniforms(seed, *draws, max_new_tokens).to(self.device)
 
     # ------------------------------------------------------------------------- decoding
 
@@ -447,7 +475,7 @@ class Sampler:
         # A graph replays fixed shapes: round up. A slot beyond the live ones is dead: it writes at
         # its own `length`, past any prefix, and whoever joins there overwrites it.
         B = min(self.slots, 1 << (count - 1).bit_length())
-        width = min(self.max_length, max(256, 1 << (width - 1).bit_length()))
+        width = min(self.room, max(256, 1 << (width - 1).bit_length()))
         if (B, width, rules) not in self.graphs:
             self.graphs[B, width, rules] = self.capture(B, width, rules)
         self.graphs[B, width, rules].replay()
@@ -501,7 +529,7 @@ class Sampler:
             self.kv[:, :, holes, :, span] = self.kv[:, :, movers, :, span]
             for state in self.state:
                 state[holes] = state[movers]
-        self.alive[len(rest) : B] = False
+            self.alive[movers] = False
         for hole, mover in zip(holes, movers, strict=True):
             live[hole] = live[mover]
         return live[: len(rest)]
@@ -513,31 +541,16 @@ class Sampler:
         self, prompts: Sequence[Ids], continuations: Sequence[Ids], temperature: float = 1.0
     ) -> list[Tensor]:
         """Log-probs of the tokens of each continuation after its prompt, in fp32 on the device."""
-        if len(prompts) != len(continuations) or not temperature > 0:
-            raise ValueError(
-                f"{len(prompts)} prompts, {len(continuations)} continuations, temperature="
-                f"{temperature}: the counts must be equal and the temperature above 0"
-            )
-        whole = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
+        prompts, continuations = plain(prompts), plain(continuations)
+        if len(prompts) != len(continuations):
+            raise ValueError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
         self.check(prompts, "prompt")
+        whole = [p + c for p, c in zip(prompts, continuations, strict=True)]
         self.check(whole, "prompt and continuation")
         self.share_prefix(prompts, 1)
-        scores = [torch.zeros(0, device=self.device) for _ in prompts]
-        for batch, hidden in self.prefill([ids[:-1] for ids in whole]):
-            begins = [len(prompts[i]) - 1 - self.shared for i in batch]
-            sizes = [len(continuations[i]) for i in batch]
-            rows = zip(hidden, begins, sizes, strict=True)
-            hidden = torch.cat([h[begin : begin + size] for h, begin, size in rows])
-            targets = [token for i in batch for token in continuations[i]]
-            targets = torch.tensor(targets, dtype=torch.int64, device=self.device)
-            scored = []
-            chunk = self.logit_rows
-            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-                logits = self.model.logits(h) / temperature
-                scored.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(-1))
-            for i, part in zip(batch, torch.cat(scored).split(sizes), strict=True):
-                scores[i] = part
-        return scores
+        columns = [torch.tensor(c, dtype=torch.int64)[:, None] for c in continuations]
+        starts = [len(p) - 1 for p in prompts]
+        return [s[:, 0] for s in self.read([w[:-1] for w in whole], starts, columns, temperature)]
 
     @torch.no_grad()
     def next_logprobs(
@@ -547,24 +560,48 @@ class Sampler:
 
         Normalised over the whole vocabulary: the probabilities of a row sum to at most 1.
         """
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be above 0")
+        prompts, token_ids = plain(prompts), plain([token_ids])[0]
         self.check(prompts, "prompt")
         self.check_vocabulary(token_ids, "token_ids")
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        distinct = list(dict.fromkeys(prompts))
         self.share_prefix(distinct, 1)
-        columns = torch.tensor(list(token_ids), device=self.device)
-        answers = torch.zeros(len(distinct), len(columns), device=self.device)
-        for batch, hidden in self.prefill(distinct):
-            last = torch.tensor([len(distinct[i]) - 1 - self.shared for i in batch])
-            rows = hidden[torch.arange(len(batch)), last.to(self.device)]
+        columns = [torch.tensor([token_ids], dtype=torch.int64)] * len(distinct)
+        rows = self.read(distinct, [len(p) - 1 for p in distinct], columns, temperature)
+        answers = dict(zip(distinct, rows, strict=True))
+        empty = torch.zeros(0, len(token_ids), device=self.device)
+        return torch.cat([empty, *(answers[p] for p in prompts)])
+
+    def read(
+        self, sequences: list, starts: Ids, columns: list[Tensor], temperature: float
+    ) -> list[Tensor]:
+        """Log-probs of the tokens columns[i] (rows, k), the first row after position starts[i]."""
+        if not temperature >= 1e-4:
+            raise ValueError(f"temperature={temperature} must be at least 0.0001")
+        answers = [torch.zeros(c.shape, device=self.device) for c in columns]
+        for batch, hidden in self.prefill(sequences):
+            starts_here = [starts[i] - self.shared for i in batch]
+            sizes = [len(columns[i]) for i in batch]
+            rows = zip(hidden, starts_here, sizes, strict=True)
+            hidden = torch.cat([h[start : start + size] for h, start, size in rows])
+            wanted = torch.cat([columns[i] for i in batch]).to(self.device)
             parts = []
-            for h in rows.split(self.logit_rows):
+            for h, column in zip(
+                hidden.split(self.logit_rows), wanted.split(self.logit_rows), strict=True
+            ):
                 logits = self.model.logits(h) / temperature
-                parts.append(logits[:, columns] - logits.logsumexp(-1, keepdim=True))
-            answers[torch.tensor(batch, device=self.device)] = torch.cat(parts).float()
-        place = {prompt: i for i, prompt in enumerate(distinct)}
-        return answers[[place[tuple(p)] for p in prompts]]
+                parts.append(logits.gather(1, column) - logits.logsumexp(-1, keepdim=True))
+            found = torch.cat(parts).float()
+            if found.isnan().any():
+                self.kv.zero_()
+                raise FloatingPointError("the model's logits are not finite")
+            for i, part in zip(batch, found.split(sizes), strict=True):
+                answers[i] = part
+        return answers
+
+
+def plain(sequences: Sequence[Ids]) -> list[tuple[int, ...]]:
+    """Lists, tuples, arrays or tensors of ids -> tuples of int, which compare and hash as such."""
+    return [tuple(map(int, ids)) for ids in sequences]
 
 
 def common_prefix(prompts: Sequence[Ids]) -> int:
@@ -572,7 +609,7 @@ def common_prefix(prompts: Sequence[Ids]) -> int:
     if not prompts:
         return 0
     # The first and the last in dictionary order share just what all share.
-    smallest, largest = min(map(tuple, prompts)), max(map(tuple, prompts))
+    smallest, largest = min(prompts), max(prompts)
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if smallest[i] != largest[i]), most)
 
@@ -582,10 +619,9 @@ def common_prefix(prompts: Sequence[Ids]) -> int:
 
 def main() -> None:
     import argparse
-    import json
     import sys
 
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     from model import find_folder, load
 
@@ -614,12 +650,10 @@ def main() -> None:
             prompt = tokenizer(text, add_special_tokens=False).input_ids
         else:
             prompt = tokenizer(options.prompt).input_ids
-        stops = [tokenizer.eos_token_id]
+        stops = {tokenizer.eos_token_id}
         if (folder / "generation_config.json").is_file():
-            text = (folder / "generation_config.json").read_text(encoding="utf-8")
-            more = json.loads(text).get("eos_token_id")
-            stops += more if isinstance(more, list) else [more]
-        stops = sorted({s for s in stops if s is not None})
+            more = GenerationConfig.from_pretrained(folder).eos_token_id
+            stops |= set(more if isinstance(more, list) else [more])
         room = len(prompt) + options.max_new_tokens
         sampler = Sampler(model, slots=options.n, max_length=room)
     except (OSError, ValueError) as error:
@@ -653,7 +687,7 @@ def main() -> None:
             options.temperature,
             options.top_k,
             options.top_p,
-            stops,
+            stops - {None},
             options.seed,
             watch=watch,
         )

@@ -140,6 +140,18 @@ def products_and_steps(side: Ours) -> tuple[float, list[tuple[int, int]]]:
     return min(seconds(replay) for _ in range(3)), steps
 
 
+def split(side: Ours) -> dict[str, float]:
+    """Share of a CPU run's wall time by kind of work, from torch's profiler."""
+    kinds = {"products": ("aten::mm", "aten::addmm"), "attention": ("aten::bmm", "attention")}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        wall = seconds(partial(side.run, 1))
+    shares = {"products": 0.0, "attention": 0.0, "other operators": 0.0}
+    for event in profile.key_averages():
+        kind = next((k for k, names in kinds.items() if event.key.endswith(names)), None)
+        shares[kind or "other operators"] += event.self_cpu_time_total / 1e6 / wall
+    return {**shares, "Python, launches, profiler": 1 - sum(shares.values())}
+
+
 def roofline(config: ours.Config, steps: list[tuple[int, int]]) -> float:
     """Seconds that reading weights and cache takes at the measured copy bandwidth."""
     source = torch.empty(2**26 if DEVICE == "cpu" else 2**30, dtype=torch.uint8, device=DEVICE)
@@ -206,6 +218,7 @@ def compare(shape: str, pairs: int) -> dict:
                 flush=True,
             )
         products, steps = products_and_steps(mine)
+        where = {} if DEVICE == "cuda" else split(mine)
         whole = min(seconds(partial(mine.run, 1)) for _ in range(3))
         mine = peer = None  # their memory is free before the peaks are taken
         ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True)]
@@ -218,6 +231,7 @@ def compare(shape: str, pairs: int) -> dict:
             "seconds": whole,
             "products share": products / whole,
             "roofline share": roofline(config, steps) / whole,
+            **{f"share {kind}": share for kind, share in where.items()},
             "peak MB ours": peak_megabytes("ours", folder, shape),
             "peak MB transformers": peak_megabytes("theirs", folder, shape),
         }

@@ -79,3 +79,12 @@ def test_rules_are_part_of_a_graphs_name(model):
     sampler.generate([[1, 2]], 2, 4)
     sampler.generate([[1, 2]], 2, 4, temperature=0.5)
     assert {rules for _, _, rules in sampler.graphs} == {Rules(), Rules(0.5)}
+
+
+def test_a_large_vocabulary_is_sorted_and_summed_in_graphs():
+    config = ours.Config("qwen2", 151_936, 64, 96, 2, 4, 2, 16, 512, tied=True)
+    model = ours.Transformer(config).to("cuda", torch.bfloat16)
+    sampler = Sampler(model, 8, 64)
+    for rules in ({}, {"top_k": 50}, {"top_p": 0.9}):
+        groups = sampler.generate([[1, 2, 3]] * 4, 2, 12, **rules)
+        assert len({tuple(s.ids) for g in groups for s in g}) == 8

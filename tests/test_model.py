@@ -241,20 +241,53 @@ def test_sharded_folders_both_ways(tmp_path, monkeypatch):
     torch.testing.assert_close(our_logits(tmp_path / "saved", ids), want, atol=1e-5, rtol=0)
 
 
-def test_failed_save_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
-    make_model(tmp_path)
-    model = ours.load(tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 8), (8, 1), (8, 8)])
+def test_failed_save_leaves_the_earlier_one_whole(tmp_path, monkeypatch, before, after):
+    """The disk fills up at the last file of the new save, be it of one file or of many."""
+    make_model(tmp_path / "hf")
+    model = ours.load(tmp_path / "hf")
+    bytes_for = {1: 10**9, 8: 14_000}
+    monkeypatch.setattr(ours, "SHARD_BYTES", bytes_for[before])
+    ours.save(model, tmp_path / "saved")
+    files = sorted(p.name for p in (tmp_path / "saved").iterdir())
+    assert len(files) == {1: 2, 8: 10}[before]
+    kept = tmp_path / "saved" / "model-lora.safetensors"  # somebody else's
+    kept.write_bytes(b"mine")
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    written = []
 
     def full_disk(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
+        written.append(path)
+        if len(written) == after:
+            path.write_bytes(b"half")
+            raise OSError("No space left on device")
+        save_file(tensors, path, metadata)
 
+    monkeypatch.setattr(ours, "SHARD_BYTES", bytes_for[after])
     monkeypatch.setattr(ours, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
-        ours.save(model, tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    ours.load(tmp_path)
+        ours.save(model, tmp_path / "saved")
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == sorted([*files, kept.name])
+    state = ours.load(tmp_path / "saved").state_dict()
+    assert all(torch.equal(state[k] + 1.0, v) for k, v in model.state_dict().items())
+
+    monkeypatch.setattr(ours, "save_file", save_file)
+    ours.save(model, tmp_path / "saved")
+    state = ours.load(tmp_path / "saved").state_dict()
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert kept.read_bytes() == b"mine"
+
+
+@torch.no_grad()
+def test_qwen3_without_head_dim_means_128(tmp_path):
+    theirs = make_model(tmp_path, "qwen3", head_dim=128)
+    ids = some_ids((1, 20))
+    want = theirs(ids).logits
+    edit_config(tmp_path, head_dim=None)
+    torch.testing.assert_close(our_logits(tmp_path, ids), want, atol=1e-5, rtol=0)
 
 
 def test_unknown_keys_of_the_config_survive_a_round_trip(tmp_path):
@@ -315,10 +348,13 @@ def refused(folder, match):
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"num_hidden_layers": None}, "lacks the key 'num_hidden_layers'"),
+        ({"num_hidden_layers": None}, "the key 'num_hidden_layers' is missing"),
         ({"rope_parameters": None}, "neither rope_theta nor rope_parameters"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "the key 'factor'"),
+        ({"rope_theta": 5.0}, "rope_parameters say rope_theta=1000000.0, the older keys 5.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "say rope_type='default', the older"),
+        ({"vocab_size": "many"}, "the key 'vocab_size' is missing or not of its type"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads 3"),
         ({"num_hidden_layers": 3}, "tensors are missing, first model.layers.2"),
         ({"num_hidden_layers": 1}, "no place in a qwen2 model of 1 layers, first model.layers.1"),
@@ -354,6 +390,8 @@ def test_broken_files_are_named(tmp_path):
     refused(tmp_path, "holds neither model.safetensors nor")
     (tmp_path / "config.json").write_text("{")
     refused(tmp_path, "config.json is not JSON")
+    (tmp_path / "config.json").write_text("[]")
+    refused(tmp_path, "config.json holds list, not an object")
     (tmp_path / "config.json").unlink()
     refused(tmp_path, "config.json is missing")
     refused(tmp_path / "nowhere", "no such folder")
@@ -380,3 +418,12 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path, bad):
     make_model(tmp_path)
     with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary of 99"):
         ours.load(tmp_path)(torch.tensor([[1, bad]]))
+
+
+def test_shapes_that_would_broadcast_are_refused(tmp_path):
+    make_model(tmp_path)
+    model = ours.load(tmp_path)
+    with pytest.raises(ValueError, match=r"positions \(8,\) for ids \(1, 8\)"):
+        model(some_ids((1, 8)), positions=torch.arange(8))
+    with pytest.raises(ValueError, match="ids must be"):
+        model(some_ids((8,)))

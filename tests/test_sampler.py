@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -106,6 +107,20 @@ def test_sampled_logprobs_equal_a_full_forward(model, temperature):
             want = forward_logprobs(model, prompt, sample.ids, temperature)
             got = torch.tensor(sample.logprobs)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("begin", [(), (4, 5, 6)])
+def test_bf16_samples_agree_with_a_full_forward(folder, begin):
+    """Below fp32 decoding takes the fused attention, the way of every GPU run."""
+    model = ours.load(folder, dtype=torch.bfloat16)
+    prompts = some_prompts(6, begin=begin)
+    groups = Sampler(model, 7, 64).generate(prompts, 4, 30, stop_ids=STOPS, seed=5)
+    gaps = [
+        (torch.tensor(sample.logprobs) - forward_logprobs(model, prompt, sample.ids)).abs()
+        for prompt, group in zip(prompts, groups, strict=True)
+        for sample in group
+    ]
+    assert torch.cat(gaps).max() < 0.06 and torch.cat(gaps).mean() < 0.01
 
 
 def test_greedy_logprobs_are_the_models_own(model):
@@ -309,7 +324,7 @@ def test_score_equals_a_full_forward(model, begin, temperature):
     prompts = some_prompts(12, 1, 20, begin)
     continuations = [p[::-1][:i] for i, p in enumerate(some_prompts(12, 12, 15))]
     sampler = Sampler(model, 4, 64)
-    sampler.prefill_tokens = 60  # several batches
+    sampler.prefill_tokens, sampler.logit_rows = 60, 3  # several batches, several chunks
     scores = sampler.score(prompts, continuations, temperature)
     assert [len(s) for s in scores] == list(range(12))
     for prompt, ids, got in list(zip(prompts, continuations, scores, strict=True))[1:]:
@@ -350,6 +365,46 @@ def test_calls_do_not_disturb_each_other(exact_model):
     sampler.score(other, prompts[:4])
     sampler.next_logprobs(other, [1, 2])
     assert sampler.generate(prompts, **rules) == first
+
+
+def test_stop_ids_of_an_earlier_call_are_forgotten(model):
+    sampler = Sampler(model, 4, 64)
+    sampler.generate([[1, 2]], 2, 9, stop_ids=range(VOCAB))
+    assert all(len(s.ids) == 9 for s in sampler.generate([[1, 2]], 4, 9)[0])
+
+
+def test_slots_that_died_early_stay_in_the_window(exact_model):
+    """The window filled to its last position, some ending early and none looked at till the end."""
+    prompts = some_prompts(6, 12, 12)
+    rules = {"n": 2, "max_new_tokens": 20, "stop_ids": STOPS, "seed": 6}
+    want = Sampler(exact_model, 12, 64).generate(prompts, **rules)
+    assert Sampler(exact_model, 12, 32, check_every=99).generate(prompts, **rules) == want
+
+
+def test_watch_may_not_use_the_sampler(model):
+    sampler = Sampler(model, 4, 64)
+    with pytest.raises(RuntimeError, match="in the middle of a call"):
+        sampler.generate([[1, 2]], 2, 9, watch=lambda *_: sampler.score([[1]], [[2]]))
+    sampler.score([[1]], [[2]])
+
+
+def test_ids_may_be_arrays_or_tensors(model):
+    sampler = Sampler(model, 4, 64)
+    prompts = some_prompts(3, 5, 5)
+    want = sampler.generate(prompts, 2, 9, stop_ids=STOPS, keys=[4, 5, 6], seed=3)
+    for kind in (torch.tensor, numpy.array):
+        keys, seed = kind([4, 5, 6]), numpy.int64(3)
+        got = sampler.generate(kind(prompts), 2, 9, stop_ids=kind(STOPS), keys=keys, seed=seed)
+        assert got == want
+        assert sampler.next_logprobs(kind(prompts), kind(STOPS)).shape == (3, 4)
+
+
+def test_another_compute_type_is_refused(folder):
+    model = ours.load(folder)
+    sampler = Sampler(model, 4, 64)
+    model.compute_dtype = torch.bfloat16
+    with pytest.raises(RuntimeError, match="make a new Sampler"):
+        sampler.generate([[1, 2]], 1, 9)
 
 
 def test_an_interrupted_call_leaves_a_clean_sampler(exact_model):
@@ -425,6 +480,7 @@ def test_nothing_to_do(model):
         ({"n": 0}, "n=0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -0.1}, "temperature=-0.1 must be 0"),
+        ({"temperature": 1e-5}, "temperature=1e-05 must be 0"),
         ({"temperature": math.nan}, "temperature=nan must be 0"),
         ({"temperature": math.inf}, "temperature=inf must be 0"),
         ({"top_k": -1}, "top_k=-1"),
@@ -444,13 +500,19 @@ def test_bad_arguments_are_named(model, arguments, match):
 def test_bad_samplers_and_readings_are_refused(model):
     with pytest.raises(ValueError, match="slots=0"):
         Sampler(model, 0, 32)
+    with pytest.raises(ValueError, match="check_every=-3"):
+        Sampler(model, 1, 32, check_every=-3)
     with pytest.raises(ValueError, match="max_length=513 must lie in 2"):
         Sampler(model, 1, 513)
     sampler = Sampler(model, 2, 32)
-    with pytest.raises(ValueError, match="1 prompts, 2 continuations"):
+    with pytest.raises(ValueError, match="1 prompts, but 2 continuations"):
         sampler.score([[1]], [[1], [2]])
     with pytest.raises(ValueError, match="prompt and continuation 0 has 40 tokens"):
         sampler.score([[1] * 20], [[1] * 20])
+    model_of_nan = ours.Transformer(model.config)
+    torch.nn.init.constant_(model_of_nan.norm.weight, math.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        Sampler(model_of_nan, 2, 32).score([[1, 2]], [[3]])
     with pytest.raises(ValueError, match="temperature=0"):
         sampler.next_logprobs([[1]], [1], temperature=0)
     with pytest.raises(ValueError, match="token_ids holds the id 99"):
