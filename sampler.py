@@ -66,16 +66,6 @@ class Rules(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
 
-    def check(self) -> None:
-        if self.temperature != 0 and not 1e-4 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature={self.temperature} must be 0 (greedy) or at least 0.0001"
-            )
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"top_k={self.top_k} must be 0 (off) or above, top_p={self.top_p} in (0, 1]"
-            )
-
 
 @dataclass(eq=False)
 class Draft:
@@ -253,9 +243,7 @@ class Sampler:
         self.device = device = weight.device
         self.check_every = check_every or (16 if device.type == "cuda" else 1)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
-            raise ValueError(
-                f"the model is on {device}: call torch.cuda.set_device({device}) first"
-            )
+            raise ValueError(f"model on {device}: call torch.cuda.set_device({device}) first")
         self.room = -(-max_length // 8) * 8  # fused attention wants multiples of 8
         shape = (c.layers, 2, slots, c.kv_heads, self.room, c.head_dim)
         self.kv = torch.zeros(shape, dtype=self.dtype, device=device)
@@ -307,7 +295,10 @@ class Sampler:
         sequence at each look; it costs a copy from the device.
         """
         rules = Rules(temperature, top_k, top_p)
-        rules.check()
+        if temperature != 0 and not 1e-4 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be 0 (greedy) or at least 0.0001")
+        if top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"top_k={top_k} must be 0 (off) or above, top_p={top_p} in (0, 1]")
         prompts, stop_ids = plain(prompts), plain([stop_ids])[0]
         keys = range(len(prompts)) if keys is None else plain([keys])[0]
         if n < 1 or max_new_tokens < 1 or len(keys) != len(prompts):
@@ -412,12 +403,8 @@ class Sampler:
             rows = slots and torch.tensor([slots[i] for i in batch], device=self.device)
             positions = torch.arange(self.shared, self.shared + T, device=self.device)
             view = Prefill(self.kv, rows, self.shared)
-            yield (
-                batch,
-                self.model(
-                    ids.to(self.device), positions=positions.expand(len(batch), T), cache=view
-                ),
-            )
+            ids = ids.to(self.device)
+            yield batch, self.model(ids, positions=positions.expand_as(ids), cache=view)
 
     def admit(self, joining, start: int, waiting, seed: int, max_new_tokens: int) -> None:
         """Give slots `start`, `start + 1`, … to new sequences and prefill what is new of them."""
@@ -425,6 +412,7 @@ class Sampler:
         for slot, s in enumerate(joining, start):
             owner.setdefault(s.prompt, []).append(slot)
         kept_prompt, kept = self.kept or (None, None)
+        self.kept = None
         fresh = [p for p in owner if p != kept_prompt]
         for _ in self.prefill([p[:-1] for p in fresh], [owner[p][0] for p in fresh]):
             pass  # all that is wanted is in the cache
@@ -436,11 +424,8 @@ class Sampler:
                 mine = self.kv[:, :, slots[0] : slots[0] + 1, :, span]
                 self.kv[:, :, slots[0] + 1 : slots[-1] + 1, :, span] = mine
         # A group that did not fit whole: keep its prompt for the siblings who wait.
-        last = joining[-1].prompt
-        self.kept = None
-        if waiting and waiting[-1].prompt == last:
-            span, slot = slice(self.shared, len(last) - 1), owner[last][0]
-            self.kept = last, self.kv[:, :, slot : slot + 1, :, span].clone()
+        if waiting and waiting[-1].prompt == prompt:
+            self.kept = prompt, self.kv[:, :, slots[0] : slots[0] + 1, :, span].clone()
 
         here = slice(start, start + len(joining))
         self.token[here] = torch.tensor([s.prompt[-1] for s in joining], device=self.device)
@@ -585,9 +570,9 @@ class Sampler:
             hidden = torch.cat([h[start : start + size] for h, start, size in rows])
             wanted = torch.cat([columns[i] for i in batch]).to(self.device)
             parts = []
-            for h, column in zip(
-                hidden.split(self.logit_rows), wanted.split(self.logit_rows), strict=True
-            ):
+            for start in range(0, len(hidden), self.logit_rows):
+                part = slice(start, start + self.logit_rows)
+                h, column = hidden[part], wanted[part]
                 logits = self.model.logits(h) / temperature
                 parts.append(logits.gather(1, column) - logits.logsumexp(-1, keepdim=True))
             found = torch.cat(parts).float()
@@ -626,77 +611,58 @@ def main() -> None:
     from model import find_folder, load
 
     parser = argparse.ArgumentParser(description="Stream samples of a prompt; print tokens/s.")
-    parser.add_argument("--model", required=True, help="a Hugging Face folder, or a hub id")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("-n", type=int, default=1, help="samples (default 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="0: off")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
-    options = parser.parse_args()
+    option = parser.add_argument
+    option("--model", required=True, help="a Hugging Face folder, or a hub id")
+    option("--prompt", required=True)
+    option("-n", type=int, default=1, help="samples (default 1)")
+    option("--max-new-tokens", type=int, default=128)
+    option("--temperature", type=float, default=1.0, help="0: greedy")
+    option("--top-k", type=int, default=0, help="0: off")
+    option("--top-p", type=float, default=1.0)
+    option("--seed", type=int, default=0)
+    option("--chat", action="store_true", help="use the tokenizer's chat template")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    option("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    args = parser.parse_args()
+    texts, counts, shown = [""] * max(args.n, 1), [0] * max(args.n, 1), 0
+    start = time.perf_counter()
+
+    def watch(_: int, sample: int, ids: list[int], ended: bool) -> None:
+        """The first sample streams; the others are printed at the end."""
+        nonlocal shown
+        texts[sample] = tokenizer.decode(ids, skip_special_tokens=True)
+        counts[sample] = len(ids)
+        if sample == 0:
+            ready = texts[0] if ended else texts[0].rstrip("\ufffd")  # half a character waits
+            print(ready[shown:], end="", flush=True)
+            shown = len(ready)
+
     try:
-        folder = find_folder(options.model)
-        dtype = getattr(torch, options.dtype) if options.dtype else None
-        model = load(folder, dtype=dtype, device=options.device)
+        folder = find_folder(args.model)
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        model = load(folder, dtype=dtype, device=args.device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        if options.chat:
-            turn = [{"role": "user", "content": options.prompt}]
+        text = args.prompt
+        if args.chat:
+            turn = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            prompt = tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            prompt = tokenizer(options.prompt).input_ids
+        prompt = tokenizer(text, add_special_tokens=not args.chat).input_ids
         stops = {tokenizer.eos_token_id}
         if (folder / "generation_config.json").is_file():
             more = GenerationConfig.from_pretrained(folder).eos_token_id
             stops |= set(more if isinstance(more, list) else [more])
-        room = len(prompt) + options.max_new_tokens
-        sampler = Sampler(model, slots=options.n, max_length=room)
-    except (OSError, ValueError) as error:
-        sys.exit(f"sampler.py: {error}")
-
-    shown, texts, ended, tokens = [0] * options.n, [""] * options.n, set(), [0] * options.n
-    at = 0  # the sample on show: the others wait their turn, what they have is printed at once
-
-    def watch(_: int, sample: int, ids: list[int], end: bool) -> None:
-        nonlocal at
-        texts[sample] = tokenizer.decode(ids, skip_special_tokens=True)
-        tokens[sample] = len(ids)
-        ended.update([sample] if end else [])
-        while at < options.n:
-            ready = texts[at] if at in ended else texts[at].rstrip("\ufffd")  # half a character
-            if shown[at] == 0 and ready and options.n > 1:
-                print(f"[{at + 1}] ", end="")
-            print(ready[shown[at] :], end="", flush=True)
-            shown[at] = len(ready)
-            if at not in ended:
-                return
-            print()
-            at += 1
-
-    start = time.perf_counter()
-    try:
-        sampler.generate(
-            [prompt],
-            options.n,
-            options.max_new_tokens,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            stops - {None},
-            options.seed,
-            watch=watch,
-        )
+        rules = args.max_new_tokens, args.temperature, args.top_k, args.top_p
+        sampler = Sampler(model, slots=args.n, max_length=len(prompt) + args.max_new_tokens)
+        start = time.perf_counter()
+        print("[1] ", end="")
+        sampler.generate([prompt], args.n, *rules, stops - {None}, args.seed, watch=watch)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-    except (ValueError, FloatingPointError) as error:
+        print(" … stopped", end="")
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"sampler.py: {error}")
     seconds = time.perf_counter() - start
-    print(f"{sum(tokens)} tokens in {seconds:.2f} s: {sum(tokens) / seconds:.0f} tokens/s")
+    print("".join(f"\n[{i}] {text}" for i, text in enumerate(texts[1:], 2)))
+    print(f"{sum(counts)} tokens in {seconds:.2f} s: {sum(counts) / seconds:.0f} tokens/s")
 
 
 if __name__ == "__main__":
