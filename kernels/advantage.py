@@ -1,0 +1,142 @@
+"""Group advantages: rewards (P, N) of N samples for each of P prompts -> advantages (P, N).
+
+The policy gradient stays unbiased when a baseline is taken off the reward that does not depend on
+the sample itself; GRPO takes its group. With r_1 … r_n the rewards of a group that are not NaN:
+
+    baseline "mean"           a_i = r_i - mean(r)
+    baseline "leave-one-out"  a_i = r_i - mean of the others = (r_i - mean(r)) * n / (n - 1)
+    scale "std"               a_i / (std(r) + 1e-6), unbiased: the paper family's choice
+    scale "batch"             a_i / (std over all samples of all groups, each about its own mean)
+    scale "none"              a_i
+
+What must be exact: in a group whose rewards are all equal nothing is better than anything else, so
+every advantage is 0, not the residue of a rounded mean (a constant 51.33 leaves 4e-6 in its mean,
+which division by a std of the same size turns into 0.86). Rewards are therefore first taken
+relative to the group's maximum, exactly 0 in a tie, and the variance is summed in a second pass
+over the deviations. A group of one has nobody to compare with: 0. NaN marks a missing reward: it
+is left out of its group and its own advantage is 0; the caller counts it.
+
+Letters: P prompts, N samples of each.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # triton exists on Linux alone; impl="torch" needs none
+    triton = None
+
+EPSILON = 1e-6
+SCALES, BASELINES = ("std", "batch", "none"), ("mean", "leave-one-out")
+IMPLS = ("auto", "torch", "triton")
+
+
+def group_advantage(
+    rewards: Tensor, scale: str = "std", baseline: str = "mean", impl: str = "auto"
+) -> Tensor:
+    """(P, N) rewards -> (P, N) advantages in fp32, whatever the rewards' type; no gradient."""
+    for name, value, known in (
+        ("scale", scale, SCALES),
+        ("baseline", baseline, BASELINES),
+        ("impl", impl, IMPLS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(known)}")
+    if rewards.dim() != 2 or not rewards.is_floating_point():
+        raise ValueError(
+            f"rewards must be (prompts, samples) in floating point, not {tuple(rewards.shape)} in "
+            f"{rewards.dtype}"
+        )
+    if torch.isinf(rewards).any():
+        raise ValueError("a reward is infinite: give NaN for one that is missing")
+    rewards = rewards.detach().float().contiguous()
+    if impl == "auto":
+        impl = "triton" if rewards.is_cuda and triton is not None else "torch"
+    run = advantage_triton if impl == "triton" else advantage_torch
+    advantages, squares, counted = run(rewards, scale == "std", baseline == "leave-one-out")
+    if scale == "batch":
+        spread = (squares.sum() / (counted.sum() - 1).clamp(min=1)).sqrt()
+        advantages = advantages / (spread + EPSILON)
+    return advantages
+
+
+# ---------------------------------------------------------------------------------- reference
+
+
+def advantage_torch(
+    rewards: Tensor, by_std: bool, leave_one_out: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> advantages (P, N), sums of squared deviations (P,), rewards counted (P,)."""
+    known = ~rewards.isnan()
+    n = known.sum(1, keepdim=True)  # (P, 1)
+    peak = rewards.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
+    below = torch.where(known, rewards - peak, 0.0)  # exactly 0 in a tie
+    deviation = torch.where(known, below - below.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
+    squares = deviation.square().sum(1, keepdim=True)
+    others = (n - 1).clamp(min=1)
+    advantage = deviation * n / others if leave_one_out else deviation
+    if by_std:
+        advantage = advantage / ((squares / others).sqrt() + EPSILON)
+    return advantage.where(n > 1, 0.0), squares[:, 0], n[:, 0]
+
+
+# ---------------------------------------------------------------------------------- kernel
+
+if triton is not None:
+
+    @triton.jit
+    def group_kernel(
+        rewards,
+        advantages,
+        squares,
+        counted,
+        N: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BY_STD: tl.constexpr,
+        LEAVE_ONE_OUT: tl.constexpr,
+        EPSILON: tl.constexpr,
+    ):
+        """One program per group; the group lies in registers from the first line to the last."""
+        group = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < N
+        reward = tl.load(rewards + group * N + column, mask=inside, other=float("nan"))
+        reward = reward.to(tl.float32)
+        known = reward == reward
+        n = tl.sum(known.to(tl.float32), 0)
+        peak = tl.max(tl.where(known, reward, float("-inf")), 0)
+        below = tl.where(known, reward - peak, 0.0)
+        deviation = tl.where(known, below - tl.sum(below, 0) / tl.maximum(n, 1.0), 0.0)
+        square = tl.sum(deviation * deviation, 0)
+        others = tl.maximum(n - 1.0, 1.0)
+        advantage = deviation
+        if LEAVE_ONE_OUT:
+            advantage = deviation * n / others
+        if BY_STD:
+            advantage = advantage / (tl.sqrt(square / others) + EPSILON)
+        advantage = tl.where(n > 1.0, advantage, 0.0)
+        tl.store(advantages + group * N + column, advantage, mask=inside)
+        tl.store(squares + group, square)
+        tl.store(counted + group, n)
+
+
+def advantage_triton(
+    rewards: Tensor, by_std: bool, leave_one_out: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if triton is None:
+        raise RuntimeError("impl='triton': triton is not installed; use impl='torch'")
+    if not rewards.is_cuda and isinstance(group_kernel, triton.JITFunction):
+        raise RuntimeError(
+            "impl='triton' on a CPU needs TRITON_INTERPRET=1 in the environment before the start"
+        )
+    P, N = rewards.shape
+    advantages = torch.empty_like(rewards)
+    squares, counted = rewards.new_empty(P), rewards.new_empty(P)
+    if rewards.numel():
+        block = triton.next_power_of_2(N)
+        group_kernel[(P,)](
+            rewards, advantages, squares, counted, N, block, by_std, leave_one_out, EPSILON
+        )
+    return advantages, squares, counted
