@@ -192,7 +192,8 @@ def rows_torch(z: Tensor, targets: Tensor, temperature: float):
     # pairwise, so what p sums to beside 1 is that error, and is taken out row by row.
     total = p.sum(-1)
     logprob = log_p.gather(1, targets[:, None])[:, 0] - total.log()
-    entropy = total.log() - torch.linalg.vecdot(p, log_p) / total
+    slices = zip(p.split(64), log_p.split(64), strict=True)  # no third (R, V)
+    entropy = total.log() - torch.cat([(x * y).sum(-1) for x, y in slices]) / total
     return logprob, entropy, (p, log_p, entropy, total)
 
 
@@ -378,6 +379,7 @@ class LinearLogprob(torch.autograd.Function):
         for part in chunks.parts():
             saved = chunks.forward(part)[2]  # the logits again: 2·M·D·V flops
             chunks.backward(part, saved, a[part], None if b is None else b[part])
+            del saved  # before the next chunk asks for as much
         return chunks.d_hidden.to(hidden.dtype), chunks.d_weight.to(weight.dtype), None, None, None
 
 
@@ -390,6 +392,7 @@ def loss_and_gradient(hidden, weight, targets, temperature, impl, loss_of):
         logprob, entropy, saved = chunks.forward(part)
         more, values, a, b = loss_of(part, logprob, entropy)
         chunks.backward(part, saved, a, b)
+        del saved  # before the next chunk asks for as much
         loss = loss + more
         for name, value in values.items():
             join = torch.maximum if name.endswith("_max") else torch.add
@@ -398,16 +401,19 @@ def loss_and_gradient(hidden, weight, targets, temperature, impl, loss_of):
 
 
 class GradientInHand(torch.autograd.Function):
-    """A loss whose gradient is known already: backward() multiplies it with what comes in."""
+    """A loss whose gradient is known already: backward() multiplies it with what comes in.
+
+    In place, and handed over for good: a second (V, D) matrix would undo what the chunks save.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, loss, d_hidden, d_weight):
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.gradients = [d_hidden, d_weight]
         return loss.clone()
 
     @staticmethod
     def backward(ctx, incoming):
-        d_hidden, d_weight = ctx.saved_tensors
-        # In place: a second (V, D) matrix would undo what the chunks save. (Autograd notices and
-        # refuses a second backward.)
+        if not ctx.gradients:
+            raise RuntimeError("linear_policy_loss: backward() works once, its gradient is spent")
+        d_weight, d_hidden = ctx.gradients.pop(), ctx.gradients.pop()
         return d_hidden.mul_(incoming), d_weight.mul_(incoming), None, None, None
