@@ -1,6 +1,7 @@
 """The fused policy loss beside plain torch, Liger and TRL: time, peak memory, gradients.
 
-    pip install --no-deps --target .peers liger-kernel==0.8.5 trl==1.16.0
+    pip install --no-deps --target .peers liger-kernel==0.8.5 trl==1.16.0 accelerate datasets \
+        pandas python-dateutil six psutil pyarrow dill multiprocess xxhash rich jinja2 markupsafe
     python -m bench.logprob --peers .peers                     # M 2048, D 896, V 151,936 on a CPU
     python -m bench.logprob --peers .peers --shape 8192 3584 152064            # on a GPU
 
