@@ -1,7 +1,9 @@
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +281,41 @@ def test_failed_save_leaves_the_earlier_one_whole(tmp_path, monkeypatch, before,
     state = ours.load(tmp_path / "saved").state_dict()
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert kept.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("before", "after"), [(10**9, 14_000), (14_000, 10**9), (14_000, 14_000)])
+def test_save_cut_short_at_any_rename_never_loads_a_mixture(tmp_path, monkeypatch, before, after):
+    make_model(tmp_path / "hf")
+    old, new = ours.load(tmp_path / "hf"), ours.load(tmp_path / "hf")
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(1.0)
+    for cut in range(11):
+        folder = tmp_path / f"cut-{cut}"
+        monkeypatch.setattr(ours, "SHARD_BYTES", before)
+        ours.save(old, folder)
+        renamed = []
+
+        def killed(source, target, renamed=renamed, cut=cut):
+            if len(renamed) == cut:
+                raise KeyboardInterrupt
+            renamed.append(target)
+            Path(source).rename(target)
+
+        monkeypatch.setattr(ours, "SHARD_BYTES", after)
+        with monkeypatch.context() as patch:
+            patch.setattr(ours.os, "replace", killed)
+            with contextlib.suppress(KeyboardInterrupt):
+                ours.save(new, folder)
+        try:
+            state = ours.load(folder).state_dict()
+        except (ValueError, FileNotFoundError):
+            continue  # refused by name
+        whole = [
+            all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+            for model in (old, new)
+        ]
+        assert any(whole), f"cut at rename {cut}: a mixture was loaded"
 
 
 @torch.no_grad()

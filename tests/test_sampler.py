@@ -307,7 +307,9 @@ def test_a_group_larger_than_the_slots_is_prefilled_once(model):
 
 def test_steps_follow_the_live_sequences(model):
     counted = Counted(model)
-    groups = Sampler(counted, 8, 64).generate(some_prompts(10), 4, 30, stop_ids=STOPS)
+    sampler = Sampler(counted, 8, 64)
+    groups = sampler.generate(some_prompts(10), 4, 30, stop_ids=STOPS)
+    assert not sampler.alive.any()  # a graph runs slots beyond the live ones: they must be dead
     drawn = sum(len(s.ids) for group in groups for s in group)
     assert counted.tokens("Decode") == drawn
     assert drawn < 10 * 4 * 30 * 0.8  # some stopped early, and their slots went to others
