@@ -599,8 +599,8 @@ def save(model: Transformer, folder: str | Path) -> None:
         for path in partial.values():
             with open(path, "rb") as written:
                 os.fsync(written.fileno())
-        for path in folder.iterdir():  # old shards beside new ones would be a loadable mixture
-            if STALE.fullmatch(path.name) and (len(shards) > 1 or path.name not in files):
+        for path in folder.iterdir():  # without its index a mixture of old and new does not load
+            if STALE.fullmatch(path.name) and path.name not in files:
                 path.unlink()
         for file, path in partial.items():
             os.replace(path, folder / file)
