@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 out=${1:-bench/results/gpu}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv | tee "$out/machine.txt"
-python3 -m pytest -q tests/test_gpu.py tests/test_kernels.py -k "gpu or graphs or fp32 or packed or vocabulary or agree or rules" 2>&1 | tee "$out/tests.txt"
+python3 -m pytest -q tests/test_gpu.py tests/test_kernels.py -k gpu 2>&1 | tee "$out/tests.txt"
 python3 -m bench.logprob --shape 8192 3584 152064 --out "$out/logprob-7b.json" 2>&1 | tee "$out/logprob-7b.txt"
 python3 -m bench.logprob --shape 2048 896 151936 --out "$out/logprob-0.5b.json" 2>&1 | tee "$out/logprob-0.5b.txt"
 python3 -m bench.sampler --pairs 3 --out "$out/sampler.json" 2>&1 | tee "$out/sampler.txt"

@@ -161,7 +161,10 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, i
         raise ValueError(f"on {hidden.device}, {weight.device}, {targets.device}: put all on one")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be above 0")
-    if targets.numel() and not hidden.is_cuda:
+    if hidden.is_cuda:  # a look at the values would stall the stream: the device checks them itself
+        inside = (targets >= 0) & (targets < weight.shape[0])
+        torch._assert_async(inside.all(), "a target is outside the vocabulary")
+    elif targets.numel():
         low, high = targets.aminmax()
         if low < 0 or high >= weight.shape[0]:
             bad = int(low if low < 0 else high)

@@ -293,6 +293,18 @@ def test_bad_rows_are_named():
         group_advantage(torch.zeros(2))
 
 
+def test_what_comes_in_from_above_multiplies_the_gradient():
+    """A trainer may scale the loss, and add another that also reaches the head."""
+    hidden, weight, targets = inputs(5, 24, 99)
+    A, w = torch.randn(5), torch.ones(5)
+    *_, dh, dw = loss_and_grads(hidden, weight, targets, A, w)
+    h, x = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss, _ = linear_policy_loss(h, x, targets, A, w)
+    (3 * loss + x.sum()).backward()
+    torch.testing.assert_close(h.grad, 3 * dh)
+    torch.testing.assert_close(x.grad, 3 * dw + 1)
+
+
 def test_backward_twice_is_refused():
     hidden, weight, targets = inputs(3, 24, 99)
     hidden.requires_grad_()
