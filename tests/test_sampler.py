@@ -551,7 +551,7 @@ def command(*arguments):
 
 
 def test_command_line_streams_samples_and_prints_the_rate(tmp_path):
-    make_model(tmp_path, vocab=300)
+    make_model(tmp_path, vocab=400)
     make_tokenizer(tmp_path)
     run = command("--model", tmp_path, "--prompt", "a small", "-n", 3, "--max-new-tokens", 12)
     assert run.returncode == 0, run.stderr

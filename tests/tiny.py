@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from transformers import Qwen3Config as Qwen3
+
+from toy import tryout
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -52,19 +53,6 @@ def make_model(folder, family="qwen2", tied=True, kv_heads=2, head_dim=8, seed=0
     return model
 
 
-def make_tokenizer(folder: Path, texts=("a small test of some letters, nothing more",)):
-    """A byte-level BPE tokenizer of Qwen2's kind."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer of Qwen2's kind, of fewer than 400 tokens."""
+    tryout.make_tokenizer(["a small test of some letters, nothing more"]).save_pretrained(folder)
