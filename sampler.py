@@ -308,17 +308,7 @@ class Sampler:
             )
         self.check(prompts, "prompt", max_new_tokens)
         self.check_vocabulary(stop_ids, "stop_ids")
-        addresses = [p.data_ptr() for p in self.model.parameters()]
-        if addresses != self.addresses or len(self.graphs) > 64:
-            self.graphs.clear()  # somebody replaced the weights, or used many sets of rules
-            self.addresses = addresses
-        self.share_prefix(prompts, min(self.slots, n * len(prompts)))
-        self.stops, self.kept = frozenset(stop_ids), None
-        self.limit.fill_(max_new_tokens)
-        self.is_stop.zero_()
-        self.is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=self.device)] = True
-        self.alive.zero_()
-
+        self.begin(prompts, n, max_new_tokens, stop_ids)
         # Long prompts first, equal ones side by side: `admit` relies on siblings in a row.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         waiting = [Draft(prompts[i], i, j, keys[i]) for i in order for j in range(n)]
@@ -344,6 +334,19 @@ class Sampler:
         finally:
             self.busy = False
         return samples
+
+    def begin(self, prompts: list, n: int, max_new_tokens: int, stop_ids: Ids) -> None:
+        """Set the device's copy of the call's settings; all slots are free."""
+        addresses = [p.data_ptr() for p in self.model.parameters()]
+        if addresses != self.addresses or len(self.graphs) > 64:
+            self.graphs.clear()  # somebody replaced the weights, or used many sets of rules
+            self.addresses = addresses
+        self.share_prefix(prompts, min(self.slots, n * len(prompts)))
+        self.stops, self.kept = frozenset(stop_ids), None
+        self.limit.fill_(max_new_tokens)
+        self.is_stop.zero_()
+        self.is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=self.device)] = True
+        self.alive.zero_()
 
     def check(self, sequences: Sequence[Ids], what: str, more: int = 0) -> None:
         """Raise on what no sampler could continue: never cut, never skipped."""
