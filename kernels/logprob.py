@@ -174,6 +174,8 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, i
     if impl == "triton":
         if triton is None:
             raise RuntimeError("impl='triton': triton is not installed; use impl='torch'")
+        if hidden.dtype == torch.float64:
+            raise ValueError("impl='triton' computes in fp32: for float64 use impl='torch'")
         if not hidden.is_cuda and isinstance(row_kernel, triton.JITFunction):
             raise RuntimeError(
                 "impl='triton' on a CPU needs TRITON_INTERPRET=1 in the environment at the start"

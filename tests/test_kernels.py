@@ -334,6 +334,10 @@ for call in (lambda: group_advantage(two, impl="triton"),
              lambda: linear_logprob(two, torch.rand(5, 3), targets, impl="triton")):
     try: call()
     except RuntimeError as error: print(error)
+wide = torch.rand(2, 3).double(), torch.rand(5, 3).double(), targets
+try: linear_logprob(*wide, impl="triton")
+except ValueError as error: print(error)
 """
     lines = run("-c", code, interpret=False).splitlines()
-    assert len(lines) == 2 and all("TRITON_INTERPRET=1" in line for line in lines)
+    assert len(lines) == 3 and all("TRITON_INTERPRET=1" in line for line in lines[:2])
+    assert "for float64 use impl='torch'" in lines[2]
