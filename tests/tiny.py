@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers import Qwen3Config as Qwen3
-
-from toy import tryout
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -55,4 +54,15 @@ def make_model(folder, family="qwen2", tied=True, kv_heads=2, head_dim=8, seed=0
 
 def make_tokenizer(folder: Path) -> None:
     """A byte-level BPE tokenizer of Qwen2's kind, of fewer than 400 tokens."""
-    tryout.make_tokenizer(["a small test of some letters, nothing more"]).save_pretrained(folder)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["a small test of some letters, nothing more"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    fast.save_pretrained(folder)

@@ -1,0 +1,405 @@
+"""Prompts in, scores out: how the model is asked to translate, to judge itself, and is read.
+
+    texts = Texts(tokenizer)                       # between text and token ids
+    prompt = texts.encode([PAPER.ask(task)])       # what the actor continues
+    judge = Judge(sampler, texts, PAPER)           # the same sampler, the same weights
+    reward = Reward(texts, PAPER, {"self": (1.0, judge)})
+    judged = reward(tasks, groups, step)           # .total (P, N), .parts, .words
+
+Text that comes from data or from a model is `Given`: it is tokenised apart from the template and
+with every control token in it taken to pieces, so no text can pose as the template. Whether a
+translation earns something by its form alone is decided here, before the judge is asked:
+
+    no readable <answer>, tags missing, twice or out of order, cut off         format 0
+    a control token in the answer, nothing but punctuation, the copied source  format 0
+    too long to be judged                                                      score 0
+    the judge's own words cannot be read as a score                            no reward (NaN)
+
+What the judge says is read strictly (`parse_score`). What cannot be read is `None`: never clamped,
+never a middle value. A sample without a reward is left out of its group and counted.
+
+Letters: P tasks, N samples of each. Only the standard library is needed: sampler and tokenizer are
+handed in.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+GATES = ("product", "zero-one", "plus-minus-one")
+
+
+class Task(NamedTuple):
+    text: str
+    source: str
+    """The languages' names, as the prompts say them."""
+    target: str
+    key: int = 0
+    """Names the task for the sampler's draws."""
+    reference: str | None = None
+    """For measuring. The self-reward never reads it."""
+
+
+class Given(str):
+    """Text from data or from a model, never from a template."""
+
+
+# ------------------------------------------------------------------------------- the prompts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Templates with {source_language}, {target_language}, {source}, {translation}."""
+
+    actor: str
+    judge: str
+    """For reading="written": the judge writes its score."""
+    expected: str
+    """For reading="expected": the next token is the score."""
+    scores: dict[str, float]
+    """What that token may be, each one token, and its worth from 0 to 1."""
+    tags: bool
+    """Whether answers stand in <think> … </think> <answer> … </answer>; else all of it counts."""
+    fence: str = ""
+    """Set around what is judged, on lines of its own, longer than any in the text."""
+
+    def ask(self, task: Task) -> list[str]:
+        return self.fill(self.actor, task, "", "")
+
+    def ask_judge(self, task: Task, translation: str, reading: str = "written") -> list[str]:
+        template = self.judge if reading == "written" else self.expected
+        return self.fill(template, task, translation, self.fence)
+
+    def fill(self, template: str, task: Task, translation: str, fence: str) -> list[str]:
+        """The template's own strings and `Given` ones, in order."""
+        for name in (task.source, task.target):
+            if not re.fullmatch(r"\w[\w ()'-]*", name):
+                raise ValueError(f"{name!r} is no name of a language (letters, spaces, ()'-)")
+        names = {"source_language": task.source, "target_language": task.target}
+        template = re.sub(r"\{(\w+_language)\}", lambda m: names[m[1]], template)
+        parts: list[str] = []
+        for piece in re.split(r"(\{source\}|\{translation\})", template):
+            if piece not in ("{source}", "{translation}"):
+                parts.append(piece)
+                continue
+            text = task.text if piece == "{source}" else translation
+            bar = fence
+            while bar and bar in text:
+                bar += fence[0]
+            parts += [bar + "\n", Given(text), "\n" + bar] if bar else [Given(text)]
+        return parts
+
+
+WRAPPER = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves "
+    "it. The Assistant first thinks about the reasoning process in the mind and then provides the "
+    "User with the answer. The reasoning process is enclosed within <think> </think> and answer is "
+    "enclosed within <answer> </answer> tags, respectively, i.e., <think> reasoning process here "
+    "</think> <answer> answer here </answer>. \n\nUser:\n%s\n\nAssistant:\n"
+)
+GEMBA = (
+    "Score the following translation from {source_language} to {target_language} on a continuous "
+    'scale from 0 to 100, where a score of zero means "no meaning preserved" and score of one '
+    'hundred means "perfect meaning and grammar".'
+)
+ZERO = (
+    "Score 0 if the translation is irrelevant, is not in {target_language}, or offers several "
+    "translations."
+)
+TEXTS = "\n\n{source_language} source:\n{source}\n\n{target_language} translation:\n{translation}"
+
+# The actor's prompt is the one that re-uses of the published model show. The judge's rules are the
+# paper's as far as they are known (GEMBA's question without a reference, the three reasons for 0);
+# its wording, the fences and the one-digit variant are ours. Fences, not quotation marks: quotes
+# would hide doubled quotes, which the paper's models learned to add. The translation comes last,
+# so that what is before it is the same for a whole group.
+PAPER = Prompts(
+    actor=WRAPPER % "Translate the following text to {target_language}:\n{source}",
+    judge=WRAPPER % (f"{GEMBA} {ZERO} Give the score alone as the answer." + TEXTS),
+    expected=(
+        WRAPPER % (f"{GEMBA.replace('100', '9').replace('one hundred', 'nine')} {ZERO}" + TEXTS)
+        + "<think> </think> <answer>"
+    ),
+    scores={str(digit): digit / 9 for digit in range(10)},
+    tags=True,
+    fence="```",
+)
+# What a very small model can be taught: a few control words, and scores that are one token each.
+TOY = Prompts(
+    actor="translate {source_language} {target_language} {source} =>",
+    judge="score {source_language} {target_language} {source} || {translation} =>",
+    expected="score {source_language} {target_language} {source} || {translation} =>",
+    scores={str(tens): tens / 100 for tens in range(0, 101, 10)},
+    tags=False,
+)
+
+
+class Texts:
+    """Between text and token ids. Control tokens come from templates alone."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        # What "unknown" becomes is no way to say anything, so it may come from given text.
+        self.control_ids = {*tokenizer.get_added_vocab().values()} - {tokenizer.unk_token_id}
+        longest_first = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.known: dict[str, list[int]] = {}  # the template's pieces
+
+    def encode(self, prompts: Sequence[list[str]]) -> list[list[int]]:
+        given = {part for prompt in prompts for part in prompt if isinstance(part, Given)}
+        fixed = {p for prompt in prompts for p in prompt if not isinstance(p, Given)}
+        if new := sorted(fixed - self.known.keys()):
+            self.known |= zip(new, self.pieces(new), strict=True)
+        texts = sorted(given)
+        # A control token's text, letter by letter, is only that: letters.
+        safe = [re.split(r"\0", self.control.sub(spelled, t.replace("\0", ""))) for t in texts]
+        flat = iter(self.pieces([piece for pieces in safe for piece in pieces]))
+        ids = {
+            t: [i for _ in pieces for i in next(flat)]
+            for t, pieces in zip(texts, safe, strict=True)
+        }
+        for text, found in ids.items():
+            if forged := self.control_ids.intersection(found):
+                tokens = self.tokenizer.convert_ids_to_tokens(sorted(forged))
+                raise ValueError(f"control tokens {tokens} cannot be kept out of {text[:60]!r}")
+        tables = {False: self.known, True: ids}
+        return [[i for p in prompt for i in tables[isinstance(p, Given)][p]] for prompt in prompts]
+
+    def pieces(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """With control tokens written out, where a model drew some."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def one_token(self, text: str) -> int:
+        ids = self.pieces([text])[0]
+        if len(ids) != 1:
+            raise ValueError(
+                f"reading='expected' needs scores of one token each, but {text!r} is {len(ids)} "
+                "in this tokenizer: use reading='written'"
+            )
+        return ids[0]
+
+
+def spelled(match: re.Match) -> str:
+    return "\0" + "\0".join(match[0]) + "\0"
+
+
+# ------------------------------------------------------------------------------- the reading
+
+
+def format_ok(text: str) -> bool:
+    """Each of the four tags exactly once, in order."""
+    places = [text.find(tag) for tag in TAGS]
+    return all(text.count(tag) == 1 for tag in TAGS) and places == sorted(places)
+
+
+def read_answer(text: str) -> str | None:
+    """What stands in the last <answer> … </answer>, or None when there is none."""
+    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
+    return found[-1].strip() if found else None
+
+
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+SCORE = re.compile(
+    r"(?:score\s*:\s*)?(100(?:\.0+)?|[0-9]{1,2}(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*100)?", re.I
+)
+
+
+def parse_score(text: str) -> float | None:
+    """A judge's words -> 0 … 100, or None when they are no score.
+
+    Read is what stands in the last <answer>. Without any <answer>, the whole text must be a score:
+    numbers are never fished out of prose. An <answer> that is not closed was cut off: None.
+    """
+    answer = read_answer(text)
+    if answer is None:
+        if "<answer>" in text:
+            return None
+        answer = text
+    found = SCORE.fullmatch(answer.translate(FULL_WIDTH).strip())
+    return float(found[1]) if found else None
+
+
+class Score(NamedTuple):
+    value: float | None
+    """0 … 1; None: the words are no score."""
+    words: str
+
+
+class Judge:
+    """Asks a sampler's model what translations are worth; each distinct pair once."""
+
+    def __init__(
+        self,
+        sampler,
+        texts: Texts,
+        prompts: Prompts,
+        reading: str = "written",
+        samples: int = 1,
+        temperature: float = 0.0,
+        max_new_tokens: int = 1024,
+        stop_ids: Sequence[int] = (),
+        seed: int = 0,
+    ):
+        """`samples` judgements of each pair are averaged; more than one needs a temperature."""
+        if reading not in ("written", "expected"):
+            raise ValueError(f"reading={reading!r} is unknown; known: written, expected")
+        if samples > 1 and (temperature == 0 or reading == "expected"):
+            raise ValueError(
+                f"{samples} judge samples would all be the same at temperature {temperature} and "
+                f"reading {reading!r}: set a temperature and 'written', or one sample"
+            )
+        self.sampler, self.texts, self.prompts, self.reading = sampler, texts, prompts, reading
+        self.samples, self.temperature, self.seed = samples, temperature, seed
+        self.max_new_tokens = max_new_tokens if reading == "written" else 1
+        self.stop_ids = list(stop_ids)
+        self.score_ids = []
+        if reading == "expected":
+            self.score_ids = [texts.one_token(text) for text in prompts.scores]
+        self.asked = 0
+        """How many distinct pairs the last call judged."""
+
+    def __call__(self, tasks: Sequence[Task], answers: list[list[str | None]], step: int):
+        """answers (P, N) -> scores (P, N) and their words; None is not judged and scores 0."""
+        pairs = [
+            [(t.text, t.source, t.target, a) for a in row]
+            for t, row in zip(tasks, answers, strict=True)
+        ]
+        scores = self.judge({p for row in pairs for p in row if p[3] is not None}, step)
+        nothing = Score(0.0, "not judged")
+        return [[scores.get(pair, nothing) for pair in row] for row in pairs]
+
+    def judge(self, distinct: set[tuple], step: int) -> dict[tuple, Score]:
+        pairs = sorted(distinct)
+        asked = [self.prompts.ask_judge(Task(*p[:3]), p[3], self.reading) for p in pairs]
+        prompts = self.texts.encode(asked)
+        room = self.sampler.max_length - self.max_new_tokens
+        scores = {p: Score(0.0, "too long to judge") for p in pairs}
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+        self.asked = len(fitting)
+        pairs, prompts = [pairs[i] for i in fitting], [prompts[i] for i in fitting]
+        read = self.read_written if self.reading == "written" else self.read_expected
+        return scores | dict(zip(pairs, read(prompts, step), strict=True))
+
+    def read_written(self, prompts: list[list[int]], step: int) -> list[Score]:
+        keys = [digest(step, prompt) for prompt in prompts]  # the same whatever else is asked
+        groups = self.sampler.generate(
+            prompts, self.samples, self.max_new_tokens, self.temperature,
+            stop_ids=self.stop_ids, seed=self.seed, keys=keys,
+        )  # fmt: skip
+        scores = []
+        for group in groups:
+            words = [self.texts.decode(s.ids[: len(s.ids) - s.stopped]) for s in group]
+            read = [
+                parse_score(w) if s.stopped else None for w, s in zip(words, group, strict=True)
+            ]
+            valid = [score / 100 for score in read if score is not None]
+            mean = sum(valid) / len(valid) if valid else None
+            scores.append(Score(mean, " / ".join(words)))
+        return scores
+
+    def read_expected(self, prompts: list[list[int]], step: int) -> list[Score]:
+        """The mean score over the score tokens; None when other tokens are likelier than they."""
+        scores, worth = [], list(self.prompts.scores.values())
+        for row in self.sampler.next_logprobs(prompts, self.score_ids).tolist():
+            shares = [math.exp(x) for x in row]
+            total = sum(shares)
+            mean = sum(v * p for v, p in zip(worth, shares, strict=True)) / max(total, 1e-30)
+            likely = list(self.prompts.scores)[shares.index(max(shares))]
+            words = f"{likely} ({max(shares):.0%})" if total >= 0.5 else f"no score ({total:.0%})"
+            scores.append(Score(mean if total >= 0.5 else None, words))
+        return scores
+
+
+def digest(step: int, ids: Sequence[int]) -> int:
+    text = f"{step} {' '.join(map(str, ids))}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+# -------------------------------------------------------------------------------- the reward
+
+Scorer = Callable[[Sequence[Task], list[list[str | None]], int], list[list[Score]]]
+
+
+@dataclass
+class Judged:
+    total: list[list[float]]
+    """(P, N); NaN where a part has no value."""
+    parts: dict[str, list[list[float]]]
+    """By name, (P, N): "format" (1 or 0) and each scorer's value, 0 … 1 or NaN."""
+    words: list[list[str]]
+    """What the first scorer said."""
+
+    @property
+    def invalid(self) -> float:
+        """Share of unreadable judgements among the samples whose format is right."""
+        asked = sum(x for row in self.parts["format"] for x in row)
+        return sum(math.isnan(x) for row in self.total for x in row) / max(asked, 1)
+
+
+class Reward:
+    """Format gate and scores. `scorers`: name -> (weight, scorer), the weights' sum is the scale.
+
+    product         format * score
+    zero-one        format + format * score
+    plus-minus-one  ±1 + format * score
+    """
+
+    def __init__(
+        self,
+        texts: Texts,
+        prompts: Prompts,
+        scorers: dict[str, tuple[float, Scorer]],
+        gate="product",
+    ):
+        if gate not in GATES:
+            raise ValueError(f"gate={gate!r} is unknown; known: {', '.join(GATES)}")
+        self.texts, self.prompts, self.scorers, self.gate = texts, prompts, scorers, gate
+
+    def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> Judged:
+        answers = [[self.answer(t, s) for s in g] for t, g in zip(tasks, groups, strict=True)]
+        found = {name: scorer(tasks, answers, step) for name, (_, scorer) in self.scorers.items()}
+        values = {
+            name: [[math.nan if s.value is None else s.value for s in row] for row in rows]
+            for name, rows in found.items()
+        }
+        right = [[float(a is not None) for a in row] for row in answers]
+        total = [
+            [
+                self.combine(right[p][n], {k: values[k][p][n] for k in values})
+                for n in range(len(row))
+            ]
+            for p, row in enumerate(answers)
+        ]
+        words = [[s.words for s in row] for row in next(iter(found.values()))]
+        return Judged(total, {"format": right, **values}, words)
+
+    def combine(self, right: float, values: dict[str, float]) -> float:
+        """NaN (no score) stays NaN, but a broken format needs no score."""
+        base = {"product": 0.0, "zero-one": right, "plus-minus-one": 2 * right - 1}[self.gate]
+        if not right:
+            return base
+        return base + sum(weight * values[name] for name, (weight, _) in self.scorers.items())
+
+    def answer(self, task: Task, sample) -> str | None:
+        """The translation in a sample, or None when its form earns nothing."""
+        return translation_in(self.texts, self.prompts, task, sample)
+
+
+def translation_in(texts: Texts, prompts: Prompts, task: Task, sample) -> str | None:
+    if not sample.stopped:
+        return None
+    text = texts.decode(sample.ids[:-1])
+    if prompts.tags and not format_ok(text):
+        return None
+    answer = (read_answer(text) if prompts.tags else text).strip()
+    copied = answer == task.text.strip() and any(c.isalpha() for c in answer)
+    if copied or not any(c.isalnum() for c in answer):
+        return None
+    return None if texts.control.search(answer) else answer

@@ -1,0 +1,164 @@
+"""What the self-reward is compared with: other rewards on the same loop, and the table of them.
+
+    python ssr.py --controls                   # every row below, three seeds each
+
+The truth is used here, and only here, as a reward: by "oracle", the upper bound, and, with noise,
+by "external", which plays the outside scorer (COMET, say) of the paper's SSR-X.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+from judge import Score, Task
+from toy.languages import quality
+
+NOISE = 0.3  # standard deviation of the external scorer's error
+
+Answers = list[list[str | None]]
+
+
+def random_scores(seed: int):
+    """Nothing but noise: what the loop does with it is what the loop does by itself."""
+
+    def score(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
+        rng = Random(f"random reward {seed} {step}")
+        return [[Score(rng.random(), "random") for _ in row] for row in answers]
+
+    return score
+
+
+def majority_vote(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
+    """The share of the group that says the same: consistency without a judge."""
+    counts = [Counter(a for a in row if a is not None) for row in answers]
+    return [
+        [Score(count[a] / len(row), f"{count[a]} votes") for a in row]
+        for count, row in zip(counts, answers, strict=True)
+    ]
+
+
+def oracle(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
+    values = [
+        [quality(a or "", t.reference) for a in r] for t, r in zip(tasks, answers, strict=True)
+    ]
+    return [[Score(value, "truth") for value in row] for row in values]
+
+
+def external(seed: int):
+    def score(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
+        rng = Random(f"external scorer {seed} {step}")
+        return [
+            [Score(min(1.0, max(0.0, s.value + rng.gauss(0, NOISE))), "external") for s in row]
+            for row in oracle(tasks, answers, step)
+        ]
+
+    return score
+
+
+def scorers(reward: str, judge, seed: int) -> dict:
+    """name -> (weight, scorer) for judge.Reward."""
+    return {
+        "self": {"self": (1.0, judge)},
+        "random": {"random": (1.0, random_scores(seed))},
+        "vote": {"vote": (1.0, majority_vote)},
+        "oracle": {"oracle": (1.0, oracle)},
+        "external": {"external": (1.0, external(seed))},
+        "self+external": {"self": (0.5, judge), "external": (0.5, external(seed))},
+    }[reward]
+
+
+REWARDS = ("self", "random", "vote", "oracle", "external", "self+external")
+ROWS = {  # of the table: name -> options of ssr.py
+    "self, live judge": {},
+    "self, frozen judge": {"judge": "frozen"},
+    "self, EMA judge": {"judge": "ema"},
+    "self, written score": {"reading": "written"},
+    "noisy external scorer": {"reward": "external"},
+    "self + noisy external": {"reward": "self+external"},
+    "truth (upper bound)": {"reward": "oracle"},
+    "majority vote": {"reward": "vote"},
+    "random": {"reward": "random"},
+}
+
+
+def run_all(seeds: list[int], folder: Path, options: list[str]) -> None:
+    """Every row and seed in a process of its own, a core each; what is done is not done again."""
+    jobs = [(row, seed, folder / f"{slug(row)}-seed{seed}") for seed in seeds for row in ROWS]
+    waiting = [job for job in jobs if not (job[2] / "result.json").is_file()]
+    print(f"{len(jobs)} runs under {folder}, {len(jobs) - len(waiting)} of them done already")
+    todo, running, done, start = len(waiting), [], 0, time.perf_counter()
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                running.append(launch(*waiting.pop(0), options))
+            time.sleep(0.2)
+            for process, job in [r for r in running if r[0].poll() is not None]:
+                running.remove((process, job))
+                if process.returncode:
+                    words = (job[2].parent / f"{job[2].name}.log").read_text()[-1500:]
+                    raise RuntimeError(f"{job[0]}, seed {job[1]} failed:\n{words}")
+                done += 1
+                left = (time.perf_counter() - start) / done * (todo - done)
+                print(f"  {done}/{todo}  {summary(*job)}  {left / 60:.0f} min left", flush=True)
+    finally:
+        for process, _ in running:
+            process.send_signal(signal.SIGTERM)
+    print("\n" + table(seeds, folder))
+
+
+def launch(row: str, seed: int, folder: Path, options: list[str]):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():  # begun, not ended
+        folder.rename(folder.with_name(f"{folder.name}.broken-{time.time_ns()}"))
+    words = [f"--{name}={value}" for name, value in ROWS[row].items()]
+    command = [sys.executable, "ssr.py", "--preset=toy", "--threads=1", f"--seed={seed}"]
+    command += [f"--run={folder}", *words, *options]
+    with open(folder.parent / f"{folder.name}.log", "w") as log:
+        root = Path(__file__).parent.parent
+        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT)
+    return process, (row, seed, folder)
+
+
+def slug(row: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in row).split())
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def summary(row: str, seed: int, folder: Path) -> str:
+    r = result(folder)
+    before, after = (r[when]["eval/exact_match"] for when in ("before", "after"))
+    return f"{row}, seed {seed}: {before:.3f} -> {after:.3f}"
+
+
+def table(seeds: list[int], folder: Path) -> str:
+    """Markdown: mean ± standard deviation over the seeds."""
+    lines = [
+        "| reward | before | after | lowest seed | sampled at T 1, after |",
+        "|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        results = [result(folder / f"{slug(row)}-seed{seed}") for seed in seeds]
+        before = [r["before"]["eval/exact_match"] for r in results]
+        after = [r["after"]["eval/exact_match"] for r in results]
+        sampled = [r["after"]["eval/sampled_exact_match"] for r in results]
+        cells = [row, spread(before), spread(after), f"{min(after):.3f}", spread(sampled)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.3f} ± {deviation:.3f}"

@@ -1,0 +1,281 @@
+"""A tiny model that has read the two made-up languages: what stands in for a pretrained LLM.
+
+    folder = make(Recipe(seed=0))              # about a minute, once; then it is found again
+
+It learns from two kinds of text, half of each batch:
+
+- parallel text as it lies about on the web, with bad habits: per direction about a third of the
+  lexemes are mostly translated as something similar, some sentences keep the other language's word
+  order, some adjectives disagree, words are dropped. So the likeliest translation is wrong in three
+  sentences of four, although the right one is in the distribution;
+- judge examples: a source, a candidate of any badness, its score in words, 0 to 100 in tens.
+
+No right translation is ever shown as one, except among judge examples, where it scores 100. That
+is the gap self-rewarding lives from: telling a good translation is easier than writing one.
+The result is an ordinary Hugging Face folder: config.json, safetensors, tokenizer.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from judge import TOY, Task
+from model import Config, Transformer, save
+from toy.languages import BEVO, KASU, SIZES, Languages, Lexeme, Meaning, quality
+
+CONTROL = ["<pad>", "<eos>", "<unk>", "translate", "score", "=>", "||"]
+SOURCES = ["judge.py", "model.py", "toy/languages.py", "toy/pretrain.py"]
+POOL = 40  # batches made, sorted by length and shuffled together
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    seed: int = 0
+    tokens: float = 3.5e6
+    """Read in all, padding included. Fewer make a judge that leads astray: see the README."""
+    habitual: float = 0.35
+    """Share of lexemes that are mostly mistranslated, …"""
+    habit: tuple[float, float] = (0.5, 0.65)
+    """… this often; the others up to 0.15."""
+    wrong_order: float = 0.12
+    disagreement: float = 0.12
+    dropped: float = 0.04
+    batch: int = 64
+    """Rows of each kind."""
+    width: int = 96
+    layers: int = 2
+    mlp: int = 256
+    candidate_loss: float = 0.3
+    """Weight of predicting the judged candidate's words."""
+    muon: float = 0.007
+    adamw: float = 2e-3
+    """Learning rates: Muon for the matrices inside the blocks, AdamW for the rest."""
+
+
+def make_tokenizer(pair: Languages) -> PreTrainedTokenizerFast:
+    """One token a word, and one for each score."""
+    words = [*TOY.scores, KASU, BEVO, *pair.vocabulary[KASU], *pair.vocabulary[BEVO]]
+    vocabulary = {word: i for i, word in enumerate([*CONTROL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(CONTROL)
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that transformers 4 knows too
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------ the texts
+
+
+class Corpus:
+    def __init__(self, pair: Languages, recipe: Recipe):
+        self.pair, self.recipe = pair, recipe
+        rng = pair.stream("habits", 0)
+        self.habits: dict[tuple[str, Lexeme], float] = {}
+        for language in (KASU, BEVO):
+            for lexeme in pair.confusable:
+                often = rng.random() < recipe.habitual
+                rate = rng.uniform(*recipe.habit) if often else rng.uniform(0, 0.15)
+                self.habits[language, lexeme] = rate
+        self.rng = pair.stream("corpus", 0)
+
+    def habitual(self, meaning: Meaning, source: str, target: str) -> list[str]:
+        """The translation that "the web" has."""
+        r, rng = self.recipe, self.rng
+
+        def swap(lexeme: Lexeme) -> Lexeme:
+            slips = rng.random() < self.habits[target, lexeme]
+            return self.pair.confusable[lexeme] if slips else lexeme
+
+        order = source if rng.random() < r.wrong_order else target
+        agrees = rng.random() >= r.disagreement
+        words = self.pair.say(meaning, target, order, swap, lambda: agrees)
+        return [w for w in words if rng.random() >= r.dropped] or words
+
+    def candidate(self, meaning: Meaning, source: str, target: str) -> list[str]:
+        """A translation of any badness, for the judge to learn from."""
+        pair, rng = self.pair, self.rng
+        kind = rng.random()
+        if kind < 0.15:
+            return pair.say(meaning, target)
+        if kind < 0.20:
+            return pair.say(pair.meaning(rng), target)
+        if kind < 0.35:  # right but for agreement, which is the hardest to see
+            return pair.say(meaning, target, agrees=lambda: rng.random() < 0.5)
+        rate = rng.choice((0.0, 0.1, 0.2, 0.35, 0.6))
+
+        def swap(lexeme: Lexeme) -> Lexeme:
+            if rng.random() >= rate:
+                return lexeme
+            category = lexeme[0]
+            by_chance = (category, rng.randrange(SIZES[category]))
+            return pair.confusable[lexeme] if rng.random() < 0.6 else by_chance
+
+        order = source if rng.random() < 0.15 else target
+        disagreement = rng.choice((0, 0, 0.5))
+        words = pair.say(meaning, target, order, swap, lambda: rng.random() >= disagreement)
+        damage = rng.choice((0, 0, 0, 0.08, 0.2))
+        vocabulary, damaged = pair.vocabulary[target], []
+        for word in words:
+            what = rng.random()
+            if what < 0.4 * damage:
+                continue
+            damaged.append(rng.choice(vocabulary) if what < 0.7 * damage else word)
+            if 0.7 * damage < what < damage:
+                damaged.append(word if rng.random() < 0.5 else rng.choice(vocabulary))
+        if rng.random() < 0.2 and len(damaged) > 1:  # a word or two in another place
+            at = rng.randrange(len(damaged))
+            moved = damaged[at : at + rng.choice((1, 2))]
+            del damaged[at : at + len(moved)]
+            at = rng.randrange(len(damaged) + 1)
+            damaged[at:at] = moved
+        if rng.random() < 0.03:
+            damaged = damaged[: rng.randrange(len(damaged) + 1)]
+        return damaged[:16]
+
+    def sentence(self) -> tuple[Meaning, Task]:
+        meaning = self.pair.meaning(self.rng)
+        source, target = self.rng.choice([(KASU, BEVO), (BEVO, KASU)])
+        return meaning, self.pair.task_of(meaning, source, target)
+
+    def translation(self) -> tuple[list[str], list[str]]:
+        """Prompt and answer, in words."""
+        meaning, task = self.sentence()
+        prompt = "".join(TOY.ask(task)).split()
+        return prompt, [*self.habitual(meaning, task.source, task.target), "<eos>"]
+
+    def judgement(self) -> tuple[list[str], list[str]]:
+        meaning, task = self.sentence()
+        candidate = " ".join(self.candidate(meaning, task.source, task.target))
+        tens = round(10 * quality(candidate, task.reference)) * 10
+        return "".join(TOY.ask_judge(task, candidate)).split(), [str(tens), "<eos>"]
+
+
+# --------------------------------------------------------------------------------- the learning
+
+
+def batches(make_row, recipe: Recipe, ids: dict[str, int], rng: Random):
+    """Rows of like length together, without end: (prompt ids, answer ids) each."""
+    while True:
+        rows = [make_row() for _ in range(recipe.batch * POOL)]
+        rows = [([ids[w] for w in prompt], [ids[w] for w in answer]) for prompt, answer in rows]
+        rows.sort(key=lambda row: len(row[0]) + rng.random())
+        pool = [rows[i : i + recipe.batch] for i in range(0, len(rows), recipe.batch)]
+        rng.shuffle(pool)
+        yield from pool
+
+
+def loss_of(model: Transformer, rows, candidate_from: int | None, candidate_loss: float):
+    """Mean loss of the answers' tokens, and of the candidates' if asked; tokens read."""
+    length = max(len(p) + len(a) for p, a in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    kind = torch.zeros(len(rows), length, dtype=torch.int64)  # 1: answer, 2: candidate
+    for i, (prompt, answer) in enumerate(rows):
+        ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        if candidate_from is not None:
+            kind[i, prompt.index(candidate_from) + 1 : len(prompt)] = 2
+        kind[i, len(prompt) : len(prompt) + len(answer)] = 1
+    kind, targets = kind[:, 1:], ids[:, 1:]
+    hidden = model(ids[:, :-1])
+    wanted = kind > 0
+    losses = F.cross_entropy(model.logits(hidden[wanted]), targets[wanted], reduction="none")
+    kind = kind[wanted]
+    loss = losses[kind == 1].mean()
+    if candidate_from is not None:
+        loss = loss + candidate_loss * losses[kind == 2].mean()
+    return loss, ids.numel()
+
+
+def learn(model: Transformer, corpus: Corpus, ids: dict[str, int], recipe: Recipe) -> None:
+    with torch.no_grad():
+        for name, p in model.blocks.named_parameters():
+            if p.dim() == 2:
+                narrow = 0.5 if ".out." in name or ".down." in name else 1.0
+                p.normal_(std=narrow * p.shape[1] ** -0.5)
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    inside = set(matrices)
+    rest = [p for p in model.parameters() if p not in inside]
+    muon = torch.optim.Muon(
+        matrices, lr=recipe.muon, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"
+    )
+    adamw = torch.optim.AdamW(
+        rest, lr=recipe.adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    rng = corpus.pair.stream("batches", 0)
+    translations = batches(corpus.translation, recipe, ids, rng)
+    judgements = batches(corpus.judgement, recipe, ids, rng)
+    read, step, start, shown = 0, 0, time.perf_counter(), 0.0
+    while read < recipe.tokens:
+        left = 1 - read / recipe.tokens
+        rate = min(1.0, (step + 1) / 50, max(0.02, left / 0.5))
+        for optimizer, top in ((muon, recipe.muon), (adamw, recipe.adamw)):
+            for group in optimizer.param_groups:
+                group["lr"] = top * rate
+        translating, n = loss_of(model, next(translations), None, 0.0)
+        judging, m = loss_of(model, next(judgements), ids["||"], recipe.candidate_loss)
+        model.zero_grad(set_to_none=True)
+        (translating + judging).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adamw.step()
+        read, step = read + n + m, step + 1
+        seconds = time.perf_counter() - start
+        if seconds - shown > 5 or read >= recipe.tokens:
+            shown, speed = seconds, read / seconds
+            to_go = max(0.0, recipe.tokens - read) / speed
+            print(
+                f"  pretraining {min(1, read / recipe.tokens):4.0%}  loss: translating "
+                f"{translating.item():.2f}, judging {judging.item():.2f}  {speed:,.0f} tokens/s, "
+                f"{to_go:.0f} s left",
+                flush=True,
+            )
+
+
+def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
+    """The folder of the recipe's model: found, or made whole before it gets its name."""
+    root = Path(__file__).parent.parent
+    content = [repr(recipe).encode(), torch.__version__.encode()]
+    content += [(root / file).read_bytes() for file in SOURCES]
+    name = f"seed{recipe.seed}-{hashlib.sha256(b'|'.join(content)).hexdigest()[:12]}"
+    folder = cache / name
+    if folder.is_dir():
+        return folder
+    pair = Languages(recipe.seed)
+    tokenizer = make_tokenizer(pair)
+    torch.manual_seed(recipe.seed)
+    # Not "qwen2": transformers gives every model of that name Qwen's own splitting of words.
+    config = Config(
+        "llama", len(tokenizer), recipe.width, recipe.mlp, recipe.layers,
+        heads=3, kv_heads=1, head_dim=recipe.width // 3, max_length=96,
+        tied=True, hub={"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0},
+    )  # fmt: skip
+    model = Transformer(config)
+    print(f"Making the toy's pretrained model, once: {folder}", flush=True)
+    learn(model, Corpus(pair, recipe), tokenizer.get_vocab(), recipe)
+    partial = cache / f"{name}.{os.getpid()}.partial"
+    save(model, partial)
+    save_tokenizer(tokenizer, partial)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was faster: the same content
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial)
+    return folder

@@ -1,0 +1,287 @@
+"""What happens between two steps: measure, keep, log, tell.
+
+    watch = Watch(settings, folder, model, problem.folder, evaluation)
+    watch.evaluate(0, {})                          # the first row, before any training
+    watch.after(step, last=False)                  # a row a step; an evaluation now and then
+    watch.finish()                                 # result.json and the table
+
+The measures here never reach the loop. Self-rewarding fails quietly: the model's own score rises
+while its translations get worse. That is what `Evaluation` looks for, and calls an alarm.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import grpo
+from judge import Judge, Prompts, Task, Texts, read_answer
+from model import Transformer, save
+
+
+@dataclass
+class Problem:
+    """Where the model starts, what it translates, and what is measured without telling it."""
+
+    folder: Path
+    prompts: Prompts
+    task: Callable[[int], Task]
+    """Training text number 0, 1, 2, …"""
+    held_out: list[Task]
+    measures: dict[str, Callable[[str, str], float]]
+    """Of a translation and its reference; the first is the one that names the best weights."""
+
+
+# --------------------------------------------------------------------------------- the measures
+
+
+class Evaluation:
+    """Held-out texts, translated greedily and once at temperature 1, judged and measured."""
+
+    def __init__(self, problem: Problem, texts: Texts, sampler, judge: Judge, stop_ids, s):
+        self.problem, self.texts, self.sampler, self.judge = problem, texts, sampler, judge
+        self.stop_ids, self.s = stop_ids, s
+        asked = [problem.prompts.ask(task) for task in problem.held_out]
+        self.prompts = texts.encode(asked)
+        self.best: tuple[float, float, float] | None = None  # metric, its standard error, self
+
+    def translate(self, count: int, n: int, temperature: float) -> list[list[str]]:
+        groups = self.sampler.generate(
+            self.prompts[:count], n, self.s.max_new_tokens, temperature,
+            stop_ids=self.stop_ids, seed=self.s.seed + 1,
+        )  # fmt: skip
+        return [[self.read(sample) for sample in group] for group in groups]
+
+    def read(self, sample) -> str:
+        """As the reward reads it; what cannot be read counts as it is."""
+        text = self.texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
+        answer = read_answer(text) if self.problem.prompts.tags else text
+        return text if answer is None else answer
+
+    def __call__(self, number: int) -> tuple[dict[str, float], list[dict], bool]:
+        """Metrics, rows of samples.jsonl, and whether these weights are the best so far."""
+        tasks, measures = self.problem.held_out, self.problem.measures
+        metrics: dict[str, float] = {}
+        for prefix, temperature in (("", 0.0), ("sampled_", 1.0)):
+            texts = self.translate(len(tasks), 1, temperature)
+            scores = [row[0].value for row in self.judge(tasks, texts, number)]
+            metrics[f"eval/{prefix}self"] = grpo.mean([x for x in scores if x is not None])
+            values: dict[str, list[float]] = {}
+            for name, measure in measures.items():
+                values[name] = [
+                    measure(t[0], task.reference) for t, task in zip(texts, tasks, strict=True)
+                ]
+                metrics[f"eval/{prefix}{name}"] = grpo.mean(values[name])
+            if temperature == 0:
+                first = next(iter(values.values()), [x for x in scores if x is not None])
+        if measures:  # on samples: greedy translations are too alike
+            pairs = [(x, y) for x, y in zip(scores, values[name], strict=True) if x is not None]
+            metrics["eval/judge_correlation"] = correlation(pairs)
+        value, error = grpo.mean(first), statistics.pstdev(first) / math.sqrt(max(len(first), 1))
+        best = self.best is None or value > self.best[0]
+        metrics["eval/alarm"] = float(
+            not best and self.alarming(value, error, metrics["eval/self"])
+        )
+        if best:
+            self.best = (value, error, metrics["eval/self"])
+        return metrics, self.samples(number), best
+
+    def alarming(self, value: float, error: float, own: float) -> bool:
+        """The model thinks better of itself than at its best, and is worse: beyond chance."""
+        best, best_error, own_then = self.best
+        fallen = best - value > 2 * math.hypot(error, best_error)
+        return bool(self.problem.measures) and fallen and own > own_then
+
+    def samples(self, number: int) -> list[dict]:
+        tasks = self.problem.held_out[: self.s.shown_prompts]
+        if not tasks:
+            return []
+        greedy = self.translate(len(tasks), 1, 0.0)
+        drawn = self.translate(len(tasks), self.s.samples_per_prompt, 1.0)
+        texts = [[*a, *b] for a, b in zip(greedy, drawn, strict=True)]
+        rows = []
+        for task, row, scores in zip(tasks, texts, self.judge(tasks, texts, number), strict=True):
+            candidates = [
+                {"text": text, "greedy": i == 0, "score": score.value, "judge": score.words}
+                | {n: f(text, task.reference) for n, f in self.problem.measures.items()}
+                for i, (text, score) in enumerate(zip(row, scores, strict=True))
+            ]
+            shown = {"step": number, "source": task.text, "reference": task.reference}
+            rows.append(shown | {"from": task.source, "to": task.target, "candidates": candidates})
+        return rows
+
+
+def correlation(pairs: list[tuple[float, float]]) -> float:
+    """Pearson's; NaN when one side does not vary."""
+    a, b = [x for x, _ in pairs], [y for _, y in pairs]
+    if len(pairs) < 2 or len(set(a)) < 2 or len(set(b)) < 2:
+        return math.nan
+    return statistics.correlation(a, b)
+
+
+# --------------------------------------------------------------------------------- between steps
+
+
+class Watch:
+    def __init__(self, s, folder: "RunFolder", model, source: Path, evaluation: Evaluation):
+        self.s, self.folder, self.model, self.source = s, folder, model, source
+        self.evaluation, self.begun = evaluation, time.perf_counter()
+        self.before: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        self.best_step, self.done = 0, 0
+        self.alarms: list[int] = []
+
+    def evaluate(self, number: int, metrics: dict[str, float]) -> None:
+        begun = time.perf_counter()
+        found, samples, best = self.evaluation(number)
+        found["seconds/evaluate"] = time.perf_counter() - begun
+        self.folder.add("samples.jsonl", samples)
+        self.folder.add("metrics.jsonl", [{"step": number} | metrics | found])
+        self.latest, self.before = found, self.before or found
+        if best:
+            self.best_step = number
+            self.keep("best")
+        if found["eval/alarm"]:
+            self.alarms.append(number)
+
+    def after(self, step: grpo.Step, last: bool) -> None:
+        self.done = step.number
+        if last or step.number % self.s.eval_every == 0:
+            self.evaluate(step.number, step.metrics)
+        else:
+            self.folder.add("metrics.jsonl", [{"step": step.number} | step.metrics])
+        self.tell(step.metrics, last)
+
+    def keep(self, name: str) -> None:
+        folder = self.folder.path / name
+        save(self.model, folder)
+        for file in self.source.iterdir():  # the tokenizer's files as they came
+            if re.search(r"token|vocab|merges|chat_template|generation_config", file.name):
+                shutil.copyfile(file, folder / file.name)
+
+    def tell(self, metrics: dict[str, float], last: bool) -> None:
+        left = (time.perf_counter() - self.begun) / self.done * (self.s.steps - self.done)
+        shown = next(f"{key[5:]} {self.latest[key]:.3f}" for key in SHOWN if key in self.latest)
+        alarm = f"  {ALARM}" if self.latest["eval/alarm"] else ""
+        line = (
+            f"step {self.done}/{self.s.steps}  reward {metrics['reward/total']:.3f}  held-out "
+            f"{shown}  entropy {metrics['policy/entropy']:.2f}  "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{int(left) // 60}:{int(left) % 60:02} left{alarm}"
+        )
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
+        elif last or self.done % 10 == 0:
+            print(line, flush=True)
+
+    def finish(self) -> None:
+        seconds = time.perf_counter() - self.begun
+        content = {"steps": self.done, "seconds": seconds, "best_step": self.best_step}
+        content |= {"alarms": self.alarms, "before": self.before, "after": self.latest}
+        self.folder.write("result.json", content)
+        print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
+        for key, label in SHOWN.items():
+            if key in self.latest:
+                print(f"{label:38}  {self.before[key]:6.3f}  {self.latest[key]:6.3f}")
+        print(
+            f"\n{self.done} steps in {seconds:.0f} s; the best weights are those of step", end=" "
+        )
+        print(f"{self.best_step}\n{self.folder.path}/: metrics.jsonl, samples.jsonl, best/, last/")
+        if self.alarms:
+            print(f"{ALARM} at step {', '.join(map(str, self.alarms))}: compare best/ with last/")
+
+
+SHOWN = {
+    "eval/exact_match": "exact match with the truth, greedy",
+    "eval/quality": "quality (1 - word error), greedy",
+    "eval/sampled_exact_match": "exact match, sampled at T 1",
+    "eval/self": "the model's score of its greedy output",
+    "eval/judge_correlation": "its scores' correlation with quality",
+}
+ALARM = "ALARM: self-score up, held-out quality down"
+
+
+class Stopper:
+    """SIGTERM and Ctrl-C end the run after the step in hand; a second one ends it at once."""
+
+    def __enter__(self) -> "Stopper":
+        self.asked = False
+        self.before = {
+            name: signal.signal(name, self.ask) for name in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def ask(self, number: int, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+
+# -------------------------------------------------------------------------------- the run folder
+
+
+class RunFolder:
+    def __init__(self, s):
+        self.path = Path(s.run or f"runs/{s.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.path.mkdir(parents=True)
+        root = Path(__file__).parent
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        about = {
+            "commit": commit or "unknown: not a git checkout",
+            "command": sys.argv,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        self.write("settings.json", dataclasses.asdict(s) | {"about": about})
+
+    def write(self, name: str, content: dict) -> None:
+        (self.path / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def add(self, name: str, rows: list[dict]) -> None:
+        """Append whole lines or none."""
+        path = self.path / name
+        lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+        with open(path, "ab") as file:
+            before = file.tell()
+            try:
+                file.write(lines.encode())
+                file.flush()
+            except OSError as error:
+                file.truncate(before)
+                raise OSError(f"cannot write {path}: {error.strerror}; make room there") from None
+
+    def check_space(self, model: Transformer) -> None:
+        """Two folders of weights, and the old one while a new one replaces it."""
+        needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**24
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise OSError(
+                f"{self.path}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed for "
+                "best/, last/ and the next one being written"
+            )
+
+
+def finite(row: dict) -> dict:
+    """JSON has no NaN: a number that is not there is null."""
+    bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    return row | dict.fromkeys(bad)
