@@ -77,7 +77,7 @@ class Settings:
     final_lr: float = 0.1
     """Share of it that is left at the last step, after a linear decay; 1: constant."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's, of every weight."""
     max_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     max_bad_steps: int = 5

@@ -232,6 +232,16 @@ class Score(NamedTuple):
     words: str
 
 
+def check_reading(reading: str, samples: int, temperature: float) -> None:
+    if reading not in ("written", "expected"):
+        raise ValueError(f"reading={reading!r} is unknown; known: written, expected")
+    if samples > 1 and (temperature == 0 or reading == "expected"):
+        raise ValueError(
+            f"{samples} judge samples would all be the same at temperature {temperature} and "
+            f"reading {reading!r}: set a temperature and 'written', or one sample"
+        )
+
+
 class Judge:
     """Asks a sampler's model what translations are worth; each distinct pair once."""
 
@@ -248,13 +258,7 @@ class Judge:
         seed: int = 0,
     ):
         """`samples` judgements of each pair are averaged; more than one needs a temperature."""
-        if reading not in ("written", "expected"):
-            raise ValueError(f"reading={reading!r} is unknown; known: written, expected")
-        if samples > 1 and (temperature == 0 or reading == "expected"):
-            raise ValueError(
-                f"{samples} judge samples would all be the same at temperature {temperature} and "
-                f"reading {reading!r}: set a temperature and 'written', or one sample"
-            )
+        check_reading(reading, samples, temperature)
         self.sampler, self.texts, self.prompts, self.reading = sampler, texts, prompts, reading
         self.samples, self.temperature, self.seed = samples, temperature, seed
         self.max_new_tokens = max_new_tokens if reading == "written" else 1

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 import data
 import grpo
-from judge import GATES, PAPER, TOY, Judge, Reward, Task, Texts
+from judge import GATES, PAPER, TOY, Judge, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
 from model import Transformer, find_folder, load
 from sampler import Sampler
@@ -188,6 +188,7 @@ def check(s: Settings) -> Settings:
     for name in ("kl", "weight_decay", "judge_temperature", "clip_high"):
         if not 0 <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)} must not be negative")
+    check_reading(s.reading, s.judge_samples, s.judge_temperature)
     longest = s.max_prompt_tokens + s.max_new_tokens
     if s.micro_batch_tokens < longest:
         raise ValueError(
@@ -244,16 +245,24 @@ def toy_problem(s: Settings) -> Problem:
 
 
 def data_problem(s: Settings) -> Problem:
+    prompts, folder = TOY if s.prompts == "toy" else PAPER, find_folder(s.model)
     tasks = data.read(Path(s.data))
+    texts = Texts(AutoTokenizer.from_pretrained(folder))
+    lengths = [len(ids) for ids in texts.encode([prompts.ask(task) for task in tasks])]
+    fit = [t for t, length in zip(tasks, lengths, strict=True) if length <= s.max_prompt_tokens]
+    if len(fit) < len(tasks):
+        print(
+            f"{len(tasks) - len(fit)} of {len(tasks)} texts are left out: their prompts are longer "
+            f"than --max-prompt-tokens {s.max_prompt_tokens}"
+        )
+    tasks = fit
     if len(tasks) <= s.eval_prompts:
         raise ValueError(
-            f"{s.data} has {len(tasks)} texts, of which {s.eval_prompts} are to be held out: add "
-            "texts or lower --eval-prompts"
+            f"{s.data} has {len(tasks)} usable texts, of which {s.eval_prompts} are to be held "
+            "out: add texts or lower --eval-prompts"
         )
     held_out, training = data.split(tasks, s.eval_prompts, s.seed)
-    prompts = TOY if s.prompts == "toy" else PAPER
-    order = data.Order(training, s.seed)
-    return Problem(find_folder(s.model), prompts, order.task, held_out, {})
+    return Problem(folder, prompts, data.Order(training, s.seed).task, held_out, {})
 
 
 # --------------------------------------------------------------------------------------- the run
@@ -326,6 +335,28 @@ def run(s: Settings) -> None:
     watch.finish()
 
 
+def compare(s: Settings) -> None:
+    """The toy with every reward; options that differ from the preset's go to all runs."""
+    if s.preset != "toy":
+        raise ValueError("--controls needs --preset toy: only there the truth is known")
+    try:
+        seeds = [int(seed) for seed in s.seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {s.seeds}: numbers with commas between them") from None
+    usual = dataclasses.asdict(Settings(**PRESETS["toy"] | {"preset": "toy"}))
+    own = {"controls", "seeds", "run", "seed", "threads", *itertools.chain(*controls.ROWS.values())}
+    options = []
+    for name, value in dataclasses.asdict(s).items():
+        if name in own or value == usual[name]:
+            continue
+        option = name.replace("_", "-")
+        options.append(f"--no-{option}" if value is False else f"--{option}={value}")
+    if not s.model:
+        for seed in seeds:
+            make(Recipe(seed=seed, tokens=s.toy_tokens))
+    controls.run_all(seeds, Path(s.run or "runs/controls"), options)
+
+
 def main(words: list[str]) -> None:
     try:
         s = parse(words)
@@ -333,11 +364,7 @@ def main(words: list[str]) -> None:
         why = "CUDA GPUs found" if torch.cuda.is_available() else "no CUDA GPU found"
         print(f"SSR-Zero, preset {s.preset} ({chosen}; {why})")
         if s.controls:
-            rest = [w for w in words if w != "--controls" and not w.startswith("--seeds")]
-            seeds = [int(seed) for seed in s.seeds.split(",")]
-            for seed in seeds:
-                make(Recipe(seed=seed, tokens=s.toy_tokens))
-            controls.run_all(seeds, Path(s.run or "runs/controls"), rest)
+            compare(s)
         else:
             run(s)
     except KeyboardInterrupt:

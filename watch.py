@@ -90,8 +90,8 @@ class Evaluation:
         if measures:  # on samples: greedy translations are too alike
             pairs = [(x, y) for x, y in zip(scores, values[name], strict=True) if x is not None]
             metrics["eval/judge_correlation"] = correlation(pairs)
-        value, error = grpo.mean(first), statistics.pstdev(first) / math.sqrt(max(len(first), 1))
-        best = self.best is None or value > self.best[0]
+        value, error = grpo.mean(first), standard_error(first)
+        best = self.best is None or value > self.best[0] or math.isnan(self.best[0])
         metrics["eval/alarm"] = float(
             not best and self.alarming(value, error, metrics["eval/self"])
         )
@@ -122,6 +122,10 @@ class Evaluation:
             shown = {"step": number, "source": task.text, "reference": task.reference}
             rows.append(shown | {"from": task.source, "to": task.target, "candidates": candidates})
         return rows
+
+
+def standard_error(values: list[float]) -> float:
+    return statistics.pstdev(values) / math.sqrt(len(values)) if values else math.nan
 
 
 def correlation(pairs: list[tuple[float, float]]) -> float:

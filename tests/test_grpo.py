@@ -387,3 +387,12 @@ def test_metrics_are_what_they_say():
         "policy/kl": math.exp(0.1) - 1 - 0.1,
     }
     assert metrics == pytest.approx(expected, abs=1e-7)
+
+
+def test_ten_golden_steps_are_reproduced():
+    """Bit for bit from run to run; to eight decimals in float64, on whatever machine."""
+    from tests import golden
+
+    once, again = list(golden.steps()), list(golden.steps())
+    assert once == again
+    assert golden.as_text(once) == golden.FILE.read_text()

@@ -24,7 +24,9 @@ FAMILIES = {
 }
 
 
-def make_model(folder, family="qwen2", tied=True, kv_heads=2, head_dim=8, seed=0, vocab=99):
+def make_model(
+    folder, family="qwen2", tied=True, kv_heads=2, head_dim=8, seed=0, vocab=99, positions=512
+):
     """Save a transformers model of 2 layers and 4 heads in `folder`, and return it."""
     kind, rope = FAMILIES[family]
     config = kind(
@@ -35,7 +37,7 @@ def make_model(folder, family="qwen2", tied=True, kv_heads=2, head_dim=8, seed=0
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         rope_parameters=dict(rope),
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,

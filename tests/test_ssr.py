@@ -1,0 +1,367 @@
+"""The front door: what a run writes, what it refuses, how it ends."""
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import ssr
+import watch
+from model import load
+from tests.tiny import make_model, make_tokenizer
+from toy.languages import Languages
+from toy.pretrain import Recipe, make
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
+    *("--shown-prompts=2", "--eval-every=2", "--threads=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A toy model that has read just enough to write sentences and scores."""
+    return make(Recipe(tokens=1.5e5), tmp_path_factory.mktemp("toy"))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def go(folder, toy, *words):
+    ssr.main([*SMALL, f"--model={toy}", f"--run={folder}", *words])
+    return rows_of(folder / "metrics.jsonl")
+
+
+def untimed(rows):
+    return [{k: v for k, v in r.items() if "second" not in k} for r in rows]
+
+
+# ------------------------------------------------------------------------------- what it writes
+
+
+def test_a_run_leaves_what_the_readme_says(toy, tmp_path, capsys):
+    run = tmp_path / "run"
+    rows = go(run, toy, "--steps=3")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    evaluated = [row["step"] for row in rows if "eval/exact_match" in row]
+    assert evaluated == [0, 2, 3]
+    assert not any(key.startswith(("reward", "train")) for key in rows[0])
+    for key in ("reward/total", "reward/self", "reward/format", "judge/invalid", "policy/entropy"):
+        assert all(key in row for row in rows[1:])
+    for key in ("policy/kl", "policy/sampler_gap_max", "groups/zero_variance", "groups/distinct"):
+        assert all(key in row for row in rows[1:])
+    for stage in ("sample", "judge", "reference", "train"):
+        assert all(row[f"seconds/{stage}"] > 0 for row in rows[1:])
+    samples = rows_of(run / "samples.jsonl")
+    assert [row["step"] for row in samples] == [0, 0, 2, 2, 3, 3]
+    assert samples[0]["source"] == samples[2]["source"] != samples[1]["source"]
+    assert len(samples[0]["candidates"]) == 5 and samples[0]["candidates"][0]["greedy"]
+    assert {"text", "score", "judge", "quality"} <= samples[0]["candidates"][1].keys()
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["samples_per_prompt"] == 4 and settings["about"]["commit"]
+    result = json.loads((run / "result.json").read_text())
+    assert result["before"]["eval/exact_match"] == rows[0]["eval/exact_match"]
+    assert result["after"]["eval/exact_match"] == rows[3]["eval/exact_match"]
+    out = capsys.readouterr().out
+    assert "3 steps of 4 prompts × 4 samples = 16 translations, 1 update each" in out
+    assert "before   after" in out and "no CUDA GPU found" in out
+
+
+def test_best_and_last_are_hugging_face_folders_with_the_tokenizer(toy, tmp_path):
+    run = tmp_path / "run"
+    go(run, toy, "--steps=2")
+    text = "translate Kasu Bevo tasu =>"
+    for name in ("best", "last"):
+        theirs = AutoModelForCausalLM.from_pretrained(run / name)
+        ids = AutoTokenizer.from_pretrained(run / name)(text, return_tensors="pt").input_ids
+        ours = load(run / name)
+        with torch.no_grad():
+            torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits)
+    before, after = load(toy), load(run / "last")
+    assert not torch.equal(before.head_weight, after.head_weight)
+
+
+def test_the_best_weights_are_those_of_the_best_evaluation(toy, tmp_path, monkeypatch):
+    quality = iter([0.2, 0.6, 0.4])
+    monkeypatch.setattr(watch.Evaluation, "samples", lambda *_: [])
+
+    def measured(self, number):
+        value = next(quality)
+        best = self.best is None or value > self.best
+        self.best = value if best else self.best
+        return {"eval/exact_match": value, "eval/self": 0.5, "eval/alarm": 0.0}, [], best
+
+    monkeypatch.setattr(watch.Evaluation, "__call__", measured)
+    run = tmp_path / "run"
+    go(run, toy, "--steps=4")
+    assert json.loads((run / "result.json").read_text())["best_step"] == 2
+    go(tmp_path / "two", toy, "--steps=2", "--final-lr=1", "--warmup-steps=0", "--eval-every=9")
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(toy, tmp_path):
+    first = go(tmp_path / "a", toy, "--steps=3")
+    assert untimed(go(tmp_path / "b", toy, "--steps=3")) == untimed(first)
+    weights = [(tmp_path / x / "last" / "model.safetensors").read_bytes() for x in "ab"]
+    assert weights[0] == weights[1]
+    assert untimed(go(tmp_path / "c", toy, "--steps=3", "--slots=5")) != []
+    assert untimed(go(tmp_path / "d", toy, "--steps=3", "--seed=1")) != untimed(first)
+
+
+def test_the_loop_never_sees_the_truth(toy, tmp_path, monkeypatch):
+    """With every reference replaced by rubbish, training is the same to the last bit."""
+    honest = go(tmp_path / "a", toy, "--steps=3")
+    real = Languages.task_of
+
+    def rubbish(self, *words):
+        return real(self, *words)._replace(reference="rubbish")
+
+    monkeypatch.setattr(Languages, "task_of", rubbish)
+    blind = go(tmp_path / "b", toy, "--steps=3")
+    for a, b in zip(untimed(honest), untimed(blind), strict=True):
+        assert {k: v for k, v in a.items() if "eval" not in k} == {
+            k: v for k, v in b.items() if "eval" not in k
+        }
+    assert blind[-1]["eval/quality"] == 0.0 < honest[-1]["eval/quality"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--judge=frozen"],
+        ["--judge=ema", "--ema-decay=0.5"],
+        ["--reading=written"],
+        ["--reading=written", "--judge-samples=2", "--judge-temperature=1"],
+        ["--reward=random", "--no-track-kl"],
+        ["--reward=self+external", "--kl=0.1", "--updates-per-batch=2", "--loss-norm=sequence"],
+        ["--reward=oracle", "--gate=plus-minus-one", "--advantage-scale=batch"],
+        ["--reward=vote", "--advantage-scale=none", "--advantage-baseline=leave-one-out"],
+    ],
+)
+def test_every_switch_runs(toy, tmp_path, words):
+    rows = go(tmp_path / "run", toy, "--steps=2", *words)
+    assert len(rows) == 3 and ("policy/kl" in rows[1]) == ("--no-track-kl" not in words)
+
+
+def test_a_frozen_judge_keeps_its_opinion_and_a_live_one_does_not(toy, tmp_path):
+    """Both judge the same sentences at the end; only the frozen one as at the start."""
+    scores = {}
+    words = ["--steps=4", "--lr=0.01", "--final-lr=1", "--warmup-steps=0"]
+    for judge in ("frozen", "live"):
+        go(tmp_path / judge, toy, f"--judge={judge}", *words)
+        rows = rows_of(tmp_path / judge / "samples.jsonl")
+        said = {}
+        for row in rows:
+            for c in row["candidates"]:
+                said.setdefault((row["source"], c["text"]), set()).add(round(c["score"] or 0, 4))
+        scores[judge] = [values for values in said.values()]
+    assert all(len(values) == 1 for values in scores["frozen"])
+    assert json.loads((tmp_path / "live" / "result.json").read_text())["steps"] == 4
+
+
+# ------------------------------------------------------------------------------ what it refuses
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sampels-per-prompt=4"], "unknown option .*; did you mean --samples-per-prompt\\?"),
+        (["--step=4"], "unknown option --step=4; did you mean --steps\\?"),
+        (["--top-p=0.9"], "--top-p=0.9: training needs log-probs of the whole distribution"),
+        (["--preset=toys"], "--preset toys is unknown; known: ssr-zero-7b, ssr-zero-0.5b, toy"),
+        (["--samples-per-prompt=1"], "a sample is compared with its siblings; use at least 2"),
+        (["--steps=0"], "--steps 0 must be at least 1"),
+        (["--lr=0"], "--lr 0.0 must be above 0"),
+        (["--lr=nan"], "--lr nan must be above 0"),
+        (["--kl=-1"], "--kl -1.0 must not be negative"),
+        (["--clip-low=2"], r"--clip-low 2.0 must lie in 0 … 1"),
+        (["--judge=dead"], "--judge dead: use live, frozen, ema"),
+        (["--micro-batch-tokens=20"], r"cannot hold one sequence of 32 \+ 20 tokens: use .* 52"),
+        (["--preset=toy", "--data=x"], "--data: the toy makes its own sentences"),
+        (["--preset=ssr-zero-7b"], "--preset ssr-zero-7b needs --data FILE"),
+        (["--preset=ssr-zero-7b", "--data=x", "--reward=oracle"], "needs the truth, which only"),
+        (["--run=tests"], "--run tests exists already: name another folder"),
+        (["--model=nowhere/at-all"], "nowhere/at-all"),
+        (["--judge-samples=2"], "2 judge samples would all be the same"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(words, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(ssr, "make", None)  # nothing may be made before all is checked
+    with pytest.raises(SystemExit, match=f"(?s)^ssr.py: .*{message}") as error:
+        ssr.main(words)
+    assert str(error.value).count("\n") <= 1
+
+
+def test_a_folder_that_exists_is_left_alone(toy, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "precious").write_text("mine")
+    with pytest.raises(SystemExit, match="exists already"):
+        go(run, toy)
+    assert [f.name for f in run.iterdir()] == ["precious"]
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        ssr.parse(["--help"])
+    shown, help_of = " ".join(capsys.readouterr().out.split()), ssr.docs(ssr.Settings)
+    for field in dataclasses.fields(ssr.Settings):
+        assert len(help_of[field.name]) > 10
+        assert f"--{field.name.replace('_', '-')}" in shown
+
+
+def test_presets_name_real_settings_and_pass_the_check():
+    for name, preset in ssr.PRESETS.items():
+        assert preset.keys() <= {f.name for f in dataclasses.fields(ssr.Settings)}
+        ssr.parse([f"--preset={name}", *([] if name == "toy" else ["--data=x"])])
+    assert ssr.parse([]).preset == ("ssr-zero-7b" if torch.cuda.is_available() else "toy")
+
+
+# ---------------------------------------------------------------------------------- how it ends
+
+
+def start(toy, run, *words):
+    command = [sys.executable, "ssr.py", *SMALL, f"--model={toy}", f"--run={run}", *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_whole(toy, tmp_path, name):
+    run = tmp_path / "run"
+    process = start(toy, run, "--steps=100000", "--eval-every=100000")
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(name)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    rows = rows_of(metrics)
+    assert f"stopped after step {rows[-1]['step']}, as asked" in out
+    assert "eval/exact_match" in rows[-1]
+    assert json.loads((run / "result.json").read_text())["steps"] == rows[-1]["step"]
+    load(run / "last")
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_line(tmp_path, monkeypatch):
+    folder = watch.RunFolder(ssr.parse([*SMALL, f"--run={tmp_path / 'run'}"]))
+    folder.add("metrics.jsonl", [{"step": 0, "x": math.nan}, {"step": 1}])
+    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 0, "x": null}\n{"step": 1}\n'
+    (folder.path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="cannot write .*full: No space left on device; make room"):
+        folder.add("full", [{"step": 0}])
+
+    class Disk:
+        free = 10
+
+    monkeypatch.setattr(watch.shutil, "disk_usage", lambda path: Disk)
+    with pytest.raises(OSError, match=r"0.00 GB free, 0.02 GB are needed for best/"):
+        folder.check_space(torch.nn.Linear(2, 2))
+
+
+def test_the_alarm_is_own_score_up_and_quality_down_beyond_chance(toy):
+    evaluation = watch.Evaluation.__new__(watch.Evaluation)
+    evaluation.problem = watch.Problem(toy, None, None, [], {"exact_match": None})
+    evaluation.best = (0.9, 0.01, 0.80)
+    assert evaluation.alarming(0.8, 0.01, 0.85)
+    assert not evaluation.alarming(0.88, 0.01, 0.85)  # by chance
+    assert not evaluation.alarming(0.8, 0.01, 0.75)  # it knows
+    evaluation.problem.measures.clear()
+    assert not evaluation.alarming(0.8, 0.01, 0.85)  # nothing independent to go by
+
+
+# ----------------------------------------------------------------------- the other presets' path
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def test_the_papers_preset_runs_on_a_tiny_model_and_a_few_texts(tmp_path, capsys):
+    """With byte-level BPE and the paper's prompts; an untrained model earns nothing, and is told."""
+    make_model(tmp_path / "model", vocab=300, positions=4096)
+    make_tokenizer(tmp_path / "model")
+    texts = [{"text": f"Sentence {i}.", "source": "English", "target": "Chinese"} for i in range(9)]
+    long = {"text": "long " * 900, "source": "English", "target": "Chinese"}
+    file = write(tmp_path / "data.jsonl", [*texts, long])
+    ssr.main(
+        [
+            *(
+                "--preset=ssr-zero-7b",
+                f"--model={tmp_path / 'model'}",
+                f"--data={file}",
+                "--steps=2",
+            ),
+            *(f"--run={tmp_path / 'run'}", "--prompts-per-step=2", "--samples-per-prompt=2"),
+            *("--max-new-tokens=8", "--judge-max-new-tokens=8", "--max-prompt-tokens=900"),
+            *("--eval-prompts=3", "--eval-every=1", "--shown-prompts=1", "--slots=8"),
+        ]
+    )
+    assert "1 of 10 texts are left out: their prompts are longer than" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert [row["reward/format"] for row in rows[1:]] == [0.0, 0.0]
+    assert [row["groups/zero_variance"] for row in rows[1:]] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'text': 1}", "line 2: not JSON"),
+        ('{"text": "a", "source": "English"}', "line 2: 'target' missing"),
+        ('{"text": "", "source": "English", "target": "Chinese"}', "line 2: 'text' missing"),
+        ('{"text": 3, "source": "English", "target": "Chinese"}', "line 2: text, .* strings"),
+        ("[1]", "line 2: 'text', 'source', 'target' missing"),
+    ],
+)
+def test_a_bad_line_of_data_is_named(tmp_path, line, message):
+    good = '{"text": "a", "source": "English", "target": "Chinese"}'
+    file = tmp_path / "data.jsonl"
+    file.write_text(f"{good}\n{line}\n")
+    with pytest.raises(ValueError, match=f"data.jsonl, {message}"):
+        data.read(file)
+
+
+def test_data_comes_in_shuffled_epochs_that_depend_on_the_seed_alone(tmp_path):
+    rows = [{"text": f"t{i % 40}", "source": "English", "target": "Chinese"} for i in range(50)]
+    tasks = data.read(write(tmp_path / "d.jsonl", rows))
+    held_out, training = data.split(tasks, 10, seed=0)
+    assert len(held_out) == 10 and not {t.text for t in held_out} & {t.text for t in training}
+    n = len(training)
+    order = data.Order(training, 0)
+    first, second = ([order.task(e * n + i) for i in range(n)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == sorted(training) and first != second
+    again = data.Order(training, 0)
+    assert [again.task(n + 3), again.task(2)] == [second[3], first[2]]
+    assert [data.Order(training, 1).task(i) for i in range(n)] != first
+    with pytest.raises(ValueError, match="no texts are left to train on"):
+        data.Order([], 0)
+
+
+# --------------------------------------------------------------------------------- slow proofs
+
+
+@pytest.mark.slow
+def test_the_toy_learns_to_translate_by_judging_itself(tmp_path):
+    """The command of the README, from nothing: exact match rises by 0.45 at least."""
+    command = [sys.executable, str(ROOT / "ssr.py"), "--run", "run"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    rows = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["eval/exact_match"] - rows[0]["eval/exact_match"] >= 0.45
+    assert rows[-1]["eval/exact_match"] >= 0.85

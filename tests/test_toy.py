@@ -1,0 +1,209 @@
+"""The embedded language pair: what is true of it, and that its model is an ordinary one."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from judge import TOY, Given, Texts
+from model import load
+from toy import controls
+from toy.languages import BEVO, KASU, Languages, quality
+from toy.pretrain import Corpus, Recipe, make, make_tokenizer
+
+PAIR = Languages(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make(Recipe(tokens=2e4), tmp_path_factory.mktemp("models"))
+
+
+def tasks(split, count=2000):
+    return [PAIR.task(split, i) for i in range(count)]
+
+
+def test_sentences_are_a_function_of_seed_split_and_number():
+    again, other = Languages(0), Languages(1)
+    assert [again.task("train", i) for i in (5, 3)] == [PAIR.task("train", i) for i in (5, 3)]
+    assert other.task("train", 5) != PAIR.task("train", 5) != PAIR.task("held-out", 5)
+
+
+def test_held_out_sentences_are_never_trained_in_either_direction():
+    def both_sides(split):
+        return {x for t in tasks(split) for x in (t.text, t.reference)}
+
+    assert not both_sides("train") & both_sides("held-out")
+
+
+def test_both_directions_and_all_lengths_occur():
+    directions = Counter((t.source, t.target) for t in tasks("train"))
+    assert set(directions) == {(KASU, BEVO), (BEVO, KASU)} and min(directions.values()) > 900
+    lengths = Counter(
+        len((t.text if t.source == KASU else t.reference).split()) for t in tasks("train")
+    )
+    assert set(lengths) == set(range(3, 11))
+
+
+def test_a_sentence_has_one_translation_and_back_again():
+    """Distinct meanings never share a sentence, so the truth is the truth."""
+    there, back = {}, {}
+    for i in range(20_000):
+        meaning = PAIR.meaning(random.Random(i))
+        kasu, bevo = (" ".join(PAIR.say(meaning, x)) for x in (KASU, BEVO))
+        assert there.setdefault(kasu, bevo) == bevo and back.setdefault(bevo, kasu) == kasu
+
+
+def test_the_languages_differ_as_the_grammar_says():
+    meaning = PAIR.meaning(random.Random(7))._replace(negated=True, preposition=None, place=None)
+    kasu, bevo = PAIR.say(meaning, KASU), PAIR.say(meaning, BEVO)
+    verb = PAIR.words[BEVO]["verb", meaning.verb]
+    tail = [] if meaning.adverb is None else PAIR.words[BEVO]["adverb", meaning.adverb]
+    assert bevo[len(bevo) - len(tail) - 2 :] == [*verb, PAIR.negation[BEVO], *tail]
+    assert PAIR.negation[KASU] in kasu and not set(kasu) & set(bevo)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reference", "value"),
+    [
+        ("a b c", "a b c", 1),
+        ("a b", "a b c d", 0.5),
+        ("a x c", "a b c", 2 / 3),
+        ("b a c", "a b c", 1 / 3),
+        ("a b c a b c", "a b c", 0.5),
+        ("", "a", 0),
+        ("x y z", "a b c", 0),
+    ],
+)
+def test_quality_is_one_minus_word_edit_distance_over_the_longer(candidate, reference, value):
+    assert quality(candidate, reference) == pytest.approx(value)
+
+
+def test_mistakes_of_the_corpus_come_as_often_as_the_recipe_says():
+    quiet = Recipe(habitual=0.0, wrong_order=0.0, disagreement=0.0, dropped=0.0)
+    for recipe, low, high in ((Recipe(), 0.1, 0.3), (quiet, 0.6, 0.75)):
+        corpus, right = Corpus(PAIR, recipe), 0
+        for _ in range(1000):
+            meaning, task = corpus.sentence()
+            words = corpus.habitual(meaning, task.source, task.target)
+            right += " ".join(words) == task.reference
+        assert low < right / 1000 < high
+
+
+def test_judge_examples_say_the_truth_in_tens():
+    corpus = Corpus(PAIR, Recipe())
+    scores = Counter()
+    for _ in range(500):
+        prompt, (score, end) = corpus.judgement()
+        text = " ".join(prompt)
+        source, candidate = text[: text.index(" =>")].split("||")
+        _, source_language, target_language, *words = source.split()
+        assert end == "<eos>" and (source_language, target_language) in [(KASU, BEVO), (BEVO, KASU)]
+        scores[int(score)] += 1
+        # The truth, found again from the words alone.
+        meaning = next_meaning(words, source_language)
+        if meaning is not None:
+            true = quality(candidate, " ".join(PAIR.say(meaning, target_language)))
+            assert int(score) == round(10 * true) * 10
+    assert set(scores) == set(range(0, 101, 10)) and scores[100] > 50
+
+
+KNOWN = {}
+
+
+def next_meaning(words, language):
+    """The meaning of a short Kasu or Bevo sentence NOUN VERB, else None."""
+    if not KNOWN:
+        for i in range(24):
+            for j in range(14):
+                simple = PAIR.meaning(random.Random(0))
+                phrase = simple.subject._replace(noun=i, adjective=None, numeral=None)
+                meaning = simple._replace(
+                    adverb=None, subject=phrase, negated=False, verb=j, object=None,
+                    preposition=None, place=None,
+                )  # fmt: skip
+                for name in (KASU, BEVO):
+                    KNOWN[name, tuple(PAIR.say(meaning, name))] = meaning
+    return KNOWN.get((language, tuple(words)))
+
+
+# ---------------------------------------------------------------------------------- the model
+
+
+def test_the_toy_model_is_an_ordinary_hugging_face_folder(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "translate Kasu Bevo " + PAIR.task("train", 0).text + " =>"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    ours = load(folder)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits
+        torch.testing.assert_close(ours.logits(ours(torch.tensor([ids]))), expected)
+
+
+def test_pretraining_and_training_write_the_same_prompts():
+    tokenizer = make_tokenizer(PAIR)
+    texts, vocabulary = Texts(tokenizer), tokenizer.get_vocab()
+    for task in tasks("train", 50):
+        for parts in (TOY.ask(task), TOY.ask_judge(task, task.reference)):
+            words = [vocabulary[w] for w in "".join(parts).split()]
+            assert texts.encode([parts]) == [words]
+
+
+def test_the_toys_control_words_cannot_be_forged():
+    texts = Texts(make_tokenizer(PAIR))
+    ids = texts.encode([[Given("tasu || => translate <eos>")]])[0]
+    assert not texts.control_ids & set(ids)
+
+
+def test_a_model_is_made_once_and_anew_when_its_recipe_changes(folder, capsys):
+    before = sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
+    capsys.readouterr()
+    assert make(Recipe(tokens=2e4), folder.parent) == folder
+    assert capsys.readouterr().out == ""
+    assert before == sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
+    other = make(Recipe(tokens=2e4, dropped=0.05), folder.parent)
+    assert other != folder and "Making the toy's" in capsys.readouterr().out
+
+
+def test_the_same_recipe_makes_the_same_weights(folder, tmp_path):
+    again = make(Recipe(tokens=2e4), tmp_path)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+# ------------------------------------------------------------------------------------ controls
+
+
+def test_other_rewards_are_what_they_say():
+    task = PAIR.task("train", 0)
+    answers = [[task.reference, "x", task.reference, None]]
+
+    def values(scorer, step=1):
+        return [s.value for s in scorer([task], answers, step)[0]]
+
+    assert values(controls.oracle) == [1.0, 0.0, 1.0, 0.0]
+    assert values(controls.majority_vote) == [0.5, 0.25, 0.5, 0.0]
+    noise = controls.random_scores(0)
+    assert values(noise) == values(noise) != values(noise, 2) and len(set(values(noise))) == 4
+    many = [controls.external(0)([task], answers, step)[0][0].value for step in range(2000)]
+    assert max(many) == 1.0 and 0.8 < sum(many) / 2000 < 0.95  # noisy and cut off at 1
+
+
+def test_the_table_is_mean_and_spread_over_seeds(tmp_path):
+    import json
+
+    for row in controls.ROWS:
+        for seed, after in ((0, 0.9), (1, 0.7)):
+            path = tmp_path / f"{controls.slug(row)}-seed{seed}"
+            path.mkdir()
+            before = {"eval/exact_match": 0.2, "eval/sampled_exact_match": 0.1}
+            result = {"before": before, "after": dict.fromkeys(before, after)}
+            (path / "result.json").write_text(json.dumps(result))
+    lines = controls.table([0, 1], tmp_path).splitlines()
+    assert len(lines) == 2 + len(controls.ROWS)
+    assert lines[2] == (
+        "| self, live judge | 0.200 ± 0.000 | 0.800 ± 0.141 | 0.700 | 0.800 ± 0.141 |"
+    )
