@@ -265,13 +265,15 @@ class RunFolder:
         """Append whole lines or none."""
         path = self.path / name
         lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
-        with open(path, "ab") as file:
+        left = lines.encode()
+        with open(path, "ab", buffering=0) as file:
             before = file.tell()
             try:
-                file.write(lines.encode())
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
             except OSError as error:
-                file.truncate(before)
+                if file.tell() > before:
+                    file.truncate(before)
                 raise OSError(f"cannot write {path}: {error.strerror}; make room there") from None
 
     def check_space(self, model: Transformer) -> None:
