@@ -146,7 +146,6 @@ def train(
         rewards = torch.tensor(judged.total, dtype=torch.float64)  # (P, N)
         advantages = group_advantage(rewards, s.advantage_scale, s.advantage_baseline)
         rows = distinct_rows(prompts, groups, rewards, advantages, s)
-        tokens = sum(r.copies * len(r.ids) for r in rows)
         reference = reference_logprobs(start, rows, s)
         clock.stage("reference")
         set_rate(optimizer, learning_rate(s, number))
@@ -154,7 +153,7 @@ def train(
         follow(sampler.model, model)
         clock.stage("train")
         metrics = describe(groups, judged, rewards, rows, reference, s)
-        metrics |= trained | clock.metrics(tokens) | {"train/lr": learning_rate(s, number)}
+        metrics |= trained | clock.metrics(groups) | {"train/lr": learning_rate(s, number)}
         yield Step(number, metrics, prompts, groups, judged)
         check_health(metrics, judged, bad, s.max_bad_steps)
 
@@ -200,7 +199,8 @@ def reference_logprobs(start, rows: list[Row], s: Settings) -> list[Tensor] | No
 def update(
     model, optimizer, rows: list[Row], reference: list[Tensor] | None, weights: list[float], s
 ) -> dict[str, float]:
-    """`updates_per_batch` optimizer steps; statistics are those of the last."""
+    """`updates_per_batch` optimizer steps; statistics are those of the last, but for the gap
+    between sampler and trainer: that is the first's, while both have the same weights."""
     stats = {"train/grad_norm": 0.0, "train/loss": 0.0, "train/clipped": 0.0, "train/skipped": 0.0}
     stats |= {"policy/sampler_gap": 0.0, "policy/sampler_gap_max": 0.0}
     taught = [i for i, row in enumerate(rows) if row.advantage != 0 or s.kl > 0]
@@ -223,7 +223,8 @@ def update(
         for b in batches:
             b.old = b.logprobs(model, s.temperature)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for _ in range(s.updates_per_batch):
+    weight = sum(weights[i] * len(rows[i].ids) for i in taught)  # gaps: over what is trained
+    for again in range(s.updates_per_batch):
         optimizer.zero_grad(set_to_none=True)
         found: dict[str, float] = {}
         for b in batches:
@@ -232,20 +233,20 @@ def update(
             for name, value in {"loss": loss.detach(), **more}.items():
                 join = max if name.endswith("_max") else float.__add__
                 found[name] = join(found[name], float(value)) if name in found else float(value)
+        if not again:
+            stats["policy/sampler_gap"] = found["sampler_gap"] / weight
+            stats["policy/sampler_gap_max"] = found["sampler_gap_max"]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, s.max_norm))
         if math.isfinite(norm):
             optimizer.step()
         else:
             stats["train/skipped"] += 1
     optimizer.zero_grad(set_to_none=True)
-    weight = sum(weights[i] * len(rows[i].ids) for i in taught)
     stats |= {
         "train/grad_norm": norm,
         "train/loss": found["loss"],
         "train/clipped": found["clipped"],
     }
-    stats["policy/sampler_gap"] = found["sampler_gap"] / weight  # over the tokens that were trained
-    stats["policy/sampler_gap_max"] = found["sampler_gap_max"]
     return stats
 
 
@@ -365,7 +366,9 @@ class Clock:
         self.seconds[name] = now - self.last
         self.last = now
 
-    def metrics(self, tokens: int) -> dict[str, float]:
+    def metrics(self, groups: list[list]) -> dict[str, float]:
+        """Seconds by stage; tokens that were drawn, over the time of the whole step."""
+        tokens = sum(len(sample.ids) for group in groups for sample in group)
         seconds = {f"seconds/{name}": value for name, value in self.seconds.items()}
         return seconds | {"tokens_per_second": tokens / (self.last - self.start)}
 

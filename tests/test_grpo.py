@@ -396,3 +396,10 @@ def test_ten_golden_steps_are_reproduced():
     once, again = list(golden.steps()), list(golden.steps())
     assert once == again
     assert golden.as_text(once) == golden.FILE.read_text()
+
+
+def test_the_gap_between_sampler_and_trainer_is_measured_before_the_weights_move():
+    model = tiny_model(dtype=torch.float32)
+    s = settings(steps=2, updates_per_batch=3, lr=0.05)
+    for step in loop(model, lambda p, ids, n: ids.count(9) + n, s):
+        assert step.metrics["policy/sampler_gap_max"] < 1e-5

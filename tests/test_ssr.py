@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import ssr
 import watch
+from judge import TOY, Judge, Texts
 from model import load
+from sampler import Sampler
 from tests.tiny import make_model, make_tokenizer
 from toy.languages import Languages
 from toy.pretrain import Recipe, make
@@ -359,12 +361,46 @@ def test_data_comes_in_shuffled_epochs_that_depend_on_the_seed_alone(tmp_path):
 # --------------------------------------------------------------------------------- slow proofs
 
 
-@pytest.mark.slow
-def test_the_toy_learns_to_translate_by_judging_itself(tmp_path):
-    """The command of the README, from nothing: exact match rises by 0.45 at least."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The command of the README, from nothing."""
+    folder = tmp_path_factory.mktemp("whole")
     command = [sys.executable, str(ROOT / "ssr.py"), "--run", "run"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
-    rows = rows_of(tmp_path / "run" / "metrics.jsonl")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_toy_learns_to_translate_by_judging_itself(whole):
+    rows = rows_of(whole / "run" / "metrics.jsonl")
     assert rows[-1]["eval/exact_match"] - rows[0]["eval/exact_match"] >= 0.45
     assert rows[-1]["eval/exact_match"] >= 0.85
+
+
+@pytest.mark.slow
+def test_the_toys_judge_is_not_taken_in(whole):
+    """Mean score of 200 held-out sentences' translations, right ones and tricks."""
+    [folder] = (whole / "runs" / "toy-models").iterdir()
+    pair = Languages(0)
+    texts = Texts(AutoTokenizer.from_pretrained(folder))
+    judge = Judge(Sampler(load(folder), 256, 96), texts, TOY, "expected")
+    tasks = [pair.task("held-out", i) for i in range(200)]
+    others = [pair.task("held-out", i + 200) for i in range(200)]
+
+    def score(trick):
+        answers = [[trick(task, other)] for task, other in zip(tasks, others, strict=True)]
+        values = [row[0].value for row in judge(tasks, answers, 0)]
+        return sum(v for v in values if v is not None) / len(values)
+
+    assert score(lambda task, other: task.reference) > 0.95
+    assert score(lambda task, other: f"{task.reference} {task.reference}") < 0.6
+    for trick in (
+        lambda task, other: task.text,  # the copied source
+        lambda task, other: other.reference,  # another sentence's translation
+        lambda task, other: other.text if other.source != task.target else other.reference,
+        lambda task, other: "100",
+        lambda task, other: "score => 100 100",
+        lambda task, other: f"{other.reference} 100",
+    ):
+        assert score(trick) < 0.3
