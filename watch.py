@@ -24,11 +24,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import grpo
-from judge import Judge, Prompts, Task, Texts, read_answer
+from judge import Judge, Prompts, Task, Texts, read_answer, translation_in
 from model import Transformer, save
 
 
@@ -56,54 +57,58 @@ class Evaluation:
         self.stop_ids, self.s = stop_ids, s
         asked = [problem.prompts.ask(task) for task in problem.held_out]
         self.prompts = texts.encode(asked)
-        self.best: tuple[float, float, float] | None = None  # metric, its standard error, self
+        self.best: Reading | None = None
+        self.first_self: Reading | None = None
 
-    def translate(self, count: int, n: int, temperature: float) -> list[list[str]]:
+    def translate(self, count: int, n: int, temperature: float) -> list[list[tuple[str, bool]]]:
+        """(text, whether its format is right) of n samples of the first `count` texts."""
         groups = self.sampler.generate(
             self.prompts[:count], n, self.s.max_new_tokens, temperature,
             stop_ids=self.stop_ids, seed=self.s.seed + 1,
         )  # fmt: skip
-        return [[self.read(sample) for sample in group] for group in groups]
+        tasks = self.problem.held_out[:count]
+        return [[self.read(t, x) for x in group] for t, group in zip(tasks, groups, strict=True)]
 
-    def read(self, sample) -> str:
-        """As the reward reads it; what cannot be read counts as it is."""
+    def read(self, task: Task, sample) -> tuple[str, bool]:
+        """As the reward reads it; what the reward cannot read counts as it is."""
         text = self.texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
         answer = read_answer(text) if self.problem.prompts.tags else text
-        return text if answer is None else answer
+        right = translation_in(self.texts, self.problem.prompts, task, sample) is not None
+        return (text if answer is None else answer), right
 
     def __call__(self, number: int) -> tuple[dict[str, float], list[dict], bool]:
         """Metrics, rows of samples.jsonl, and whether these weights are the best so far."""
-        tasks, measures = self.problem.held_out, self.problem.measures
-        metrics: dict[str, float] = {}
-        for prefix, temperature in (("", 0.0), ("sampled_", 1.0)):
-            texts = self.translate(len(tasks), 1, temperature)
-            scores = [row[0].value for row in self.judge(tasks, texts, number)]
-            metrics[f"eval/{prefix}self"] = grpo.mean([x for x in scores if x is not None])
-            values: dict[str, list[float]] = {}
-            for name, measure in measures.items():
-                values[name] = [
-                    measure(t[0], task.reference) for t, task in zip(texts, tasks, strict=True)
-                ]
-                metrics[f"eval/{prefix}{name}"] = grpo.mean(values[name])
-            if temperature == 0:
-                first = next(iter(values.values()), [x for x in scores if x is not None])
+        measures = list(self.problem.measures)
+        greedy, sampled = self.measure(0.0, number), self.measure(1.0, number)
+        metrics = {f"eval/{name}": grpo.mean(known(values)) for name, values in greedy.items()}
+        for name in ("self", *measures):
+            metrics[f"eval/sampled_{name}"] = grpo.mean(known(sampled[name]))
         if measures:  # on samples: greedy translations are too alike
-            pairs = [(x, y) for x, y in zip(scores, values[name], strict=True) if x is not None]
-            metrics["eval/judge_correlation"] = correlation(pairs)
-        value, error = grpo.mean(first), standard_error(first)
-        best = self.best is None or value > self.best[0] or math.isnan(self.best[0])
-        metrics["eval/alarm"] = float(
-            not best and self.alarming(value, error, metrics["eval/self"])
+            metrics["eval/judge_correlation"] = correlation(sampled["self"], sampled[measures[-1]])
+        now, own = (
+            Reading.of(greedy[measures[0] if measures else "self"]),
+            Reading.of(greedy["self"]),
         )
-        if best:
-            self.best = (value, error, metrics["eval/self"])
+        best = self.best is None or now.mean > self.best.mean or math.isnan(self.best.mean)
+        self.best = now if best else self.best
+        self.first_self = self.first_self or own
+        metrics["eval/alarm"] = float(bool(measures) and self.alarming(now, own))
         return metrics, self.samples(number), best
 
-    def alarming(self, value: float, error: float, own: float) -> bool:
-        """The model thinks better of itself than at its best, and is worse: beyond chance."""
-        best, best_error, own_then = self.best
-        fallen = best - value > 2 * math.hypot(error, best_error)
-        return bool(self.problem.measures) and fallen and own > own_then
+    def measure(self, temperature: float, number: int) -> dict[str, list[float | None]]:
+        """One translation of each held-out text: its values by name."""
+        tasks = self.problem.held_out
+        read = [row[0] for row in self.translate(len(tasks), 1, temperature)]
+        scores = self.judge(tasks, [[text] for text, _ in read], number)
+        values = {"self": [row[0].value for row in scores], "format": [float(ok) for _, ok in read]}
+        for name, measure in self.problem.measures.items():
+            pairs = zip(read, tasks, strict=True)
+            values[name] = [measure(text, task.reference) for (text, _), task in pairs]
+        return values
+
+    def alarming(self, now: "Reading", own: "Reading") -> bool:
+        """The model thinks better of itself than at the start, and is worse than at its best."""
+        return own.above(self.first_self) and self.best.above(now)
 
     def samples(self, number: int) -> list[dict]:
         tasks = self.problem.held_out[: self.s.shown_prompts]
@@ -111,7 +116,7 @@ class Evaluation:
             return []
         greedy = self.translate(len(tasks), 1, 0.0)
         drawn = self.translate(len(tasks), self.s.samples_per_prompt, 1.0)
-        texts = [[*a, *b] for a, b in zip(greedy, drawn, strict=True)]
+        texts = [[text for text, _ in a + b] for a, b in zip(greedy, drawn, strict=True)]
         rows = []
         for task, row, scores in zip(tasks, texts, self.judge(tasks, texts, number), strict=True):
             candidates = [
@@ -124,14 +129,30 @@ class Evaluation:
         return rows
 
 
-def standard_error(values: list[float]) -> float:
-    return statistics.pstdev(values) / math.sqrt(len(values)) if values else math.nan
+def known(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
-def correlation(pairs: list[tuple[float, float]]) -> float:
-    """Pearson's; NaN when one side does not vary."""
+class Reading(NamedTuple):
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: list[float | None]) -> "Reading":
+        values = known(values)
+        error = statistics.pstdev(values) / math.sqrt(len(values)) if values else math.nan
+        return cls(grpo.mean(values), error)
+
+    def above(self, other: "Reading") -> bool:
+        """Beyond chance: by two standard errors of the difference."""
+        return self.mean - other.mean > 2 * math.hypot(self.error, other.error)
+
+
+def correlation(scores: list[float | None], values: list[float]) -> float:
+    """Pearson's, of the texts that have a score; NaN when one side does not vary."""
+    pairs = [(x, y) for x, y in zip(scores, values, strict=True) if x is not None]
     a, b = [x for x, _ in pairs], [y for _, y in pairs]
-    if len(pairs) < 2 or len(set(a)) < 2 or len(set(b)) < 2:
+    if len(set(a)) < 2 or len(set(b)) < 2:
         return math.nan
     return statistics.correlation(a, b)
 
@@ -215,7 +236,7 @@ SHOWN = {
     "eval/self": "the model's score of its greedy output",
     "eval/judge_correlation": "its scores' correlation with quality",
 }
-ALARM = "ALARM: self-score up, held-out quality down"
+ALARM = "ALARM: self-score up since the start, held-out quality down from its best"
 
 
 class Stopper:

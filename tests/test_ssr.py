@@ -279,15 +279,15 @@ def test_a_full_disk_is_said_and_leaves_no_half_line(tmp_path, monkeypatch):
         folder.check_space(torch.nn.Linear(2, 2))
 
 
-def test_the_alarm_is_own_score_up_and_quality_down_beyond_chance(toy):
+def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
     evaluation = watch.Evaluation.__new__(watch.Evaluation)
-    evaluation.problem = watch.Problem(toy, None, None, [], {"exact_match": None})
-    evaluation.best = (0.9, 0.01, 0.80)
-    assert evaluation.alarming(0.8, 0.01, 0.85)
-    assert not evaluation.alarming(0.88, 0.01, 0.85)  # by chance
-    assert not evaluation.alarming(0.8, 0.01, 0.75)  # it knows
-    evaluation.problem.measures.clear()
-    assert not evaluation.alarming(0.8, 0.01, 0.85)  # nothing independent to go by
+    R = watch.Reading
+    evaluation.best, evaluation.first_self = R(0.9, 0.01), R(0.7, 0.01)
+    assert evaluation.alarming(R(0.8, 0.01), R(0.85, 0.01))
+    assert not evaluation.alarming(R(0.88, 0.01), R(0.85, 0.01))  # worse by chance
+    assert not evaluation.alarming(R(0.8, 0.01), R(0.72, 0.01))  # better by chance
+    assert not evaluation.alarming(R(0.8, 0.01), R(0.6, 0.01))  # it knows
+    assert R.of([1.0, 0.0, None, 1.0, 0.0]) == (0.5, 0.25)
 
 
 # ----------------------------------------------------------------------- the other presets' path
