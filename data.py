@@ -24,7 +24,7 @@ def read(path: Path) -> list[Task]:
             values = [row[k] for k in KEYS]
             if not all(isinstance(v, str) for v in values):
                 raise ValueError(f"{path}, line {number}: {', '.join(KEYS)} must be strings")
-            tasks.append(Task(*values, number, row.get("reference")))
+            tasks.append(Task(*values, row.get("reference")))
     return tasks
 
 

@@ -25,6 +25,7 @@ handed in.
 import hashlib
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,8 +39,6 @@ class Task(NamedTuple):
     source: str
     """The languages' names, as the prompts say them."""
     target: str
-    key: int = 0
-    """Names the task for the sampler's draws."""
     reference: str | None = None
     """For measuring. The self-reward never reads it."""
 
@@ -88,7 +87,7 @@ class Prompts:
                 continue
             text = task.text if piece == "{source}" else translation
             bar = fence
-            while bar and bar in text:
+            while bar and bar in plain(text):
                 bar += fence[0]
             parts += [bar + "\n", Given(text), "\n" + bar] if bar else [Given(text)]
         return parts
@@ -144,8 +143,10 @@ class Texts:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         # What "unknown" becomes is no way to say anything, so it may come from given text.
-        self.control_ids = {*tokenizer.get_added_vocab().values()} - {tokenizer.unk_token_id}
-        longest_first = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        # Some tokenizers add runs of spaces or a line's end: those control nothing.
+        added = {t: i for t, i in tokenizer.get_added_vocab().items() if len(t.strip()) > 1}
+        self.control_ids = {*added.values()} - {tokenizer.unk_token_id}
+        longest_first = sorted(added, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.known: dict[str, list[int]] = {}  # the template's pieces
 
@@ -156,7 +157,7 @@ class Texts:
             self.known |= zip(new, self.pieces(new), strict=True)
         texts = sorted(given)
         # A control token's text, letter by letter, is only that: letters.
-        safe = [re.split(r"\0", self.control.sub(spelled, t.replace("\0", ""))) for t in texts]
+        safe = [self.control.sub(spelled, plain(t)).split("\0") for t in texts]
         flat = iter(self.pieces([piece for pieces in safe for piece in pieces]))
         ids = {
             t: [i for _ in pieces for i in next(flat)]
@@ -184,6 +185,11 @@ class Texts:
                 "in this tokenizer: use reading='written'"
             )
         return ids[0]
+
+
+def plain(text: str) -> str:
+    """As tokenizers see it: their normalisation makes a backtick of U+1FEF, say."""
+    return unicodedata.normalize("NFC", text.replace("\0", ""))
 
 
 def spelled(match: re.Match) -> str:

@@ -111,11 +111,11 @@ class Languages:
         rng = self.stream(split, number)
         meaning = self.meaning(rng, held_out=split == "held-out")
         source, target = rng.choice([(KASU, BEVO), (BEVO, KASU)])
-        return self.task_of(meaning, source, target, number)
+        return self.task_of(meaning, source, target)
 
-    def task_of(self, meaning: Meaning, source: str, target: str, number: int = 0) -> Task:
+    def task_of(self, meaning: Meaning, source: str, target: str) -> Task:
         text, reference = (" ".join(self.say(meaning, x)) for x in (source, target))
-        return Task(text, source, target, number, reference)
+        return Task(text, source, target, reference)
 
     def meaning(self, rng: Random, held_out: bool = False) -> Meaning:
         def phrase() -> Phrase:
