@@ -130,9 +130,15 @@ def docs(kind: type) -> dict[str, str]:
     return found
 
 
+def defaults(f: dataclasses.Field) -> str:
+    own = [f"{p}: {values[f.name]}" for p, values in PRESETS.items() if f.name in values]
+    usual = [] if f.default is False or f.default == "" else [str(f.default)]
+    return f" [{', '.join(usual + own)}]" if usual or own else ""
+
+
 def parse(words: list[str]) -> Settings:
     parser = argparse.ArgumentParser(
-        prog="ssr.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        prog="ssr.py", usage="python ssr.py [--option VALUE …]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
     )  # fmt: skip
     fields, help_of = dataclasses.fields(Settings), docs(Settings)
@@ -140,8 +146,9 @@ def parse(words: list[str]) -> Settings:
         option = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             option = {"action": argparse.BooleanOptionalAction}
-        text = help_of[f.name] + ("" if f.default in ("", False) else f" [{f.default}]")
+        text = help_of[f.name] + defaults(f)
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=text.replace("%", "%%"), **option)
+    parser.error = complain
     given, unknown = parser.parse_known_args(words)
     for word in unknown:
         name = word.lstrip("-").split("=")[0].replace("-", "_")
@@ -155,6 +162,10 @@ def parse(words: list[str]) -> Settings:
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
     return check(Settings(**PRESETS[preset] | given | {"preset": preset}))
+
+
+def complain(message: str):
+    raise ValueError(f"{message} (--help lists all options)")
 
 
 def check(s: Settings) -> Settings:

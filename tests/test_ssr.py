@@ -185,6 +185,8 @@ def test_a_frozen_judge_keeps_its_opinion_and_a_live_one_does_not(toy, tmp_path)
         (["--top-p=0.9"], "--top-p=0.9: training needs log-probs of the whole distribution"),
         (["--preset=toys"], "--preset toys is unknown; known: ssr-zero-7b, ssr-zero-0.5b, toy"),
         (["--samples-per-prompt=1"], "a sample is compared with its siblings; use at least 2"),
+        (["--steps=few"], "argument --steps: invalid int value: 'few'"),
+        (["--lr"], "argument --lr: expected one argument"),
         (["--steps=0"], "--steps 0 must be at least 1"),
         (["--lr=0"], "--lr 0.0 must be above 0"),
         (["--lr=nan"], "--lr nan must be above 0"),
