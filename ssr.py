@@ -138,7 +138,8 @@ def defaults(f: dataclasses.Field) -> str:
 
 def parse(words: list[str]) -> Settings:
     parser = argparse.ArgumentParser(
-        prog="ssr.py", usage="python ssr.py [--option VALUE …]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        prog="ssr.py", usage="python ssr.py [--option VALUE …]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
     )  # fmt: skip
     fields, help_of = dataclasses.fields(Settings), docs(Settings)
