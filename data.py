@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from random import Random
 
-from judge import Task
+from judge import Task, is_language
 
 KEYS = ("text", "source", "target")
 
@@ -12,20 +12,32 @@ KEYS = ("text", "source", "target")
 def read(path: Path) -> list[Task]:
     """JSON lines with "text", "source", "target", maybe "reference"; every line must be right."""
     tasks = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            missing = [k for k in KEYS if not isinstance(row, dict) or not row.get(k)]
-            if missing:
-                raise ValueError(f"{path}, line {number}: {', '.join(map(repr, missing))} missing")
-            values = [row[k] for k in KEYS]
-            if not all(isinstance(v, str) for v in values):
-                raise ValueError(f"{path}, line {number}: {', '.join(KEYS)} must be strings")
-            tasks.append(Task(*values, row.get("reference")))
+                tasks.append(task_of(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
     return tasks
+
+
+def task_of(line: bytes) -> Task:
+    try:
+        row = json.loads(line.decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    missing = [k for k in KEYS if not isinstance(row, dict) or not row.get(k)]
+    if missing:
+        raise ValueError(f"{', '.join(map(repr, missing))} missing")
+    values = [row[k] for k in KEYS] + [row.get("reference")]
+    if not all(isinstance(v, str) for v in values if v is not None):
+        raise ValueError(f"{', '.join(KEYS)} must be strings")
+    for text in values[:1] + values[3:]:
+        (text or "").encode()  # half of a surrogate pair is no text
+    for name in values[1:3]:
+        if not is_language(name):
+            raise ValueError(f"{name!r} is no name of a language")
+    return Task(*values)
 
 
 def split(tasks: list[Task], held_out: int, seed: int) -> tuple[list[Task], list[Task]]:

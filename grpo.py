@@ -71,17 +71,18 @@ class Settings:
     micro_batch_tokens: int = 16384
     """Tokens in one forward and backward; memory, not the result, depends on it."""
     lr: float = 1e-6
-    """Highest learning rate of AdamW."""
+    """Learning rate of AdamW, before warm-up and decay are multiplied in."""
     warmup_steps: int = 10
-    """Steps over which the learning rate rises to it."""
+    """Steps over which the learning rate rises from 0."""
     final_lr: float = 0.1
-    """Share of it that is left at the last step, after a linear decay; 1: constant."""
+    """Share of it that is left at the last step, by a linear decay from the first; 1: constant."""
     weight_decay: float = 0.0
     """AdamW's, of every weight."""
     max_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     max_bad_steps: int = 5
-    """Stop after so many steps in a row without a finite gradient, or without a valid score."""
+    """Stop after so many steps in a row without a finite gradient, a valid score, or a sample of
+    the right format."""
 
 
 class Prompt(NamedTuple):
@@ -125,14 +126,13 @@ def train(
     optimizer: torch.optim.Optimizer,
     stop_ids: Sequence[int],
     start=None,
-    first: int = 1,
 ) -> Iterator[Step]:
-    """Steps `first` … s.steps. `start`: a sampler of the weights at the start, for the KL."""
+    """Steps 1 … s.steps. `start`: a sampler of the weights at the start, for the KL."""
     if s.kl > 0 and start is None:
         raise ValueError(f"kl={s.kl} needs `start`, a sampler of the weights at the start")
-    bad = {"gradient": 0, "score": 0}
+    bad: dict[str, int] = {}  # trouble -> steps in a row
     follow(sampler.model, model)
-    for number in range(first, s.steps + 1):
+    for number in range(1, s.steps + 1):
         clock = Clock()
         prompts = batch(number)
         keys = range(number * len(prompts), (number + 1) * len(prompts))
@@ -152,7 +152,7 @@ def train(
         trained = update(model, optimizer, rows, reference, weights_of(rows, s), s)
         follow(sampler.model, model)
         clock.stage("train")
-        metrics = describe(groups, judged, rewards, rows, reference, s)
+        metrics = describe(groups, judged, rewards, advantages, rows, reference)
         metrics |= trained | clock.metrics(groups) | {"train/lr": learning_rate(s, number)}
         yield Step(number, metrics, prompts, groups, judged)
         check_health(metrics, judged, bad, s.max_bad_steps)
@@ -202,7 +202,7 @@ def update(
     """`updates_per_batch` optimizer steps; statistics are those of the last, but for the gap
     between sampler and trainer: that is the first's, while both have the same weights."""
     stats = {"train/grad_norm": 0.0, "train/loss": 0.0, "train/clipped": 0.0, "train/skipped": 0.0}
-    stats |= {"policy/sampler_gap": 0.0, "policy/sampler_gap_max": 0.0}
+    stats |= {"policy/sampler_gap": math.nan, "policy/sampler_gap_max": math.nan}  # unmeasured
     taught = [i for i, row in enumerate(rows) if row.advantage != 0 or s.kl > 0]
     stats["train/rows"] = len(taught)
     if not taught:
@@ -251,7 +251,7 @@ def update(
 
 
 def cut(which: list[int], lengths: list[int], most: int) -> list[list[int]]:
-    """Pack rows, longest first, into micro-batches of at most `most` tokens."""
+    """Pack rows, longest first, into micro-batches of at most `most` tokens, or of one row."""
     parts: list[list[int]] = []
     room = 0
     for i in sorted(which, key=lambda i: -lengths[i]):
@@ -373,11 +373,12 @@ class Clock:
         return seconds | {"tokens_per_second": tokens / (self.last - self.start)}
 
 
-def describe(groups, judged, rewards: Tensor, rows: list[Row], reference, s) -> dict[str, float]:
-    """Means over all samples, trained or not; rewards over those that have one."""
+def describe(
+    groups, judged, rewards: Tensor, advantages: Tensor, rows: list[Row], reference
+) -> dict[str, float]:
+    """Means over all samples, trained or not; rewards and KL over those that have a reward."""
     samples = [sample for group in groups for sample in group]
     known = ~rewards.isnan()
-    tie = [len(set(r[k].tolist())) < 2 for r, k in zip(rewards, known, strict=True)]
     lengths = [len(sample.ids) for sample in samples]
     logprobs = [x for sample in samples for x in sample.logprobs]
     metrics = {"reward/total": mean(rewards[known].tolist())}
@@ -385,7 +386,7 @@ def describe(groups, judged, rewards: Tensor, rows: list[Row], reference, s) -> 
         metrics[f"reward/{name}"] = mean([x for row in part for x in row if not math.isnan(x)])
     metrics |= {
         "judge/invalid": judged.invalid,
-        "groups/zero_variance": mean(tie),
+        "groups/zero_variance": float((advantages == 0).all(1).double().mean()),
         "groups/distinct": mean([len({tuple(x.ids) for x in g}) / len(g) for g in groups]),
         # An estimate from the tokens drawn: right on average, over trained and untrained groups.
         "policy/entropy": -mean(logprobs),
@@ -395,14 +396,13 @@ def describe(groups, judged, rewards: Tensor, rows: list[Row], reference, s) -> 
     }
     if reference is not None:
         gaps = [
-            (r.copies, old.cpu() - torch.tensor(r.logprobs))
-            for r, old in zip(rows, reference, strict=True)
+            (r.copies, logprobs.double().cpu() - torch.tensor(r.logprobs, dtype=torch.float64))
+            for r, logprobs in zip(rows, reference, strict=True)
         ]
-        total = sum(copies * len(x) for copies, x in gaps)
+        total = sum(copies * len(x) for copies, x in gaps) or math.nan
         # k3: never negative, right on average.
-        metrics["policy/kl"] = sum(c * float((x.exp() - 1 - x).sum()) for c, x in gaps) / max(
-            total, 1
-        )
+        k3 = [copies * float((x.expm1() - x).sum()) for copies, x in gaps]
+        metrics["policy/kl"] = sum(k3) / total
     return metrics
 
 
@@ -411,15 +411,20 @@ def mean(values: Sequence[float]) -> float:
 
 
 def check_health(metrics: dict[str, float], judged, bad: dict[str, int], most: int) -> None:
-    """Stop a run that has learned nothing for `most` steps in a row, and say why."""
-    bad["gradient"] = bad["gradient"] + 1 if metrics["train/skipped"] else 0
-    bad["score"] = bad["score"] + 1 if metrics["judge/invalid"] == 1 else 0
-    if bad["gradient"] >= most:
-        raise Stop(
-            f"no finite gradient for {most} steps in a row (norm {metrics['train/grad_norm']}): "
-            "the weights were left alone; lower --lr or --max-norm"
-        )
-    if bad["score"] >= most:
-        words = [w for row in judged.words for w in row if w != "not judged"][:3]
-        shown = "".join(f"\n  judge: {w[-300:]!r}" for w in words)
-        raise Stop(f"no valid score for {most} steps in a row. The judge's last words:{shown}")
+    """Stop a run whose gradient, judge or format was of no use for `most` steps in a row."""
+    trouble = {
+        "finite gradient": metrics["train/skipped"] > 0,
+        "valid score": metrics["judge/invalid"] == 1,
+        "sample of the right format": metrics.get("reward/format") == 0,
+    }
+    for what, now in trouble.items():
+        bad[what] = bad.get(what, 0) + 1 if now else 0
+        if bad[what] < most:
+            continue
+        advice = "the weights were left alone; lower --lr"
+        if what == "valid score":
+            words = [w for row in judged.words for w in row if w != "not judged"][:3]
+            advice = "the judge's last words:" + "".join(f"\n  {w[-300:]!r}" for w in words)
+        elif what == "sample of the right format":
+            advice = "see samples.jsonl; the prompts may not suit the model, or --max-new-tokens"
+        raise Stop(f"no {what} for {most} steps in a row: {advice}")

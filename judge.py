@@ -43,6 +43,11 @@ class Task(NamedTuple):
     """For measuring. The self-reward never reads it."""
 
 
+def is_language(name: str) -> bool:
+    """The templates take it as it is: no room for an instruction."""
+    return bool(re.fullmatch(r"\w[\w ()'-]{0,39}", name)) and len(name.split()) <= 4
+
+
 class Given(str):
     """Text from data or from a model, never from a template."""
 
@@ -76,8 +81,10 @@ class Prompts:
     def fill(self, template: str, task: Task, translation: str, fence: str) -> list[str]:
         """The template's own strings and `Given` ones, in order."""
         for name in (task.source, task.target):
-            if not re.fullmatch(r"\w[\w ()'-]*", name):
-                raise ValueError(f"{name!r} is no name of a language (letters, spaces, ()'-)")
+            if not is_language(name):
+                raise ValueError(
+                    f"{name!r} is no name of a language (letters, spaces, ()'-; 4 words at most)"
+                )
         names = {"source_language": task.source, "target_language": task.target}
         template = re.sub(r"\{(\w+_language)\}", lambda m: names[m[1]], template)
         parts: list[str] = []
@@ -87,7 +94,7 @@ class Prompts:
                 continue
             text = task.text if piece == "{source}" else translation
             bar = fence
-            while bar and bar in plain(text):
+            while bar and bar in seen(text):
                 bar += fence[0]
             parts += [bar + "\n", Given(text), "\n" + bar] if bar else [Given(text)]
         return parts
@@ -145,9 +152,12 @@ class Texts:
         # What "unknown" becomes is no way to say anything, so it may come from given text.
         # Some tokenizers add runs of spaces or a line's end: those control nothing.
         added = {t: i for t, i in tokenizer.get_added_vocab().items() if len(t.strip()) > 1}
-        self.control_ids = {*added.values()} - {tokenizer.unk_token_id}
-        longest_first = sorted(added, key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        harmless = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+        self.control_ids = {*added.values()} - harmless
+        self.control = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+        # What the tokenizer begins every text with, if anything (Llama 3 does).
+        first = tokenizer("a").input_ids[:1]
+        self.begin = first if first == [tokenizer.bos_token_id] else []
         self.known: dict[str, list[int]] = {}  # the template's pieces
 
     def encode(self, prompts: Sequence[list[str]]) -> list[list[int]]:
@@ -157,7 +167,7 @@ class Texts:
             self.known |= zip(new, self.pieces(new), strict=True)
         texts = sorted(given)
         # A control token's text, letter by letter, is only that: letters.
-        safe = [self.control.sub(spelled, plain(t)).split("\0") for t in texts]
+        safe = [self.control.sub(spelled, self.plain(t)).split("\0") for t in texts]
         flat = iter(self.pieces([piece for pieces in safe for piece in pieces]))
         ids = {
             t: [i for _ in pieces for i in next(flat)]
@@ -168,7 +178,15 @@ class Texts:
                 tokens = self.tokenizer.convert_ids_to_tokens(sorted(forged))
                 raise ValueError(f"control tokens {tokens} cannot be kept out of {text[:60]!r}")
         tables = {False: self.known, True: ids}
-        return [[i for p in prompt for i in tables[isinstance(p, Given)][p]] for prompt in prompts]
+        return [
+            [*self.begin, *(i for p in prompt for i in tables[isinstance(p, Given)][p])]
+            for prompt in prompts
+        ]
+
+    def plain(self, text: str) -> str:
+        """Without NUL, and normalised where that brings a control token to light."""
+        text = text.replace("\0", "")
+        return seen(text) if self.control.search(seen(text)) else text
 
     def pieces(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
@@ -179,17 +197,17 @@ class Texts:
 
     def one_token(self, text: str) -> int:
         ids = self.pieces([text])[0]
-        if len(ids) != 1:
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
             raise ValueError(
                 f"reading='expected' needs scores of one token each, but {text!r} is {len(ids)} "
-                "in this tokenizer: use reading='written'"
+                "or unknown in this tokenizer: use reading='written'"
             )
         return ids[0]
 
 
-def plain(text: str) -> str:
-    """As tokenizers see it: their normalisation makes a backtick of U+1FEF, say."""
-    return unicodedata.normalize("NFC", text.replace("\0", ""))
+def seen(text: str) -> str:
+    """As a tokenizer may see it: normalising makes a backtick of U+1FEF, a "<" of a wide one."""
+    return unicodedata.normalize("NFKC", text.replace("\0", ""))
 
 
 def spelled(match: re.Match) -> str:
@@ -223,10 +241,10 @@ def parse_score(text: str) -> float | None:
     Read is what stands in the last <answer>. Without any <answer>, the whole text must be a score:
     numbers are never fished out of prose. An <answer> that is not closed was cut off: None.
     """
+    if text.rfind("<answer>") > text.rfind("</answer>"):
+        return None
     answer = read_answer(text)
     if answer is None:
-        if "<answer>" in text:
-            return None
         answer = text
     found = SCORE.fullmatch(answer.translate(FULL_WIDTH).strip())
     return float(found[1]) if found else None
@@ -272,8 +290,6 @@ class Judge:
         self.score_ids = []
         if reading == "expected":
             self.score_ids = [texts.one_token(text) for text in prompts.scores]
-        self.asked = 0
-        """How many distinct pairs the last call judged."""
 
     def __call__(self, tasks: Sequence[Task], answers: list[list[str | None]], step: int):
         """answers (P, N) -> scores (P, N) and their words; None is not judged and scores 0."""
@@ -292,7 +308,6 @@ class Judge:
         room = self.sampler.max_length - self.max_new_tokens
         scores = {p: Score(0.0, "too long to judge") for p in pairs}
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        self.asked = len(fitting)
         pairs, prompts = [pairs[i] for i in fitting], [prompts[i] for i in fitting]
         read = self.read_written if self.reading == "written" else self.read_expected
         return scores | dict(zip(pairs, read(prompts, step), strict=True))
@@ -342,7 +357,8 @@ class Judged:
     total: list[list[float]]
     """(P, N); NaN where a part has no value."""
     parts: dict[str, list[list[float]]]
-    """By name, (P, N): "format" (1 or 0) and each scorer's value, 0 … 1 or NaN."""
+    """By name, (P, N): "format" (1 or 0) and each scorer's value, 0 … 1 or NaN; 0 where nothing
+    was judged, for its form."""
     words: list[list[str]]
     """What the first scorer said."""
 
@@ -408,8 +424,13 @@ def translation_in(texts: Texts, prompts: Prompts, task: Task, sample) -> str | 
     text = texts.decode(sample.ids[:-1])
     if prompts.tags and not format_ok(text):
         return None
-    answer = (read_answer(text) if prompts.tags else text).strip()
-    copied = answer == task.text.strip() and any(c.isalpha() for c in answer)
-    if copied or not any(c.isalnum() for c in answer):
+    answer = texts.plain(read_answer(text) if prompts.tags else text).strip()
+    copied = bare(answer) == bare(task.text) and any(c.isalpha() for c in answer)
+    if copied or not bare(answer) or texts.control.search(answer):
         return None
-    return None if texts.control.search(answer) else answer
+    return answer
+
+
+def bare(text: str) -> str:
+    """Letters and digits alone: a copy in quotes, or without its full stop, is a copy."""
+    return "".join(c for c in seen(text).casefold() if c.isalnum())

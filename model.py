@@ -604,6 +604,11 @@ def save(model: Transformer, folder: str | Path) -> None:
                 path.unlink()
         for file, path in partial.items():
             os.replace(path, folder / file)
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{folder}: the weights could not be written ({error}); make room there. What was in "
+            "it before is whole"
+        ) from None
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Self-rewarding translation, from the command line.
 
     python ssr.py                              # on a laptop: the embedded toy, in minutes
-    python ssr.py --preset ssr-zero-7b --data texts.jsonl        # the paper's recipe, on a GPU
+    python ssr.py --preset ssr-zero-7b --data texts.jsonl        # the paper's recipe
     python ssr.py --controls                   # the toy with other rewards, and their table
     python ssr.py --help                       # every setting
 
@@ -18,6 +18,7 @@ import difflib
 import inspect
 import itertools
 import math
+import signal
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -88,11 +89,12 @@ class Settings(grpo.Settings):
     """Of the controls."""
 
 
+TEMPLATES = {"paper": PAPER, "toy": TOY}
 CHOICES = {
     "advantage_scale": SCALES,
     "advantage_baseline": BASELINES,
     "loss_norm": ("token", "sequence"),
-    "prompts": ("paper", "toy"),
+    "prompts": tuple(TEMPLATES),
     "reward": controls.REWARDS,
     "judge": ("live", "frozen", "ema"),
     "reading": ("written", "expected"),
@@ -110,6 +112,7 @@ PRESETS = {
         "max_prompt_tokens": 32, "max_new_tokens": 20, "judge_max_new_tokens": 2,
     },
 }  # fmt: skip
+ABOVE = {"lr": 0.0, "max_norm": 0.0, "toy_tokens": 1e3, "temperature": 1e-4}
 REFUSED = {
     "top_p": "training needs log-probs of the whole distribution; set --temperature instead",
     "top_k": "training needs log-probs of the whole distribution; set --temperature instead",
@@ -159,7 +162,8 @@ def parse(words: list[str]) -> Settings:
         hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
         raise ValueError(f"unknown option {word}{hint} (--help lists all)")
     given = vars(given)
-    preset = given.get("preset") or ("ssr-zero-7b" if torch.cuda.is_available() else "toy")
+    small = given.get("controls") or not torch.cuda.is_available()
+    preset = given.get("preset") or ("toy" if small else "ssr-zero-7b")
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
     return check(Settings(**PRESETS[preset] | given | {"preset": preset}))
@@ -191,9 +195,19 @@ def check(s: Settings) -> Settings:
             f"--samples-per-prompt {s.samples_per_prompt}: a sample is compared with its siblings; "
             "use at least 2"
         )
-    for name in ("lr", "max_norm", "temperature"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)} must be above 0")
+    for name, lowest in ABOVE.items():
+        if not lowest < getattr(s, name) < math.inf:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(s, name)} must be above {lowest}"
+            )
+    if 0 < s.judge_temperature < 1e-4:
+        raise ValueError(f"--judge-temperature {s.judge_temperature} must be 0 or above 0.0001")
+    try:
+        known_device = not s.device or torch.device(s.device).type in ("cpu", "cuda")
+    except RuntimeError:
+        known_device = False
+    if not known_device or (s.device.startswith("cuda") and not torch.cuda.is_available()):
+        raise ValueError(f"--device {s.device} is not there: use cpu, or cuda where there is one")
     for name in ("ema_decay", "final_lr", "clip_low"):
         if not 0 <= getattr(s, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)} must lie in 0 … 1")
@@ -211,12 +225,14 @@ def check(s: Settings) -> Settings:
         raise ValueError(
             f"--run {s.run} exists already: name another folder, or move that one away"
         )
+    if s.controls and s.preset != "toy":
+        raise ValueError("--controls needs --preset toy: only there the truth is known")
     if s.preset == "toy":
         if s.data:
             raise ValueError("--data: the toy makes its own sentences; use another --preset")
     elif s.reward != "self":
         raise ValueError(f"--reward {s.reward} needs the truth, which only --preset toy has")
-    elif not s.data and not s.controls:
+    elif not s.data:
         raise ValueError(
             f'--preset {s.preset} needs --data FILE: JSON lines such as {{"text": "Good night", '
             '"source": "English", "target": "Chinese"}; or try --preset toy'
@@ -245,6 +261,12 @@ def exact_match(candidate: str, reference: str) -> float:
 def toy_problem(s: Settings) -> Problem:
     folder = Path(s.model) if s.model else make(Recipe(seed=s.seed, tokens=s.toy_tokens))
     pair = Languages(s.seed)
+    known = load_tokenizer(folder).get_vocab().keys()
+    if foreign := {word for words in pair.vocabulary.values() for word in words} - known:
+        raise ValueError(
+            f"--model {folder} was not made for --seed {s.seed}: its tokenizer does not know "
+            f"{', '.join(sorted(foreign)[:3])} …"
+        )
     held_out = [pair.task("held-out", i) for i in range(s.eval_prompts)]
     measures = {"exact_match": exact_match, "quality": quality}
     needs_truth = s.reward not in ("self", "random", "vote")
@@ -253,28 +275,38 @@ def toy_problem(s: Settings) -> Problem:
         task = pair.task("train", number)
         return task if needs_truth else task._replace(reference=None)
 
-    return Problem(folder, TOY if s.prompts == "toy" else PAPER, task, held_out, measures)
+    return Problem(folder, TEMPLATES[s.prompts], task, held_out, measures)
 
 
 def data_problem(s: Settings) -> Problem:
-    prompts, folder = TOY if s.prompts == "toy" else PAPER, find_folder(s.model)
     tasks = data.read(Path(s.data))
-    texts = Texts(AutoTokenizer.from_pretrained(folder))
-    lengths = [len(ids) for ids in texts.encode([prompts.ask(task) for task in tasks])]
+    folder, prompts = find_folder(s.model), TEMPLATES[s.prompts]
+    lengths = map(len, Texts(load_tokenizer(folder)).encode([prompts.ask(t) for t in tasks]))
     fit = [t for t, length in zip(tasks, lengths, strict=True) if length <= s.max_prompt_tokens]
-    if len(fit) < len(tasks):
-        print(
-            f"{len(tasks) - len(fit)} of {len(tasks)} texts are left out: their prompts are longer "
-            f"than --max-prompt-tokens {s.max_prompt_tokens}"
-        )
-    tasks = fit
-    if len(tasks) <= s.eval_prompts:
+    if len(fit) <= s.eval_prompts:
         raise ValueError(
-            f"{s.data} has {len(tasks)} usable texts, of which {s.eval_prompts} are to be held "
-            "out: add texts or lower --eval-prompts"
+            f"{s.data} has {len(tasks)} texts, {len(fit)} of them within --max-prompt-tokens "
+            f"{s.max_prompt_tokens}, and {s.eval_prompts} are to be held out: add texts, or lower "
+            "--eval-prompts"
         )
-    held_out, training = data.split(tasks, s.eval_prompts, s.seed)
+    held_out, training = data.split(fit, s.eval_prompts, s.seed)
+    print(
+        f"{len(tasks)} texts: {len(tasks) - len(fit)} left out, longer than --max-prompt-tokens "
+        f"{s.max_prompt_tokens}; {len(held_out)} held out, and "
+        f"{len(fit) - len(held_out) - len(training)} that say the same; {len(training)} to train on"
+    )
     return Problem(folder, prompts, data.Order(training, s.seed).task, held_out, {})
+
+
+def load_tokenizer(folder: Path):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever its parsers raise: the file is to blame
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: no tokenizer could be read there ({first})") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer names no eos_token to end a translation")
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------- the run
@@ -285,88 +317,103 @@ def run(s: Settings) -> None:
     problem = toy_problem(s) if s.preset == "toy" else data_problem(s)
     device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load(problem.folder, dtype=torch.float32, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(problem.folder)
+    tokenizer = load_tokenizer(problem.folder)
     texts, stop_ids = Texts(tokenizer), [tokenizer.eos_token_id]
-    if stop_ids == [None]:
-        raise ValueError(f"{problem.folder}: the tokenizer names no eos_token to end a translation")
 
     # On a GPU the sampler has a bf16 copy of the weights, the master weights stay fp32.
-    half = device.type == "cuda"
-    model.compute_dtype = torch.bfloat16 if half else None
-    model.checkpointing = half
+    half = torch.bfloat16 if device.type == "cuda" else None
+    model.compute_dtype, model.checkpointing = half, half is not None
+    window = window_of(s, problem, texts, model.config.max_length)
 
-    def make_copy() -> Transformer:
-        twin = copy.deepcopy(model).to(torch.bfloat16 if half else torch.float32)
+    def make_copy(dtype: torch.dtype | None = half) -> Transformer:
+        twin = copy.deepcopy(model).to(dtype or torch.float32)
         twin.compute_dtype = None
         return twin.requires_grad_(False)
 
-    def make_sampler(weights: Transformer) -> Sampler:
-        actor = s.max_prompt_tokens + s.max_new_tokens
-        judge = actor + s.judge_max_new_tokens + len(problem.prompts.judge)  # a letter a token
-        return Sampler(weights, s.slots, min(max(actor, judge), model.config.max_length))
-
-    sampler = make_sampler(make_copy() if half else model)
-    start = make_sampler(make_copy()) if s.track_kl or s.kl or s.judge == "frozen" else None
-    judges = {"live": sampler, "frozen": start}
+    sampler = Sampler(make_copy() if half else model, s.slots, window)
+    start = average = None
+    if s.track_kl or s.kl or s.judge == "frozen":
+        writes = s.judge == "frozen" and s.reading == "written"
+        start = Sampler(make_copy(), s.slots if writes else 1, window)  # reading needs one slot
+    judging = start if s.judge == "frozen" else sampler
     if s.judge == "ema":
-        judges["ema"] = make_sampler(make_copy())
+        average = make_copy(torch.float32)  # in bf16 a step of it would be rounded away
+        judging = Sampler(make_copy() if half else average, s.slots, window)
     judge = Judge(
-        judges[s.judge], texts, problem.prompts, s.reading, s.judge_samples, s.judge_temperature,
+        judging, texts, problem.prompts, s.reading, s.judge_samples, s.judge_temperature,
         s.judge_max_new_tokens, stop_ids, s.seed,
     )  # fmt: skip
     reward = Reward(texts, problem.prompts, controls.scorers(s.reward, judge, s.seed), s.gate)
-    evaluation = Evaluation(problem, texts, sampler, judge, stop_ids, s)
+
+    def ask(tasks: list[Task]) -> list[grpo.Prompt]:
+        encoded = texts.encode([problem.prompts.ask(task) for task in tasks])
+        if (longest := max(map(len, encoded))) > s.max_prompt_tokens:
+            raise ValueError(
+                f"a prompt has {longest} tokens: --max-prompt-tokens {s.max_prompt_tokens} must "
+                "be at least that"
+            )
+        return [grpo.Prompt(ids, task) for ids, task in zip(encoded, tasks, strict=True)]
 
     def batch(number: int) -> list[grpo.Prompt]:
         P = s.prompts_per_step
-        tasks = [problem.task(i) for i in range((number - 1) * P, number * P)]
-        encoded = texts.encode([problem.prompts.ask(task) for task in tasks])
-        return [grpo.Prompt(ids, task) for ids, task in zip(encoded, tasks, strict=True)]
+        return ask([problem.task(i) for i in range((number - 1) * P, number * P)])
 
-    folder = RunFolder(s)
-    folder.check_space(model)
-    print(f"{arithmetic(s)}\nwriting {folder.path}")
+    evaluation = Evaluation(problem, ask(problem.held_out), texts, sampler, judge, stop_ids, s)
     optimizer = grpo.make_optimizer(model, s)
     tracked = start if s.track_kl or s.kl else None
     steps = grpo.train(model, sampler, reward, batch, s, optimizer, stop_ids, tracked)
-    watch = Watch(s, folder, model, problem.folder, evaluation)
-    watch.evaluate(0, {})
+    watch = Watch(s, RunFolder(s, model), model, problem.folder, evaluation)
+    print(f"{arithmetic(s)}\nwriting {watch.folder.path}")
     with Stopper() as stopper:
+        watch.evaluate(0, {})
         try:
             for step in steps:
-                if s.judge == "ema":
-                    grpo.follow(judge.sampler.model, model, s.ema_decay)
-                watch.after(step, last=step.number == s.steps or stopper.asked)
-                if stopper.asked:
+                if average is not None:
+                    grpo.follow(average, model, s.ema_decay)
+                    grpo.follow(judging.model, average)
+                stopping = stopper.asked
+                watch.after(step, last=step.number == s.steps or stopping)
+                if stopping:
                     print(f"stopped after step {step.number}, as asked")
                     break
         except grpo.Stop:
             watch.keep("last")
             raise
         watch.keep("last")
-    watch.finish()
+        watch.finish()
+
+
+def window_of(s: Settings, problem: Problem, texts: Texts, positions: int) -> int:
+    """Room for a prompt and its candidate, and for both in the judge's prompt and its words."""
+    task = problem.held_out[0]._replace(text="")
+    template = len(texts.encode([problem.prompts.ask_judge(task, "", s.reading)])[0])
+    words = s.judge_max_new_tokens if s.reading == "written" else 1
+    needed = template + s.max_prompt_tokens + s.max_new_tokens + words
+    if needed > positions:
+        raise ValueError(
+            f"the judge needs room for {needed} tokens ({template} of the template, source, "
+            f"candidate, {words} of its own), the model has {positions}: lower "
+            "--max-prompt-tokens, --max-new-tokens or --judge-max-new-tokens"
+        )
+    return min(needed + 64, positions)  # a text may take more tokens than the model wrote it with
 
 
 def compare(s: Settings) -> None:
     """The toy with every reward; options that differ from the preset's go to all runs."""
-    if s.preset != "toy":
-        raise ValueError("--controls needs --preset toy: only there the truth is known")
+    usual = dataclasses.asdict(Settings(**PRESETS["toy"] | {"preset": "toy"}))
+    changed = {k: v for k, v in dataclasses.asdict(s).items() if v != usual[k]}
+    for name in ("seed", "threads", "data", *itertools.chain(*controls.ROWS.values())):
+        if name in changed:
+            raise ValueError(f"--controls sets --{name} itself: leave it out (see also --seeds)")
     try:
-        seeds = [int(seed) for seed in s.seeds.split(",")]
+        seeds = list(dict.fromkeys(int(seed) for seed in s.seeds.split(",")))
     except ValueError:
         raise ValueError(f"--seeds {s.seeds}: numbers with commas between them") from None
-    usual = dataclasses.asdict(Settings(**PRESETS["toy"] | {"preset": "toy"}))
-    own = {"controls", "seeds", "run", "seed", "threads", *itertools.chain(*controls.ROWS.values())}
-    options = []
-    for name, value in dataclasses.asdict(s).items():
-        if name in own or value == usual[name]:
-            continue
-        option = name.replace("_", "-")
-        options.append(f"--no-{option}" if value is False else f"--{option}={value}")
+    own = {k: v for k, v in changed.items() if k not in ("controls", "seeds", "run")}
     if not s.model:
         for seed in seeds:
             make(Recipe(seed=seed, tokens=s.toy_tokens))
-    controls.run_all(seeds, Path(s.run or "runs/controls"), options)
+    controls.run_all(seeds, Path(s.run or "runs/controls"), usual, own)
 
 
 def main(words: list[str]) -> None:
@@ -381,9 +428,12 @@ def main(words: list[str]) -> None:
             run(s)
     except KeyboardInterrupt:
         sys.exit("\nssr.py: stopped")
-    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
+    except FloatingPointError as error:
+        sys.exit(f"ssr.py: {error}: the weights have diverged; lower --lr, or go on from best/")
+    except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"ssr.py: {error}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     main(sys.argv[1:])

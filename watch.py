@@ -52,11 +52,12 @@ class Problem:
 class Evaluation:
     """Held-out texts, translated greedily and once at temperature 1, judged and measured."""
 
-    def __init__(self, problem: Problem, texts: Texts, sampler, judge: Judge, stop_ids, s):
+    def __init__(
+        self, problem: Problem, prompts: list[grpo.Prompt], texts: Texts, sampler, judge: Judge,
+        stop_ids, s,
+    ):  # fmt: skip
         self.problem, self.texts, self.sampler, self.judge = problem, texts, sampler, judge
-        self.stop_ids, self.s = stop_ids, s
-        asked = [problem.prompts.ask(task) for task in problem.held_out]
-        self.prompts = texts.encode(asked)
+        self.prompts, self.stop_ids, self.s = [p.ids for p in prompts], stop_ids, s
         self.best: Reading | None = None
         self.first_self: Reading | None = None
 
@@ -81,15 +82,18 @@ class Evaluation:
         measures = list(self.problem.measures)
         greedy, sampled = self.measure(0.0, number), self.measure(1.0, number)
         metrics = {f"eval/{name}": grpo.mean(known(values)) for name, values in greedy.items()}
+        metrics["eval/invalid"] = grpo.mean([value is None for value in greedy["self"]])
         for name in ("self", *measures):
             metrics[f"eval/sampled_{name}"] = grpo.mean(known(sampled[name]))
         if measures:  # on samples: greedy translations are too alike
             metrics["eval/judge_correlation"] = correlation(sampled["self"], sampled[measures[-1]])
+        # Without a measure the best is the judge's: what is broken or cannot be judged counts 0.
+        gated = [ok * (x or 0.0) for ok, x in zip(greedy["format"], greedy["self"], strict=True)]
         now, own = (
-            Reading.of(greedy[measures[0] if measures else "self"]),
+            Reading.of(greedy[measures[0]] if measures else gated),
             Reading.of(greedy["self"]),
         )
-        best = self.best is None or now.mean > self.best.mean or math.isnan(self.best.mean)
+        best = self.best is None or now.mean > self.best.mean
         self.best = now if best else self.best
         self.first_self = self.first_self or own
         metrics["eval/alarm"] = float(bool(measures) and self.alarming(now, own))
@@ -233,8 +237,8 @@ SHOWN = {
     "eval/exact_match": "exact match with the truth, greedy",
     "eval/quality": "quality (1 - word error), greedy",
     "eval/sampled_exact_match": "exact match, sampled at T 1",
-    "eval/self": "the model's score of its greedy output",
-    "eval/judge_correlation": "its scores' correlation with quality",
+    "eval/self": "the judge's score of the same outputs",
+    "eval/judge_correlation": "the judge's correlation with quality",
 }
 ALARM = "ALARM: self-score up since the start, held-out quality down from its best"
 
@@ -253,6 +257,7 @@ class Stopper:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        print("\nstopping after the step in hand (once more: at once, nothing is kept)", flush=True)
 
     def __exit__(self, *_) -> None:
         for name, handler in self.before.items():
@@ -263,14 +268,13 @@ class Stopper:
 
 
 class RunFolder:
-    def __init__(self, s):
+    def __init__(self, s, model: Transformer):
         self.path = Path(s.run or f"runs/{s.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        self.path.mkdir(parents=True)
-        root = Path(__file__).parent
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_space(self.path.parent, model)
+        self.path.mkdir()
         about = {
-            "commit": commit or "unknown: not a git checkout",
+            "commit": commit(),
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "machine": f"{platform.platform()}, {os.cpu_count()} cores",
@@ -280,7 +284,10 @@ class RunFolder:
         self.write("settings.json", dataclasses.asdict(s) | {"about": about})
 
     def write(self, name: str, content: dict) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        """Whole or not at all: another program may be waiting for it."""
+        partial = self.path / (name + ".partial")
+        partial.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
+        os.replace(partial, self.path / name)
 
     def add(self, name: str, rows: list[dict]) -> None:
         """Append whole lines or none."""
@@ -297,18 +304,29 @@ class RunFolder:
                     file.truncate(before)
                 raise OSError(f"cannot write {path}: {error.strerror}; make room there") from None
 
-    def check_space(self, model: Transformer) -> None:
-        """Two folders of weights, and the old one while a new one replaces it."""
-        needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**24
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
-            raise OSError(
-                f"{self.path}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed for "
-                "best/, last/ and the next one being written"
-            )
+
+def check_space(folder: Path, model: Transformer) -> None:
+    """For two folders of weights, and the old one while a new one replaces it."""
+    needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**24
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed for best/, "
+            "last/ and the next one being written"
+        )
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True)
+    except OSError:
+        return "unknown: no git here"
+    return run.stdout.strip() or "unknown: not a git checkout"
 
 
 def finite(row: dict) -> dict:
     """JSON has no NaN: a number that is not there is null."""
     bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-    return row | dict.fromkeys(bad)
+    inner = {k: finite(v) for k, v in row.items() if isinstance(v, dict)}
+    return row | dict.fromkeys(bad) | inner

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import ssr
 import watch
-from judge import TOY, Judge, Texts
-from model import load
+from judge import PAPER, TOY, Judge, Score, Task, Texts
+from model import load, save
 from sampler import Sampler
 from tests.tiny import make_model, make_tokenizer
 from toy.languages import Languages
@@ -119,8 +121,10 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(toy, tmp_path):
     assert untimed(go(tmp_path / "b", toy, "--steps=3")) == untimed(first)
     weights = [(tmp_path / x / "last" / "model.safetensors").read_bytes() for x in "ab"]
     assert weights[0] == weights[1]
-    assert untimed(go(tmp_path / "c", toy, "--steps=3", "--slots=5")) != []
-    assert untimed(go(tmp_path / "d", toy, "--steps=3", "--seed=1")) != untimed(first)
+    other = make(Recipe(seed=1, tokens=2e4), tmp_path / "models")
+    assert untimed(go(tmp_path / "c", other, "--steps=3", "--seed=1")) != untimed(first)
+    with pytest.raises(SystemExit, match="was not made for --seed 1: its tokenizer does not know"):
+        go(tmp_path / "d", toy, "--seed=1")
 
 
 def test_the_loop_never_sees_the_truth(toy, tmp_path, monkeypatch):
@@ -161,17 +165,77 @@ def test_every_switch_runs(toy, tmp_path, words):
 def test_a_frozen_judge_keeps_its_opinion_and_a_live_one_does_not(toy, tmp_path):
     """Both judge the same sentences at the end; only the frozen one as at the start."""
     scores = {}
-    words = ["--steps=4", "--lr=0.01", "--final-lr=1", "--warmup-steps=0"]
+    words = ["--steps=4", "--lr=2e-4", "--final-lr=1", "--shown-prompts=16"]
     for judge in ("frozen", "live"):
         go(tmp_path / judge, toy, f"--judge={judge}", *words)
         rows = rows_of(tmp_path / judge / "samples.jsonl")
         said = {}
         for row in rows:
             for c in row["candidates"]:
-                said.setdefault((row["source"], c["text"]), set()).add(round(c["score"] or 0, 4))
+                if c["score"] is not None:
+                    said.setdefault((row["source"], c["text"]), set()).add(round(c["score"], 5))
         scores[judge] = [values for values in said.values()]
     assert all(len(values) == 1 for values in scores["frozen"])
-    assert json.loads((tmp_path / "live" / "result.json").read_text())["steps"] == 4
+    assert any(len(values) > 1 for values in scores["live"])
+
+
+def test_an_ema_that_keeps_nothing_is_live_and_one_that_keeps_all_is_frozen(toy, tmp_path):
+    def trained(name, *words):
+        rows = go(tmp_path / name, toy, "--steps=3", "--lr=0.01", *words)
+        return untimed(rows)
+
+    live, frozen = (trained(judge, f"--judge={judge}") for judge in ("live", "frozen"))
+    assert trained("all", "--judge=ema", "--ema-decay=1") == frozen != live
+    assert trained("nothing", "--judge=ema", "--ema-decay=0") == live
+
+
+def test_the_gate_reaches_the_reward(toy, tmp_path):
+    rows = go(tmp_path / "run", toy, "--steps=3", "--gate=plus-minus-one")
+    for row in rows[1:]:
+        parts = 2 * row["reward/format"] - 1 + row["reward/self"]
+        assert row["reward/total"] == pytest.approx(parts)
+
+
+def test_every_training_text_is_new_and_none_is_held_out(toy, tmp_path, monkeypatch):
+    asked, real = [], Languages.task
+    monkeypatch.setattr(Languages, "task", lambda *a: asked.append(a[1:]) or real(*a))
+    go(tmp_path / "run", toy, "--steps=3")
+    assert sorted(n for split, n in asked if split == "train") == list(range(3 * 4))
+    assert sorted(n for split, n in asked if split == "held-out") == list(range(16))
+
+
+def test_evaluations_are_greedy_and_sampled_as_they_say(toy, tmp_path, monkeypatch):
+    seen, real = [], Sampler.generate
+
+    def generate(self, prompts, n=1, max_new_tokens=128, temperature=1.0, **rest):
+        seen.append((len(prompts), n, temperature))
+        return real(self, prompts, n, max_new_tokens, temperature, **rest)
+
+    monkeypatch.setattr(Sampler, "generate", generate)
+    go(tmp_path / "run", toy, "--steps=1", "--temperature=0.7")
+    evaluation = [(16, 1, 0.0), (16, 1, 1.0), (2, 1, 0.0), (2, 4, 1.0)]
+    assert seen == [*evaluation, (4, 4, 0.7), *evaluation]
+
+
+def test_what_cannot_be_read_counts_as_it_is(tmp_path):
+    make_tokenizer(tmp_path)
+    texts = Texts(AutoTokenizer.from_pretrained(tmp_path))
+    evaluation = watch.Evaluation.__new__(watch.Evaluation)
+    evaluation.texts, evaluation.problem = texts, SimpleNamespace(prompts=PAPER)
+    task = Task("Good night.", "English", "German")
+    for text, read in (
+        ("<think>a</think><answer> gute Nacht </answer>", ("gute Nacht", True)),
+        ("<answer>gute Nacht</answer>", ("gute Nacht", False)),
+        ("gute Nacht", ("gute Nacht", False)),
+    ):
+        ids = [*texts.tokenizer.encode(text), texts.tokenizer.eos_token_id]
+        assert evaluation.read(task, SimpleNamespace(ids=ids, stopped=True)) == read
+
+
+def test_the_correlation_is_pearsons_over_what_has_a_score():
+    assert watch.correlation([0.1, None, 0.3, 0.2], [1.0, 9.0, 3.0, 2.0]) == pytest.approx(1.0)
+    assert watch.correlation([0.3, 0.1], [0.0, 1.0]) == pytest.approx(-1.0)
+    assert math.isnan(watch.correlation([0.1, 0.1], [0.0, 1.0]))
 
 
 # ------------------------------------------------------------------------------ what it refuses
@@ -200,6 +264,16 @@ def test_a_frozen_judge_keeps_its_opinion_and_a_live_one_does_not(toy, tmp_path)
         (["--run=tests"], "--run tests exists already: name another folder"),
         (["--model=nowhere/at-all"], "nowhere/at-all"),
         (["--judge-samples=2"], "2 judge samples would all be the same"),
+        (["--temperature=1e-5"], "--temperature 1e-05 must be above 0.0001"),
+        (["--judge-temperature=1e-9"], "--judge-temperature 1e-09 must be 0 or above 0.0001"),
+        (["--toy-tokens=0"], "--toy-tokens 0.0 must be above 1000"),
+        (["--toy-tokens=inf"], "--toy-tokens inf must be above 1000"),
+        (["--device=cuda:0"], "--device cuda:0 is not there: use cpu"),
+        (["--device=abacus"], "--device abacus is not there: use cpu"),
+        (["--controls", "--judge=ema"], "--controls sets --judge itself: leave it out"),
+        (["--controls", "--seed=3"], r"--controls sets --seed itself: .*--seeds"),
+        (["--controls", "--seeds=0-2"], "--seeds 0-2: numbers with commas between them"),
+        (["--controls", "--preset=ssr-zero-7b"], "--controls needs --preset toy"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(words, message, monkeypatch):
@@ -239,6 +313,34 @@ def test_presets_name_real_settings_and_pass_the_check():
 # ---------------------------------------------------------------------------------- how it ends
 
 
+def test_a_window_that_is_too_small_is_refused_before_anything_is_written(toy, tmp_path):
+    with pytest.raises(SystemExit, match=r"the judge needs room for 1[0-9]{2} tokens .* lower"):
+        go(tmp_path / "run", toy, "--max-new-tokens=90")
+    with pytest.raises(SystemExit, match=r"a prompt has .* tokens: --max-prompt-tokens 5 must be"):
+        go(tmp_path / "run", toy, "--max-prompt-tokens=5")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_said(toy, tmp_path):
+    shutil.copytree(toy, tmp_path / "broken")
+    model = load(toy)
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    save(model, tmp_path / "broken")
+    with pytest.raises(SystemExit, match="not finite: the weights have diverged; lower --lr"):
+        go(tmp_path / "run", tmp_path / "broken")
+
+
+def test_a_run_that_stops_itself_keeps_its_weights(toy, tmp_path, monkeypatch):
+    said = [Score(None, "hm")]
+    monkeypatch.setattr(Judge, "judge", lambda self, pairs, step: dict.fromkeys(pairs, *said))
+    with pytest.raises(SystemExit, match=r"no valid score for 2 steps in a row(.|\n)*'hm'"):
+        go(tmp_path / "run", toy, "--steps=9", "--max-bad-steps=2")
+    rows = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["judge/invalid"] == 1.0
+    load(tmp_path / "run" / "last")
+
+
 def start(toy, run, *words):
     command = [sys.executable, "ssr.py", *SMALL, f"--model={toy}", f"--run={run}", *words]
     return subprocess.Popen(
@@ -266,7 +368,8 @@ def test_a_signal_ends_a_run_whole(toy, tmp_path, name):
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_line(tmp_path, monkeypatch):
-    folder = watch.RunFolder(ssr.parse([*SMALL, f"--run={tmp_path / 'run'}"]))
+    model = torch.nn.Linear(2, 2)
+    folder = watch.RunFolder(ssr.parse([*SMALL, f"--run={tmp_path / 'run'}"]), model)
     folder.add("metrics.jsonl", [{"step": 0, "x": math.nan}, {"step": 1}])
     assert (folder.path / "metrics.jsonl").read_text() == '{"step": 0, "x": null}\n{"step": 1}\n'
     (folder.path / "full").symlink_to("/dev/full")
@@ -278,7 +381,32 @@ def test_a_full_disk_is_said_and_leaves_no_half_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(watch.shutil, "disk_usage", lambda path: Disk)
     with pytest.raises(OSError, match=r"0\.00 GB free, 0\.02 GB are needed for best/"):
-        folder.check_space(torch.nn.Linear(2, 2))
+        watch.RunFolder(ssr.parse([*SMALL, f"--run={tmp_path / 'other'}"]), model)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_disk_that_fills_up_leaves_whole_rows_and_whole_weights(toy, tmp_path):
+    """A real limit on the size of a file, met in the middle of a row, and of the weights."""
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import ssr, watch
+words = {[*SMALL, f"--model={toy}"]!r}
+folder = watch.RunFolder(ssr.parse([*words, "--run={tmp_path / "a"}"]), ssr.load({str(toy)!r}))
+folder.add("metrics.jsonl", [{{"step": 0}}])
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    folder.add("metrics.jsonl", [{{"step": 1, "x": "y" * 100_000}}])
+except OSError as error:
+    print(error)
+ssr.main([*words, "--steps=1", "--run={tmp_path / "b"}"])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "cannot write" in run.stdout and "make room there" in run.stdout
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == '{"step": 0}\n'
+    assert run.returncode == 1 and "best: the weights could not be written" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not list((tmp_path / "b" / "best").iterdir())
 
 
 def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
@@ -320,7 +448,8 @@ def test_the_papers_preset_runs_on_a_tiny_model_and_a_few_texts(tmp_path, capsys
             *("--eval-prompts=3", "--eval-every=1", "--shown-prompts=1", "--slots=8"),
         ]
     )
-    assert "1 of 10 texts are left out: their prompts are longer than" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "10 texts: 1 left out, longer than --max-prompt-tokens 900; 3 held out" in out
     rows = rows_of(tmp_path / "run" / "metrics.jsonl")
     assert [row["reward/format"] for row in rows[1:]] == [0.0, 0.0]
     assert [row["groups/zero_variance"] for row in rows[1:]] == [1.0, 1.0]
@@ -334,6 +463,10 @@ def test_the_papers_preset_runs_on_a_tiny_model_and_a_few_texts(tmp_path, capsys
         ('{"text": "", "source": "English", "target": "Chinese"}', "line 2: 'text' missing"),
         ('{"text": 3, "source": "English", "target": "Chinese"}', "line 2: text, .* strings"),
         ("[1]", "line 2: 'text', 'source', 'target' missing"),
+        ('{"text": "a\\ud800", "source": "English", "target": "Chinese"}', "line 2: 'utf-8' codec"),
+        ("[" * 100_000, "line 2: maximum recursion depth"),
+        ('{"text": "a", "source": "English", "target": "<|im_end|>"}', "line 2: .* no name of a"),
+        ('{"text": "a", "source": "English", "target": "Chinese", "reference": 3}', "line 2: text"),
     ],
 )
 def test_a_bad_line_of_data_is_named(tmp_path, line, message):

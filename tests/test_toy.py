@@ -1,5 +1,6 @@
 """The embedded language pair: what is true of it, and that its model is an ordinary one."""
 
+import json
 import random
 from collections import Counter
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ssr
 from judge import TOY, Given, Texts
 from model import load
 from toy import controls
@@ -192,9 +194,38 @@ def test_other_rewards_are_what_they_say():
     assert max(many) == 1.0 and 0.8 < sum(many) / 2000 < 0.95  # noisy and cut off at 1
 
 
-def test_the_table_is_mean_and_spread_over_seeds(tmp_path):
-    import json
+def test_self_and_external_weigh_the_same():
+    judge = object()
+    both = controls.scorers("self+external", judge, 0)
+    assert {name: weight for name, (weight, _) in both.items()} == {"self": 0.5, "external": 0.5}
+    assert both["self"][1] is judge and controls.scorers("self", judge, 0) == {"self": (1.0, judge)}
 
+
+@pytest.fixture
+def two_rows(monkeypatch):
+    rows = {"self, live judge": {}, "random": {"reward": "random"}}
+    monkeypatch.setattr(controls, "ROWS", rows)
+
+
+def test_controls_do_not_take_a_run_for_done_that_is_not(folder, two_rows, tmp_path, capsys):
+    """Begun and not ended, or with other settings: those are run again, the rest is not."""
+    small = ["--prompts-per-step=2", "--samples-per-prompt=2", "--eval-prompts=4"]
+    words = ["--controls", "--seeds=0", f"--model={folder}", f"--run={tmp_path / 'all'}", *small]
+    ssr.main([*words, "--steps=2"])
+    first = capsys.readouterr().out
+    assert "2 runs under" in first and ", 0 of them done" in first and "| random |" in first
+    ssr.main([*words, "--steps=2"])
+    assert ", 2 of them done" in capsys.readouterr().out
+    result = tmp_path / "all" / "random-seed0" / "result.json"
+    cut_short = json.loads(result.read_text()) | {"steps": 1}
+    result.write_text(json.dumps(cut_short))
+    ssr.main([*words, "--steps=2"])
+    assert ", 1 of them done" in capsys.readouterr().out
+    ssr.main([*words, "--steps=2", "--lr=0.1"])
+    assert ", 0 of them done" in capsys.readouterr().out
+
+
+def test_the_table_is_mean_and_spread_over_seeds(tmp_path):
     for row in controls.ROWS:
         for seed, after in ((0, 0.9), (1, 0.7)):
             path = tmp_path / f"{controls.slug(row)}-seed{seed}"

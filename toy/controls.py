@@ -29,8 +29,11 @@ def random_scores(seed: int):
     """Nothing but noise: what the loop does with it is what the loop does by itself."""
 
     def score(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
-        rng = Random(f"random reward {seed} {step}")
-        return [[Score(rng.random(), "random") for _ in row] for row in answers]
+        streams = [Random(f"random reward {seed} {step} {task.text}") for task in tasks]
+        return [
+            [Score(stream.random(), "random") for _ in row]
+            for stream, row in zip(streams, answers, strict=True)
+        ]
 
     return score
 
@@ -53,10 +56,10 @@ def oracle(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
 
 def external(seed: int):
     def score(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
-        rng = Random(f"external scorer {seed} {step}")
+        streams = [Random(f"external scorer {seed} {step} {task.text}") for task in tasks]
         return [
             [Score(min(1.0, max(0.0, s.value + rng.gauss(0, NOISE))), "external") for s in row]
-            for row in oracle(tasks, answers, step)
+            for rng, row in zip(streams, oracle(tasks, answers, step), strict=True)
         ]
 
     return score
@@ -88,42 +91,59 @@ ROWS = {  # of the table: name -> options of ssr.py
 }
 
 
-def run_all(seeds: list[int], folder: Path, options: list[str]) -> None:
-    """Every row and seed in a process of its own, a core each; what is done is not done again."""
+def run_all(seeds: list[int], folder: Path, usual: dict, own: dict) -> None:
+    """Every row and seed in a process of its own, a core each; what is done is not done again.
+
+    `usual`: the toy's settings; `own`: those of them that are changed for all runs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     jobs = [(row, seed, folder / f"{slug(row)}-seed{seed}") for seed in seeds for row in ROWS]
-    waiting = [job for job in jobs if not (job[2] / "result.json").is_file()]
+    waiting = [job for job in jobs if not is_done(*job, usual | own)]
     print(f"{len(jobs)} runs under {folder}, {len(jobs) - len(waiting)} of them done already")
     todo, running, done, start = len(waiting), [], 0, time.perf_counter()
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
-                running.append(launch(*waiting.pop(0), options))
+                job = waiting.pop(0)
+                running.append((launch(*job, own), job))
             time.sleep(0.2)
             for process, job in [r for r in running if r[0].poll() is not None]:
                 running.remove((process, job))
-                if process.returncode:
-                    words = (job[2].parent / f"{job[2].name}.log").read_text()[-1500:]
+                if not is_done(*job, usual | own):
+                    words = (folder / f"{job[2].name}.log").read_text()[-1500:]
                     raise RuntimeError(f"{job[0]}, seed {job[1]} failed:\n{words}")
                 done += 1
                 left = (time.perf_counter() - start) / done * (todo - done)
                 print(f"  {done}/{todo}  {summary(*job)}  {left / 60:.0f} min left", flush=True)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process, _ in running:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
     print("\n" + table(seeds, folder))
 
 
-def launch(row: str, seed: int, folder: Path, options: list[str]):
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():  # begun, not ended
-        folder.rename(folder.with_name(f"{folder.name}.broken-{time.time_ns()}"))
-    words = [f"--{name}={value}" for name, value in ROWS[row].items()]
-    command = [sys.executable, "ssr.py", "--preset=toy", "--threads=1", f"--seed={seed}"]
-    command += [f"--run={folder}", *words, *options]
+def is_done(row: str, seed: int, folder: Path, settings: dict) -> bool:
+    """Ended at its last step, with the settings that are asked for now."""
+    if not (folder / "result.json").is_file():
+        return False
+    had = json.loads((folder / "settings.json").read_text())
+    asked = settings | ROWS[row] | {"seed": seed}
+    free = ("run", "threads", "controls", "seeds")
+    same = all(had.get(k) == v for k, v in asked.items() if k not in free)
+    return same and result(folder)["steps"] == asked["steps"]
+
+
+def launch(row: str, seed: int, folder: Path, own: dict):
+    if folder.exists():  # begun and not ended, or with other settings
+        folder.rename(folder.with_name(f"{folder.name}.old-{time.time_ns()}"))
+    command = [sys.executable, str(Path(__file__).parent.parent / "ssr.py"), "--preset=toy"]
+    command += ["--threads=1", f"--seed={seed}", f"--run={folder}"]
+    for name, value in (own | ROWS[row]).items():
+        option = name.replace("_", "-")
+        command.append(f"--no-{option}" if value is False else f"--{option}={value}")
     with open(folder.parent / f"{folder.name}.log", "w") as log:
-        root = Path(__file__).parent.parent
-        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT)
-    return process, (row, seed, folder)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def slug(row: str) -> str:

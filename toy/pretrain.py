@@ -10,8 +10,9 @@ It learns from two kinds of text, half of each batch:
   sentences of four, although the right one is in the distribution;
 - judge examples: a source, a candidate of any badness, its score in words, 0 to 100 in tens.
 
-No right translation is ever shown as one, except among judge examples, where it scores 100. That
-is the gap self-rewarding lives from: telling a good translation is easier than writing one.
+Nothing tells a right translation in the parallel text (one in five) from a wrong one; among the
+judge examples it scores 100. That is the gap self-rewarding lives from: telling a good translation
+is easier than writing one.
 The result is an ordinary Hugging Face folder: config.json, safetensors, tokenizer.
 """
 
