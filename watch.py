@@ -148,8 +148,9 @@ class Reading(NamedTuple):
         return cls(grpo.mean(values), error)
 
     def above(self, other: "Reading") -> bool:
-        """Beyond chance: by two standard errors of the difference."""
-        return self.mean - other.mean > 2 * math.hypot(self.error, other.error)
+        """Beyond chance: by three standard errors of the difference, for the best is the luckiest
+        of many."""
+        return self.mean - other.mean > 3 * math.hypot(self.error, other.error)
 
 
 def correlation(scores: list[float | None], values: list[float]) -> float:

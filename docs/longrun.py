@@ -1,5 +1,7 @@
 """Draw what happens in long runs: python -m docs.longrun OUT.svg live=RUN[,RUN…] frozen=RUN …
 
+    python ssr.py --steps 1000 --final-lr 1 --seed 0 --threads 1 --run runs/live-0     # and so on
+
 Needs matplotlib, which the project itself does not: pip install matplotlib
 """
 
@@ -13,8 +15,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 PANELS = {
-    "eval/exact_match": "exact match with the truth (held out, greedy)",
-    "eval/self": "the model's own score of the same translations",
+    "eval/exact_match": "exact match with the truth (dots: the alarm)",
+    "eval/self": "the judge's score of the same translations",
     "policy/entropy": "entropy of the policy, nats a token",
 }
 COLOURS = ["#2166ac", "#4d9221", "#b2182b", "#762a83"]
@@ -36,7 +38,12 @@ def main(out: str, groups: list[str]) -> None:
             name, runs = group.split("=")
             for i, run in enumerate(runs.split(",")):
                 label = name.replace("_", " ") if i == 0 else None
-                axis.plot(*series(Path(run), key), color=colour, alpha=0.75, lw=1.4, label=label)
+                steps, values = series(Path(run), key)
+                axis.plot(steps, values, color=colour, alpha=0.75, lw=1.4, label=label)
+                if key == "eval/exact_match":  # a dot where the alarm rang
+                    alarms = series(Path(run), "eval/alarm")[1]
+                    rung = [(x, y) for x, y, a in zip(steps, values, alarms, strict=True) if a]
+                    axis.scatter(*zip(*rung, strict=True), color=colour, s=9)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
