@@ -320,25 +320,8 @@ def run(s: Settings) -> None:
     tokenizer = load_tokenizer(problem.folder)
     texts, stop_ids = Texts(tokenizer), [tokenizer.eos_token_id]
 
-    # On a GPU the sampler has a bf16 copy of the weights, the master weights stay fp32.
-    half = torch.bfloat16 if device.type == "cuda" else None
-    model.compute_dtype, model.checkpointing = half, half is not None
     window = window_of(s, problem, texts, model.config.max_length)
-
-    def make_copy(dtype: torch.dtype | None = half) -> Transformer:
-        twin = copy.deepcopy(model).to(dtype or torch.float32)
-        twin.compute_dtype = None
-        return twin.requires_grad_(False)
-
-    sampler = Sampler(make_copy() if half else model, s.slots, window)
-    start = average = None
-    if s.track_kl or s.kl or s.judge == "frozen":
-        writes = s.judge == "frozen" and s.reading == "written"
-        start = Sampler(make_copy(), s.slots if writes else 1, window)  # reading needs one slot
-    judging = start if s.judge == "frozen" else sampler
-    if s.judge == "ema":
-        average = make_copy(torch.float32)  # in bf16 a step of it would be rounded away
-        judging = Sampler(make_copy() if half else average, s.slots, window)
+    sampler, start, judging, average = samplers(s, model, window)
     judge = Judge(
         judging, texts, problem.prompts, s.reading, s.judge_samples, s.judge_temperature,
         s.judge_max_new_tokens, stop_ids, s.seed,
@@ -381,6 +364,29 @@ def run(s: Settings) -> None:
             raise
         watch.keep("last")
         watch.finish()
+
+
+def samplers(s: Settings, model: Transformer, window: int) -> tuple:
+    """Of the actor, of the starting weights (or None), of the judge; and the EMA's weights."""
+    # On a GPU the samplers have bf16 copies of the weights, the master weights stay fp32.
+    half = torch.bfloat16 if model.head_weight.is_cuda else None
+    model.compute_dtype, model.checkpointing = half, half is not None
+
+    def copied(dtype: torch.dtype | None = half) -> Transformer:
+        twin = copy.deepcopy(model).to(dtype or torch.float32)
+        twin.compute_dtype = None
+        return twin.requires_grad_(False)
+
+    actor = Sampler(copied() if half else model, s.slots, window)
+    start = average = None
+    if s.track_kl or s.kl or s.judge == "frozen":
+        writes = s.judge == "frozen" and s.reading == "written"
+        start = Sampler(copied(), s.slots if writes else 1, window)  # to read takes one slot
+    judge = start if s.judge == "frozen" else actor
+    if s.judge == "ema":
+        average = copied(torch.float32)  # in bf16 a step of it would be rounded away
+        judge = Sampler(copied() if half else average, s.slots, window)
+    return actor, start, judge, average
 
 
 def window_of(s: Settings, problem: Problem, texts: Texts, positions: int) -> int:
