@@ -107,9 +107,10 @@ PRESETS = {
         "model": "Qwen/Qwen2.5-0.5B", "prompts_per_step": 32, "lr": 2e-6, "max_prompt_tokens": 256,
         "max_new_tokens": 512, "judge_max_new_tokens": 512, "eval_prompts": 128,
     },
+    # One thread is enough for so small a model, and gives the same numbers on any number of cores.
     "toy": {
         "prompts": "toy", "reading": "expected", "steps": 100, "prompts_per_step": 24, "lr": 2e-4,
-        "max_prompt_tokens": 32, "max_new_tokens": 20, "judge_max_new_tokens": 2,
+        "max_prompt_tokens": 32, "max_new_tokens": 20, "judge_max_new_tokens": 2, "threads": 1,
     },
 }  # fmt: skip
 ABOVE = {"lr": 0.0, "max_norm": 0.0, "toy_tokens": 1e3, "temperature": 1e-4}
@@ -416,6 +417,7 @@ def compare(s: Settings) -> None:
     except ValueError:
         raise ValueError(f"--seeds {s.seeds}: numbers with commas between them") from None
     own = {k: v for k, v in changed.items() if k not in ("controls", "seeds", "run")}
+    torch.set_num_threads(s.threads)
     if not s.model:
         for seed in seeds:
             make(Recipe(seed=seed, tokens=s.toy_tokens))

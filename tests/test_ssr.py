@@ -28,7 +28,7 @@ from toy.pretrain import Recipe, make
 ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
-    *("--shown-prompts=2", "--eval-every=2", "--threads=1"),
+    *("--shown-prompts=2", "--eval-every=2"),
 ]
 
 

@@ -138,7 +138,7 @@ def launch(row: str, seed: int, folder: Path, own: dict):
     if folder.exists():  # begun and not ended, or with other settings
         folder.rename(folder.with_name(f"{folder.name}.old-{time.time_ns()}"))
     command = [sys.executable, str(Path(__file__).parent.parent / "ssr.py"), "--preset=toy"]
-    command += ["--threads=1", f"--seed={seed}", f"--run={folder}"]
+    command += [f"--seed={seed}", f"--run={folder}"]
     for name, value in (own | ROWS[row]).items():
         option = name.replace("_", "-")
         command.append(f"--no-{option}" if value is False else f"--{option}={value}")
