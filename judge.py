@@ -389,7 +389,10 @@ class Reward:
         self.texts, self.prompts, self.scorers, self.gate = texts, prompts, scorers, gate
 
     def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> Judged:
-        answers = [[self.answer(t, s) for s in g] for t, g in zip(tasks, groups, strict=True)]
+        answers = [
+            [translation_in(self.texts, self.prompts, task, sample) for sample in group]
+            for task, group in zip(tasks, groups, strict=True)
+        ]
         found = {name: scorer(tasks, answers, step) for name, (_, scorer) in self.scorers.items()}
         values = {
             name: [[math.nan if s.value is None else s.value for s in row] for row in rows]
@@ -413,12 +416,9 @@ class Reward:
             return base
         return base + sum(weight * values[name] for name, (weight, _) in self.scorers.items())
 
-    def answer(self, task: Task, sample) -> str | None:
-        """The translation in a sample, or None when its form earns nothing."""
-        return translation_in(self.texts, self.prompts, task, sample)
-
 
 def translation_in(texts: Texts, prompts: Prompts, task: Task, sample) -> str | None:
+    """The translation in a sample, or None when its form earns nothing."""
     if not sample.stopped:
         return None
     text = texts.decode(sample.ids[:-1])
