@@ -43,7 +43,7 @@ def main(out: str, groups: list[str]) -> None:
                 if key == "eval/exact_match":  # a dot where the alarm rang
                     alarms = series(Path(run), "eval/alarm")[1]
                     rung = [(x, y) for x, y, a in zip(steps, values, alarms, strict=True) if a]
-                    axis.scatter(*zip(*rung, strict=True), color=colour, s=9)
+                    axis.scatter([x for x, _ in rung], [y for _, y in rung], color=colour, s=9)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
