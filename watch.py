@@ -59,7 +59,7 @@ class Evaluation:
         self.problem, self.texts, self.sampler, self.judge = problem, texts, sampler, judge
         self.prompts, self.stop_ids, self.s = [p.ids for p in prompts], stop_ids, s
         self.best: Reading | None = None
-        self.first_self: Reading | None = None
+        self.past: list[tuple[Reading, Reading]] = []  # of the measure and of the self-score
 
     def translate(self, count: int, n: int, temperature: float) -> list[list[tuple[str, bool]]]:
         """(text, whether its format is right) of n samples of the first `count` texts."""
@@ -95,8 +95,8 @@ class Evaluation:
         )
         best = self.best is None or now.mean > self.best.mean
         self.best = now if best else self.best
-        self.first_self = self.first_self or own
         metrics["eval/alarm"] = float(bool(measures) and self.alarming(now, own))
+        self.past.append((now, own))
         return metrics, self.samples(number), best
 
     def measure(self, temperature: float, number: int) -> dict[str, list[float | None]]:
@@ -111,8 +111,11 @@ class Evaluation:
         return values
 
     def alarming(self, now: "Reading", own: "Reading") -> bool:
-        """The model thinks better of itself than at the start, and is worse than at its best."""
-        return own.above(self.first_self) and self.best.above(now)
+        """The model thinks better of itself than at the start, and is worse than at its best; or
+        it thinks better of itself than once before, when it was better."""
+        if self.past and own.above(self.past[0][1]) and self.best.above(now):
+            return True
+        return any(own.above(own_then) and then.above(now) for then, own_then in self.past)
 
     def samples(self, number: int) -> list[dict]:
         tasks = self.problem.held_out[: self.s.shown_prompts]

@@ -412,11 +412,15 @@ ssr.main([*words, "--steps=1", "--run={tmp_path / "b"}"])
 def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
     evaluation = watch.Evaluation.__new__(watch.Evaluation)
     R = watch.Reading
-    evaluation.best, evaluation.first_self = R(0.9, 0.01), R(0.7, 0.01)
+    evaluation.best = R(0.9, 0.01)
+    evaluation.past = [(R(0.3, 0.01), R(0.7, 0.01)), (R(0.9, 0.01), R(0.95, 0.01))]
     assert evaluation.alarming(R(0.8, 0.01), R(0.85, 0.01))
     assert not evaluation.alarming(R(0.87, 0.01), R(0.85, 0.01))  # worse by chance
     assert not evaluation.alarming(R(0.8, 0.01), R(0.73, 0.01))  # better by chance
     assert not evaluation.alarming(R(0.8, 0.01), R(0.6, 0.01))  # it knows
+    evaluation.past.append((R(0.8, 0.01), R(0.6, 0.01)))
+    assert evaluation.alarming(R(0.6, 0.01), R(0.7, 0.01))  # worse than just now, and prouder
+    assert not evaluation.alarming(R(0.78, 0.01), R(0.7, 0.01))
     assert R.of([1.0, 0.0, None, 1.0, 0.0]) == (0.5, 0.25)
 
 
