@@ -244,7 +244,7 @@ SHOWN = {
     "eval/self": "the judge's score of the same outputs",
     "eval/judge_correlation": "the judge's correlation with quality",
 }
-ALARM = "ALARM: self-score up since the start, held-out quality down from its best"
+ALARM = "ALARM: self-score up, held-out quality down"
 
 
 class Stopper:
