@@ -14,6 +14,8 @@ def read(path: Path) -> list[Task]:
     tasks = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue  # an empty line holds nothing to lose
             try:
                 tasks.append(task_of(line))
             except (ValueError, RecursionError) as error:
@@ -25,7 +27,7 @@ def task_of(line: bytes) -> Task:
     try:
         row = json.loads(line.decode())
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from None
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
     missing = [k for k in KEYS if not isinstance(row, dict) or not row.get(k)]
     if missing:
         raise ValueError(f"{', '.join(map(repr, missing))} missing")

@@ -131,11 +131,11 @@ def train(
     if s.kl > 0 and start is None:
         raise ValueError(f"kl={s.kl} needs `start`, a sampler of the weights at the start")
     bad: dict[str, int] = {}  # trouble -> steps in a row
-    follow(sampler.model, model)
+    follow(sampler.model, model)  # copies the weights, where the sampler has its own
     for number in range(1, s.steps + 1):
         clock = Clock()
         prompts = batch(number)
-        keys = range(number * len(prompts), (number + 1) * len(prompts))
+        keys = range(number * len(prompts), (number + 1) * len(prompts))  # new draws each step
         groups = sampler.generate(
             [p.ids for p in prompts], s.samples_per_prompt, s.max_new_tokens, s.temperature,
             stop_ids=stop_ids, seed=s.seed, keys=keys,
@@ -164,7 +164,10 @@ def train(
 def distinct_rows(
     prompts: list[Prompt], groups: list[list], rewards: Tensor, advantages: Tensor, s: Settings
 ) -> list[Row]:
-    """Identical samples of a prompt become one row; samples without a reward are left out."""
+    """Identical samples of a prompt become one row; samples without a reward are left out.
+
+    Their rewards may differ all the same: by chance, if a judge is sampled or a scorer noisy.
+    """
     rows = []
     for p, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         copies: dict[tuple, list[int]] = {}
@@ -182,7 +185,11 @@ def distinct_rows(
 
 
 def weights_of(rows: list[Row], s: Settings) -> list[float]:
-    """What one token of each row weighs in the loss; over all copies' tokens they sum to 1."""
+    """What one token of each row weighs in the loss; over all copies' tokens they sum to 1.
+
+    Rows of advantage 0 count here, too, though they are not trained: what others weigh must not
+    depend on them.
+    """
     if s.loss_norm == "token":
         total = sum(r.copies * len(r.ids) for r in rows)
         return [r.copies / total for r in rows]

@@ -618,7 +618,7 @@ def main() -> None:
     option("--model", required=True, help="a Hugging Face folder, or a hub id")
     option("--prompt", required=True)
     option("-n", type=int, default=1, help="samples (default 1)")
-    option("--max-new-tokens", type=int, default=128)
+    option("--max-new-tokens", type=int, help="default: 128, or what the model has room for")
     option("--temperature", type=float, default=1.0, help="0: greedy")
     option("--top-k", type=int, default=0, help="0: off")
     option("--top-p", type=float, default=1.0)
@@ -654,8 +654,15 @@ def main() -> None:
         if (folder / "generation_config.json").is_file():
             more = GenerationConfig.from_pretrained(folder).eos_token_id
             stops |= set(more if isinstance(more, list) else [more])
-        rules = args.max_new_tokens, args.temperature, args.top_k, args.top_p
-        sampler = Sampler(model, slots=args.n, max_length=len(prompt) + args.max_new_tokens)
+        room = model.config.max_length - len(prompt)
+        new = min(128, room) if args.max_new_tokens is None else args.max_new_tokens
+        if not 0 < new <= room:
+            raise ValueError(
+                f"a prompt of {len(prompt)} and --max-new-tokens {new}: the model has "
+                f"{model.config.max_length} positions"
+            )
+        rules = new, args.temperature, args.top_k, args.top_p
+        sampler = Sampler(model, slots=args.n, max_length=len(prompt) + new)
         start = time.perf_counter()
         print("[1] ", end="")
         sampler.generate([prompt], args.n, *rules, stops - {None}, args.seed, watch=watch)

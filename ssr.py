@@ -216,6 +216,8 @@ def check(s: Settings) -> Settings:
         if not 0 <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)} must not be negative")
     check_reading(s.reading, s.judge_samples, s.judge_temperature)
+    if s.data and not Path(s.data).is_file():
+        raise ValueError(f"--data {s.data}: there is no such file")
     longest = s.max_prompt_tokens + s.max_new_tokens
     if s.micro_batch_tokens < longest:
         raise ValueError(
@@ -248,7 +250,7 @@ def arithmetic(s: Settings) -> str:
         f"{s.updates_per_batch} update{'s' * (s.updates_per_batch > 1)} each, at most "
         f"{s.micro_batch_tokens:,} tokens at a time\n"
         f"reward {s.reward}, judge {s.judge}, score {s.reading}, lr {s.lr:g}, KL {s.kl:g}, "
-        f"seed {s.seed}"
+        f"seed {s.seed}" + (f", model {s.model}" if s.model else "")
     )
 
 

@@ -95,7 +95,8 @@ class Evaluation:
         )
         best = self.best is None or now.mean > self.best.mean
         self.best = now if best else self.best
-        metrics["eval/alarm"] = float(bool(measures) and self.alarming(now, own))
+        if measures:
+            metrics["eval/alarm"] = float(self.alarming(now, own))
         self.past.append((now, own))
         return metrics, self.samples(number), best
 
@@ -183,11 +184,11 @@ class Watch:
         found["seconds/evaluate"] = time.perf_counter() - begun
         self.folder.add("samples.jsonl", samples)
         self.folder.add("metrics.jsonl", [{"step": number} | metrics | found])
-        self.latest, self.before = found, self.before or found
+        self.latest, self.before = found | {"step": number}, self.before or found
         if best:
             self.best_step = number
             self.keep("best")
-        if found["eval/alarm"]:
+        if found.get("eval/alarm"):
             self.alarms.append(number)
 
     def after(self, step: grpo.Step, last: bool) -> None:
@@ -208,10 +209,10 @@ class Watch:
     def tell(self, metrics: dict[str, float], last: bool) -> None:
         left = (time.perf_counter() - self.begun) / self.done * (self.s.steps - self.done)
         shown = next(f"{key[5:]} {self.latest[key]:.3f}" for key in SHOWN if key in self.latest)
-        alarm = f"  {ALARM}" if self.latest["eval/alarm"] else ""
+        alarm = f"  {ALARM}" if self.latest.get("eval/alarm") else ""
         line = (
             f"step {self.done}/{self.s.steps}  reward {metrics['reward/total']:.3f}  held-out "
-            f"{shown}  entropy {metrics['policy/entropy']:.2f}  "
+            f"{shown} (step {self.latest['step']})  entropy {metrics['policy/entropy']:.2f}  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{int(left) // 60}:{int(left) % 60:02} left{alarm}"
         )
@@ -233,6 +234,10 @@ class Watch:
             f"\n{self.done} steps in {seconds:.0f} s; the best weights are those of step", end=" "
         )
         print(f"{self.best_step}\n{self.folder.path}/: metrics.jsonl, samples.jsonl, best/, last/")
+        if not self.evaluation.problem.measures:
+            print(
+                "best by the judge's own score: nothing independent was measured, no alarm can ring"
+            )
         if self.alarms:
             print(f"{ALARM} at step {', '.join(map(str, self.alarms))}: compare best/ with last/")
 
@@ -240,9 +245,9 @@ class Watch:
 SHOWN = {
     "eval/exact_match": "exact match with the truth, greedy",
     "eval/quality": "quality (1 - word error), greedy",
+    "eval/self": "the judge's score, greedy",
     "eval/sampled_exact_match": "exact match, sampled at T 1",
-    "eval/self": "the judge's score of the same outputs",
-    "eval/judge_correlation": "the judge's correlation with quality",
+    "eval/judge_correlation": "judge's correlation with quality, T 1",
 }
 ALARM = "ALARM: self-score up, held-out quality down"
 
@@ -261,7 +266,10 @@ class Stopper:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after the step in hand (once more: at once, nothing is kept)", flush=True)
+        print(
+            "\nstopping after the step in hand (once more: at once, without last/ and result)",
+            flush=True,
+        )
 
     def __exit__(self, *_) -> None:
         for name, handler in self.before.items():

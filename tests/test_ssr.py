@@ -258,9 +258,13 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
         (["--clip-low=2"], r"--clip-low 2.0 must lie in 0 … 1"),
         (["--judge=dead"], "--judge dead: use live, frozen, ema"),
         (["--micro-batch-tokens=20"], r"cannot hold one sequence of 32 \+ 20 tokens: use .* 52"),
-        (["--preset=toy", "--data=x"], "--data: the toy makes its own sentences"),
+        (["--preset=toy", "--data=ssr.py"], "--data: the toy makes its own sentences"),
         (["--preset=ssr-zero-7b"], "--preset ssr-zero-7b needs --data FILE"),
-        (["--preset=ssr-zero-7b", "--data=x", "--reward=oracle"], "needs the truth, which only"),
+        (["--preset=ssr-zero-7b", "--data=x.jsonl"], "--data x.jsonl: there is no such file"),
+        (
+            ["--preset=ssr-zero-7b", "--data=ssr.py", "--reward=oracle"],
+            "needs the truth, which only",
+        ),
         (["--run=tests"], "--run tests exists already: name another folder"),
         (["--model=nowhere/at-all"], "nowhere/at-all"),
         (["--judge-samples=2"], "2 judge samples would all be the same"),
@@ -306,7 +310,7 @@ def test_help_explains_every_option(capsys):
 def test_presets_name_real_settings_and_pass_the_check():
     for name, preset in ssr.PRESETS.items():
         assert preset.keys() <= {f.name for f in dataclasses.fields(ssr.Settings)}
-        ssr.parse([f"--preset={name}", *([] if name == "toy" else ["--data=x"])])
+        ssr.parse([f"--preset={name}", *([] if name == "toy" else [f"--data={ROOT / 'ssr.py'}"])])
     assert ssr.parse([]).preset == ("ssr-zero-7b" if torch.cuda.is_available() else "toy")
 
 
@@ -462,7 +466,7 @@ def test_the_papers_preset_runs_on_a_tiny_model_and_a_few_texts(tmp_path, capsys
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{'text': 1}", "line 2: not JSON"),
+        ("{'text': 1}", "line 2: not JSON .*column 2"),
         ('{"text": "a", "source": "English"}', "line 2: 'target' missing"),
         ('{"text": "", "source": "English", "target": "Chinese"}', "line 2: 'text' missing"),
         ('{"text": 3, "source": "English", "target": "Chinese"}', "line 2: text, .* strings"),
