@@ -409,7 +409,7 @@ def test_the_gap_between_sampler_and_trainer_is_measured_before_the_weights_move
 def plain_ppo(model, rows, s, steps, reference):
     """Token by token, copy by copy: the clipped objective as the papers write it."""
     parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
     tokens = sum(r.copies * len(r.ids) for r in rows)
 
     def log_probs(row):
@@ -446,7 +446,7 @@ def test_several_updates_are_those_of_the_clipped_objective(temperature, kl):
     model, twin = tiny_model(), tiny_model()
     rows = some_rows(model)
     reference = [torch.linspace(-3, -1, len(r.ids), dtype=torch.float64) for r in rows]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     stats = grpo.update(model, optimizer, rows, reference, grpo.weights_of(rows, s), s)
     clipped = plain_ppo(twin, rows, s, 3, reference)
     assert_same(dict(model.named_parameters()), dict(twin.named_parameters()), 1e-9)
