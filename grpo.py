@@ -108,9 +108,8 @@ class Row(NamedTuple):
 class Step:
     number: int
     metrics: dict[str, float]
-    prompts: list[Prompt]
     groups: list[list]
-    judged: object
+    """The samples, (P, N)."""
 
 
 class Stop(RuntimeError):
@@ -148,13 +147,15 @@ def train(
         rows = distinct_rows(prompts, groups, rewards, advantages, s)
         reference = reference_logprobs(start, rows, s)
         clock.stage("reference")
-        set_rate(optimizer, learning_rate(s, number))
+        rate = learning_rate(s, number)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         trained = update(model, optimizer, rows, reference, weights_of(rows, s), s)
         follow(sampler.model, model)
         clock.stage("train")
         metrics = describe(groups, judged, rewards, advantages, rows, reference)
-        metrics |= trained | clock.metrics(groups) | {"train/lr": learning_rate(s, number)}
-        yield Step(number, metrics, prompts, groups, judged)
+        metrics |= trained | clock.metrics(groups) | {"train/lr": rate}
+        yield Step(number, metrics, groups)
         check_health(metrics, judged, bad, s.max_bad_steps)
 
 
@@ -343,11 +344,6 @@ def learning_rate(s: Settings, number: int) -> float:
     return s.lr * rising * (1 - (1 - s.final_lr) * number / s.steps)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 @torch.no_grad()
 def follow(copy, model, decay: float = 0.0) -> None:
     """copy = decay * copy + (1 - decay) * model, in place: captured graphs read these addresses."""
@@ -403,8 +399,8 @@ def describe(
     }
     if reference is not None:
         gaps = [
-            (r.copies, logprobs.double().cpu() - torch.tensor(r.logprobs, dtype=torch.float64))
-            for r, logprobs in zip(rows, reference, strict=True)
+            (r.copies, theirs.double().cpu() - torch.tensor(r.logprobs, dtype=torch.float64))
+            for r, theirs in zip(rows, reference, strict=True)
         ]
         total = sum(copies * len(x) for copies, x in gaps) or math.nan
         # k3: never negative, right on average.

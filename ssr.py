@@ -113,7 +113,19 @@ PRESETS = {
         "max_prompt_tokens": 32, "max_new_tokens": 20, "judge_max_new_tokens": 2, "threads": 1,
     },
 }  # fmt: skip
-ABOVE = {"lr": 0.0, "max_norm": 0.0, "toy_tokens": 1e3, "temperature": 1e-4}
+BOUNDS = [  # what must hold of the settings named, and how a refusal says it
+    (lambda v: v >= 1, "must be at least 1",
+     "steps prompts_per_step updates_per_batch judge_samples eval_every eval_prompts slots "
+     "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps"),
+    (lambda v: v >= 0, "must be at least 0", "shown_prompts warmup_steps threads"),
+    (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm"),
+    (lambda v: 1e-4 < v < math.inf, "must be above 0.0001", "temperature"),
+    (lambda v: 1e3 < v < math.inf, "must be above 1000", "toy_tokens"),
+    (lambda v: 0 <= v <= 1, "must lie in 0 … 1", "ema_decay final_lr clip_low"),
+    (lambda v: 0 <= v < math.inf, "must not be negative",
+     "kl weight_decay judge_temperature clip_high"),
+    (lambda v: v == 0 or v >= 1e-4, "must be 0 or above 0.0001", "judge_temperature"),
+]  # fmt: skip
 REFUSED = {
     "top_p": "training needs log-probs of the whole distribution; set --temperature instead",
     "top_k": "training needs log-probs of the whole distribution; set --temperature instead",
@@ -121,6 +133,10 @@ REFUSED = {
 
 
 # ---------------------------------------------------------------------------------- settings
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def docs(kind: type) -> dict[str, str]:
@@ -148,11 +164,11 @@ def parse(words: list[str]) -> Settings:
     )  # fmt: skip
     fields, help_of = dataclasses.fields(Settings), docs(Settings)
     for f in fields:
-        option = {"type": f.type, "metavar": f.type.__name__.upper()}
+        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
-            option = {"action": argparse.BooleanOptionalAction}
+            kind = {"action": argparse.BooleanOptionalAction}
         text = help_of[f.name] + defaults(f)
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text.replace("%", "%%"), **option)
+        parser.add_argument(option(f.name), help=text.replace("%", "%%"), **kind)
     parser.error = complain
     given, unknown = parser.parse_known_args(words)
     for word in unknown:
@@ -160,7 +176,7 @@ def parse(words: list[str]) -> Settings:
         if name in REFUSED:
             raise ValueError(f"{word}: {REFUSED[name]}")
         near = difflib.get_close_matches(name, [f.name for f in fields], 1, 0.4)
-        hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+        hint = f"; did you mean {option(near[0])}?" if near else ""
         raise ValueError(f"unknown option {word}{hint} (--help lists all)")
     given = vars(given)
     small = given.get("controls") or not torch.cuda.is_available()
@@ -178,43 +194,22 @@ def check(s: Settings) -> Settings:
     """Refuse what cannot work before anything is loaded, and say what to change."""
     for name, known in CHOICES.items():
         if getattr(s, name) not in known:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(s, name)}: use {', '.join(known)}"
-            )
-    least = {
-        "steps": 1, "prompts_per_step": 1, "updates_per_batch": 1, "judge_samples": 1,
-        "eval_every": 1, "eval_prompts": 1, "shown_prompts": 0, "slots": 1, "max_new_tokens": 1,
-        "max_prompt_tokens": 1, "judge_max_new_tokens": 1, "max_bad_steps": 1, "warmup_steps": 0,
-        "threads": 0,
-    }  # fmt: skip
-    for name, value in least.items():
-        if getattr(s, name) < value:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} {getattr(s, name)} must be at least {value}")
+            raise ValueError(f"{option(name)} {getattr(s, name)}: use {', '.join(known)}")
+    for holds, words, names in BOUNDS:
+        for name in names.split():
+            if not holds(getattr(s, name)):
+                raise ValueError(f"{option(name)} {getattr(s, name)} {words}")
     if s.samples_per_prompt < 2:
         raise ValueError(
             f"--samples-per-prompt {s.samples_per_prompt}: a sample is compared with its siblings; "
             "use at least 2"
         )
-    for name, lowest in ABOVE.items():
-        if not lowest < getattr(s, name) < math.inf:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(s, name)} must be above {lowest}"
-            )
-    if 0 < s.judge_temperature < 1e-4:
-        raise ValueError(f"--judge-temperature {s.judge_temperature} must be 0 or above 0.0001")
     try:
         known_device = not s.device or torch.device(s.device).type in ("cpu", "cuda")
     except RuntimeError:
         known_device = False
     if not known_device or (s.device.startswith("cuda") and not torch.cuda.is_available()):
         raise ValueError(f"--device {s.device} is not there: use cpu, or cuda where there is one")
-    for name in ("ema_decay", "final_lr", "clip_low"):
-        if not 0 <= getattr(s, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)} must lie in 0 … 1")
-    for name in ("kl", "weight_decay", "judge_temperature", "clip_high"):
-        if not 0 <= getattr(s, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)} must not be negative")
     check_reading(s.reading, s.judge_samples, s.judge_temperature)
     if s.data and not Path(s.data).is_file():
         raise ValueError(f"--data {s.data}: there is no such file")

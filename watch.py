@@ -181,10 +181,10 @@ class Watch:
     def evaluate(self, number: int, metrics: dict[str, float]) -> None:
         begun = time.perf_counter()
         found, samples, best = self.evaluation(number)
-        found["seconds/evaluate"] = time.perf_counter() - begun
+        found |= {"step": number, "seconds/evaluate": time.perf_counter() - begun}
         self.folder.add("samples.jsonl", samples)
         self.folder.add("metrics.jsonl", [{"step": number} | metrics | found])
-        self.latest, self.before = found | {"step": number}, self.before or found
+        self.latest, self.before = found, self.before or found
         if best:
             self.best_step = number
             self.keep("best")

@@ -9,7 +9,6 @@ by "external", which plays the outside scorer (COMET, say) of the paper's SSR-X.
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -101,7 +100,6 @@ def run_all(seeds: list[int], folder: Path, usual: dict, own: dict) -> None:
     waiting = [job for job in jobs if not is_done(*job, usual | own)]
     print(f"{len(jobs)} runs under {folder}, {len(jobs) - len(waiting)} of them done already")
     todo, running, done, start = len(waiting), [], 0, time.perf_counter()
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
@@ -117,7 +115,6 @@ def run_all(seeds: list[int], folder: Path, usual: dict, own: dict) -> None:
                 left = (time.perf_counter() - start) / done * (todo - done)
                 print(f"  {done}/{todo}  {summary(*job)}  {left / 60:.0f} min left", flush=True)
     finally:
-        signal.signal(signal.SIGTERM, before)
         for process, _ in running:
             process.terminate()
     print("\n" + table(seeds, folder))
