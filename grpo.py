@@ -4,7 +4,7 @@
         print(step.metrics["reward/total"])        # evaluate, log, save here: weights are at rest
 
 `batch(number)` gives the prompts of step 1, 2, …; `reward(tasks, groups, number)` gives `.total`
-(P, N) and `.parts`. What the loop needs of them is that alone: it never sees text.
+(N,), `.parts` and `.words` of each. What the loop needs of them is that alone: it never sees text.
 
 Group Relative Policy Optimisation, as it is done here:
 
@@ -18,11 +18,14 @@ Group Relative Policy Optimisation, as it is done here:
 - identical samples of a prompt have identical gradients, so they are trained once with the weight
   of all. With several updates a batch that is exact only where their advantages agree, too;
 - a sample of advantage 0 teaches nothing (unless a KL pulls at it) and costs nothing. A step in
-  which there is no other takes no optimizer step at all.
+  which there is no other takes no optimizer step at all;
+- with many ranks each samples and judges its share of the prompts, all of them then know the whole
+  batch, and each takes its share of the micro-batches (see ranks.py). One rank is no special case.
 
 Letters: P prompts, N samples of each, T tokens.
 """
 
+import heapq
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +37,7 @@ from torch import Tensor
 
 from kernels.advantage import group_advantage
 from kernels.logprob import linear_logprob, linear_policy_loss
+from ranks import Ranks, clip, follow
 
 
 @dataclass
@@ -125,38 +129,64 @@ def train(
     optimizer: torch.optim.Optimizer,
     stop_ids: Sequence[int],
     start=None,
+    ranks: Ranks | None = None,
+    first: int = 1,
 ) -> Iterator[Step]:
-    """Steps 1 … s.steps. `start`: a sampler of the weights at the start, for the KL."""
+    """Steps `first` … s.steps. `start`: a sampler of the weights at the start, for the KL.
+
+    What a step does depends on the weights, the optimizer's state and its number alone.
+    """
     if s.kl > 0 and start is None:
         raise ValueError(f"kl={s.kl} needs `start`, a sampler of the weights at the start")
+    ranks = ranks or Ranks()
     bad: dict[str, int] = {}  # trouble -> steps in a row
-    follow(sampler.model, model)  # copies the weights, where the sampler has its own
-    for number in range(1, s.steps + 1):
-        clock = Clock()
+    refresh(sampler, model)
+    for number in range(first, s.steps + 1):
+        clock, ranks.step = Clock(), number
         prompts = batch(number)
-        keys = range(number * len(prompts), (number + 1) * len(prompts))  # new draws each step
-        groups = sampler.generate(
-            [p.ids for p in prompts], s.samples_per_prompt, s.max_new_tokens, s.temperature,
-            stop_ids=stop_ids, seed=s.seed, keys=keys,
-        )  # fmt: skip
-        clock.stage("sample")
-        judged = reward([p.task for p in prompts], groups, number)
-        clock.stage("judge")
-        rewards = torch.tensor(judged.total, dtype=torch.float64)  # (P, N)
+        groups, judged = roll_out(prompts, number, sampler, reward, s, stop_ids, ranks, clock)
+        rewards = torch.tensor([row.total for row in judged], dtype=torch.float64)  # (P, N)
         advantages = group_advantage(rewards, s.advantage_scale, s.advantage_baseline)
         rows = distinct_rows(prompts, groups, rewards, advantages, s)
-        reference = reference_logprobs(start, rows, s)
+        reference = reference_logprobs(start, rows, s, ranks)
         clock.stage("reference")
         rate = learning_rate(s, number)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        trained = update(model, optimizer, rows, reference, weights_of(rows, s), s)
-        follow(sampler.model, model)
+        trained = update(model, optimizer, rows, reference, weights_of(rows, s), s, ranks)
+        refresh(sampler, model)
         clock.stage("train")
         metrics = describe(groups, judged, rewards, advantages, rows, reference)
         metrics |= trained | clock.metrics(groups) | {"train/lr": rate}
         yield Step(number, metrics, groups)
         check_health(metrics, judged, bad, s.max_bad_steps)
+
+
+def refresh(sampler, model) -> None:
+    """The sampler sees the new weights; there is nothing to do where they are the same ones."""
+    if sampler.model is not model:
+        follow(sampler.model.parameters(), model.parameters())
+
+
+def roll_out(
+    prompts: list[Prompt], number: int, sampler, reward, s: Settings, stop_ids, ranks: Ranks, clock
+) -> tuple[tuple, tuple]:
+    """The samples of each prompt and what they are worth: made by one rank, known to all."""
+
+    def work(mine: Sequence[int]) -> list[tuple]:
+        groups = sampler.generate(
+            [prompts[i].ids for i in mine], s.samples_per_prompt, s.max_new_tokens, s.temperature,
+            stop_ids=stop_ids, seed=s.seed, keys=[number * len(prompts) + i for i in mine],
+        )  # fmt: skip
+        clock.stage("sample")
+        ranks.at("judge")
+        judged = reward([prompts[i].task for i in mine], groups, number)
+        clock.stage("judge")
+        return list(zip(groups, judged, strict=True))
+
+    groups, judged = zip(*ranks.share("sample", range(len(prompts)), work), strict=True)
+    clock.stage("wait")
+    return groups, judged
 
 
 # --------------------------------------------------------------------------- what is trained
@@ -198,14 +228,25 @@ def weights_of(rows: list[Row], s: Settings) -> list[float]:
     return [r.copies / (len(r.ids) * total) for r in rows]
 
 
-def reference_logprobs(start, rows: list[Row], s: Settings) -> list[Tensor] | None:
+def reference_logprobs(start, rows: list[Row], s: Settings, ranks: Ranks) -> list[Tensor] | None:
     if start is None:
         return None
-    return start.score([r.prompt for r in rows], [r.ids for r in rows], s.temperature)
+
+    def score(mine: list[Row]) -> list[Tensor]:
+        found = start.score([r.prompt for r in mine], [r.ids for r in mine], s.temperature)
+        return [logprobs.cpu() for logprobs in found]
+
+    return ranks.share("reference", rows, score)
 
 
 def update(
-    model, optimizer, rows: list[Row], reference: list[Tensor] | None, weights: list[float], s
+    model,
+    optimizer,
+    rows: list[Row],
+    reference: list[Tensor] | None,
+    weights: list[float],
+    s,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """`updates_per_batch` optimizer steps; statistics are those of the last, but for the gap
     between sampler and trainer: that is the first's, while both have the same weights."""
@@ -215,17 +256,16 @@ def update(
     stats["train/rows"] = len(taught)
     if not taught:
         return stats
-    device = model.head_weight.device
+    lengths = [len(r.prompt) + len(r.ids) - 1 for r in rows]
+    parts = pack(taught, lengths, s.micro_batch_tokens, ranks.size)[ranks.rank :: ranks.size]
     batches = [
         MicroBatch(
             [rows[i] for i in part],
             [weights[i] for i in part],
-            None if s.kl == 0 else torch.cat([reference[i] for i in part]),
-            device,
+            None if s.kl == 0 else [reference[i] for i in part],
+            model.head_weight.device,
         )
-        for part in cut(
-            taught, [len(r.prompt) + len(r.ids) - 1 for r in rows], s.micro_batch_tokens
-        )
+        for part in parts
     ]
     if s.updates_per_batch > 1:
         for b in batches:
@@ -234,18 +274,18 @@ def update(
     weight = sum(weights[i] * len(rows[i].ids) for i in taught)  # gaps: over what is trained
     for again in range(s.updates_per_batch):
         optimizer.zero_grad(set_to_none=True)
-        found: dict[str, float] = {}
-        for b in batches:
+        mine: list[dict[str, float]] = []
+        for i, b in enumerate(batches, 1):
+            ranks.at(f"train, micro-batch {i} of {len(batches)}")
             loss, more = b.loss(model, s)
             loss.backward()
-            for name, value in {"loss": loss.detach(), **more}.items():
-                join = max if name.endswith("_max") else float.__add__
-                found[name] = join(found[name], float(value)) if name in found else float(value)
+            mine.append({name: float(x) for name, x in {"loss": loss.detach(), **more}.items()})
+        found = merge([x for theirs in ranks.gather(mine) for x in theirs])
         if not again:
             stats["policy/sampler_gap"] = found["sampler_gap"] / weight
             stats["policy/sampler_gap_max"] = found["sampler_gap_max"]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, s.max_norm))
-        if math.isfinite(norm):
+        norm = clip(parameters, s.max_norm)
+        if math.isfinite(norm):  # one number: the ranks cannot disagree
             optimizer.step()
         else:
             stats["train/skipped"] += 1
@@ -258,23 +298,43 @@ def update(
     return stats
 
 
-def cut(which: list[int], lengths: list[int], most: int) -> list[list[int]]:
-    """Pack rows, longest first, into micro-batches of at most `most` tokens, or of one row."""
-    parts: list[list[int]] = []
-    room = 0
-    for i in sorted(which, key=lambda i: -lengths[i]):
-        if lengths[i] > room:
-            parts.append([])
-            room = most
-        parts[-1].append(i)
-        room -= lengths[i]
-    return parts
+def merge(found: list[dict[str, float]]) -> dict[str, float]:
+    """Statistics of micro-batches are sums, or maxima by name."""
+    return {
+        name: (max if name.endswith("_max") else sum)([x[name] for x in found]) for name in found[0]
+    }
+
+
+def pack(which: list[int], lengths: list[int], most: int, ranks: int) -> list[list[int]]:
+    """Micro-batches of about the same number of tokens, at most `most` of them, or of one row.
+
+    A multiple of `ranks` of them, for a step of the ranks is as long as its longest micro-batch,
+    and whoever has none would let the others wait for its gradient: an empty one is possible.
+    """
+    order = sorted(which, key=lambda i: -lengths[i])
+    count = ranks * max(1, -(-sum(lengths[i] for i in which) // (ranks * most)))
+    while True:
+        parts: list[list[int]] = [[] for _ in range(count)]
+        sizes = [(0, part) for part in range(count)]  # a heap: the emptiest first
+        for i in order:
+            size, part = heapq.heappop(sizes)
+            parts[part].append(i)
+            heapq.heappush(sizes, (size + lengths[i], part))
+        full = dict((part, size) for size, part in sizes)
+        if all(full[part] <= most or len(parts[part]) == 1 for part in range(count)):
+            return [parts[part] for part in sorted(range(count), key=lambda part: -full[part])]
+        count += ranks
 
 
 class MicroBatch:
     """Some rows end to end in one row of tokens, each seeing itself alone. No masks, no padding."""
 
-    def __init__(self, rows: list[Row], weights: list[float], reference: Tensor | None, device):
+    def __init__(
+        self, rows: list[Row], weights: list[float], reference: list[Tensor] | None, device
+    ):
+        if not rows:  # a rank without work still takes part: one token that weighs nothing
+            rows, weights = [Row([0], [0], [0.0], 0.0, 1)], [0.0]
+            reference = None if reference is None else [torch.zeros(1)]
         # The last token is predicted, not read; the first completion token comes from the prompt's
         # last position. Where completions lie follows from lengths, never from token values.
         sequences = [r.prompt + r.ids[:-1] for r in rows]
@@ -295,7 +355,7 @@ class MicroBatch:
         self.advantages, self.weights = per_token([r.advantage for r in rows]), per_token(weights)
         sampled = [x for r in rows for x in r.logprobs]
         self.sampled = torch.tensor(sampled, dtype=torch.float64, device=device)
-        self.reference = reference
+        self.reference = None if reference is None else torch.cat(reference).to(device)
         self.old: Tensor | None = None
 
     def hidden(self, model) -> Tensor:
@@ -344,18 +404,6 @@ def learning_rate(s: Settings, number: int) -> float:
     return s.lr * rising * (1 - (1 - s.final_lr) * number / s.steps)
 
 
-@torch.no_grad()
-def follow(copy, model, decay: float = 0.0) -> None:
-    """copy = decay * copy + (1 - decay) * model, in place: captured graphs read these addresses."""
-    if copy is model:
-        return
-    for mine, theirs in zip(copy.parameters(), model.parameters(), strict=True):
-        if decay == 0:
-            mine.copy_(theirs)
-        else:
-            mine.lerp_(theirs.to(mine.dtype), 1 - decay)
-
-
 # ------------------------------------------------------------------------------- what is logged
 
 
@@ -385,10 +433,13 @@ def describe(
     lengths = [len(sample.ids) for sample in samples]
     logprobs = [x for sample in samples for x in sample.logprobs]
     metrics = {"reward/total": mean(rewards[known].tolist())}
-    for name, part in judged.parts.items():
-        metrics[f"reward/{name}"] = mean([x for row in part for x in row if not math.isnan(x)])
+    for name in judged[0].parts:
+        values = [x for row in judged for x in row.parts[name]]
+        metrics[f"reward/{name}"] = mean([x for x in values if not math.isnan(x)])
+    # A reward is missing when a judgement is no score; what is of a wrong format is not judged.
+    asked = sum(sum(row.parts.get("format", [1.0] * len(row.total))) for row in judged)
     metrics |= {
-        "judge/invalid": judged.invalid,
+        "judge/invalid": int(rewards.isnan().sum()) / max(asked, 1),
         "groups/zero_variance": float((advantages == 0).all(1).double().mean()),
         "groups/distinct": mean([len({tuple(x.ids) for x in g}) / len(g) for g in groups]),
         # An estimate from the tokens drawn: right on average, over trained and untrained groups.
@@ -399,7 +450,7 @@ def describe(
     }
     if reference is not None:
         gaps = [
-            (r.copies, theirs.double().cpu() - torch.tensor(r.logprobs, dtype=torch.float64))
+            (r.copies, theirs.double() - torch.tensor(r.logprobs, dtype=torch.float64))
             for r, theirs in zip(rows, reference, strict=True)
         ]
         total = sum(copies * len(x) for copies, x in gaps) or math.nan
@@ -426,7 +477,7 @@ def check_health(metrics: dict[str, float], judged, bad: dict[str, int], most: i
             continue
         advice = "the weights were left alone; lower --lr"
         if what == "valid score":
-            words = [w for row in judged.words for w in row if w != "not judged"][:3]
+            words = [w for row in judged for w in row.words if w != "not judged"][:3]
             advice = "the judge's last words:" + "".join(f"\n  {w[-300:]!r}" for w in words)
         elif what == "sample of the right format":
             advice = "see samples.jsonl; the prompts may not suit the model, or --max-new-tokens"

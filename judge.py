@@ -352,21 +352,16 @@ def digest(step: int, ids: Sequence[int]) -> int:
 Scorer = Callable[[Sequence[Task], list[list[str | None]], int], list[list[Score]]]
 
 
-@dataclass
-class Judged:
-    total: list[list[float]]
-    """(P, N); NaN where a part has no value."""
-    parts: dict[str, list[list[float]]]
-    """By name, (P, N): "format" (1 or 0) and each scorer's value, 0 … 1 or NaN; 0 where nothing
-    was judged, for its form."""
-    words: list[list[str]]
-    """What the first scorer said."""
+class Judged(NamedTuple):
+    """What the samples of one prompt are worth."""
 
-    @property
-    def invalid(self) -> float:
-        """Share of unreadable judgements among the samples whose format is right."""
-        asked = sum(x for row in self.parts["format"] for x in row)
-        return sum(math.isnan(x) for row in self.total for x in row) / max(asked, 1)
+    total: list[float]
+    """(N,); NaN where a part has no value."""
+    parts: dict[str, list[float]]
+    """By name, (N,): "format" (1 or 0) and each scorer's value, 0 … 1 or NaN; 0 where nothing
+    was judged, for its form."""
+    words: list[str]
+    """What the first scorer said."""
 
 
 class Reward:
@@ -388,29 +383,28 @@ class Reward:
             raise ValueError(f"gate={gate!r} is unknown; known: {', '.join(GATES)}")
         self.texts, self.prompts, self.scorers, self.gate = texts, prompts, scorers, gate
 
-    def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> Judged:
+    def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> list[Judged]:
         answers = [
             [translation_in(self.texts, self.prompts, task, sample) for sample in group]
             for task, group in zip(tasks, groups, strict=True)
         ]
         found = {name: scorer(tasks, answers, step) for name, (_, scorer) in self.scorers.items()}
-        values = {
-            name: [[math.nan if s.value is None else s.value for s in row] for row in rows]
-            for name, rows in found.items()
-        }
-        right = [[float(a is not None) for a in row] for row in answers]
-        total = [
-            [
-                self.combine(right[p][n], {k: values[k][p][n] for k in values})
+        first = next(iter(found))
+        judged = []
+        for p, row in enumerate(answers):
+            parts = {"format": [float(answer is not None) for answer in row]}
+            for name, rows in found.items():
+                parts[name] = [math.nan if x.value is None else x.value for x in rows[p]]
+            total = [
+                self.combine({name: values[n] for name, values in parts.items()})
                 for n in range(len(row))
             ]
-            for p, row in enumerate(answers)
-        ]
-        words = [[s.words for s in row] for row in next(iter(found.values()))]
-        return Judged(total, {"format": right, **values}, words)
+            judged.append(Judged(total, parts, [score.words for score in found[first][p]]))
+        return judged
 
-    def combine(self, right: float, values: dict[str, float]) -> float:
+    def combine(self, values: dict[str, float]) -> float:
         """NaN (no score) stays NaN, but a broken format needs no score."""
+        right = values["format"]
         base = {"product": 0.0, "zero-one": right, "plus-minus-one": 2 * right - 1}[self.gate]
         if not right:
             return base

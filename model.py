@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +51,7 @@ SUPPORTED = {  # keys that would change the computation, and the one value that 
 }
 LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 ROPE_KEYS = {"default": [], "linear": ["factor"], "llama3": LLAMA3}
+EMBEDDING = "model.embed_tokens.weight"
 SHARD_BYTES = 5_000_000_000
 STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -346,12 +347,19 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tenso
 # ------------------------------------------------------------------------------- from the hub
 
 
-def load(source: str | Path, dtype: torch.dtype | None = None, device=None) -> Transformer:
-    """Read a hub folder, or fetch one by its id; `dtype=None` keeps the file's type."""
+def load(
+    source: str | Path, dtype: torch.dtype | None = None, device=None, shard: Callable | None = None
+) -> Transformer:
+    """Read a hub folder, or fetch one by its id; `dtype=None` keeps the file's type.
+
+    `shard(model)` spreads the parameters, still without values, over processes and returns
+    `place(name, tensor) -> share`; each tensor is read whole, one after another (see ranks.py).
+    """
     folder = find_folder(source)
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: a 7B model takes its memory once
         model = Transformer(config)
+    place = shard(model) if shard else lambda name, tensor: tensor
     tensors = find_tensors(folder)
     check_names(config, tensors, folder)
     state = {}
@@ -367,10 +375,10 @@ def load(source: str | Path, dtype: torch.dtype | None = None, device=None) -> T
                 found = f"has the type {part.dtype}; quantised weights are not supported"
                 raise ValueError(f"{path}: tensor {name} {found}")
             parts.append(part.to(device=device, dtype=dtype))
-        state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        state[ours] = place(ours, torch.cat(parts) if len(parts) > 1 else parts[0])
     if config.tied and "lm_head.weight" in tensors:
-        head = tensors["lm_head.weight"][1].get_tensor("lm_head.weight")
-        if not torch.equal(head.to(state["embedding.weight"]), state["embedding.weight"]):
+        head, embedding = (tensors[n][1].get_tensor(n) for n in ("lm_head.weight", EMBEDDING))
+        if not torch.equal(head.to(embedding), embedding):
             raise ValueError(
                 f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the "
                 "embedding; set tie_word_embeddings to false in config.json to use that head"
@@ -480,7 +488,7 @@ def hub_pieces(c: Config) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     """Our parameter -> the hub's tensors, with shapes, that it is stacked from by rows."""
     width, inner, E = c.hidden_size, c.intermediate_size, c.head_dim
     rows = {"q": c.heads * E, "k": c.kv_heads * E, "v": c.kv_heads * E}
-    pieces = {"embedding.weight": [("model.embed_tokens.weight", (c.vocab_size, width))]}
+    pieces = {"embedding.weight": [(EMBEDDING, (c.vocab_size, width))]}
     for i in range(c.layers):
         layer = {
             "attention_norm.weight": [("input_layernorm.weight", (width,))],

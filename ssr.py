@@ -2,41 +2,50 @@
 
     python ssr.py                              # on a laptop: the embedded toy, in minutes
     python ssr.py --preset ssr-zero-7b --data texts.jsonl        # the paper's recipe
+    torchrun --nproc_per_node=8 ssr.py --data texts.jsonl        # on eight GPUs
+    python ssr.py --resume --folder runs/mine  # go on from the newest checkpoint, if there is one
+    python ssr.py --dry-run --preset ssr-zero-7b --gpus 8        # does it fit, how long is a step
     python ssr.py --controls                   # the toy with other rewards, and their table
     python ssr.py --help                       # every setting
 
 A run writes a folder: settings.json; metrics.jsonl, a row a step, the first one before any
 training; samples.jsonl, the same held-out sentences at each evaluation with their scores and the
-judge's words; best/ and last/, Hugging Face folders; result.json at its end.
+judge's words; checkpoints/; best/ and last/, Hugging Face folders; result.json at its end.
 """
 
 import argparse
 import ast
-import copy
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import itertools
+import json
 import math
+import os
 import signal
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer
 
 import data
 import grpo
+from checkpoint import Checkpoints, tensors_of
 from judge import GATES, PAPER, TOY, Judge, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
 from model import Transformer, find_folder, load
+from ranks import Ranks, Stopping, follow, is_lost, join, leave
 from sampler import Sampler
 from toy import controls
 from toy.languages import Languages, quality
 from toy.pretrain import Recipe, make
-from watch import Evaluation, Problem, RunFolder, Stopper, Watch
+from watch import Evaluation, Problem, Stopper, Watch, launcher
 
 
 @dataclass
@@ -48,8 +57,15 @@ class Settings(grpo.Settings):
     """A Hugging Face folder or hub id (Qwen2, Qwen2.5, Qwen3, Llama 3). Toy: made on the spot."""
     data: str = ""
     """JSON lines with "text", "source" and "target", the languages' names. Toy: made up."""
-    run: str = ""
+    folder: str = ""
     """The folder to write; it must not exist. Default: runs/PRESET-DATE-TIME."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in --folder (default: the preset's newest run), or
+    from the beginning when there is none."""
+    save_every: int = 25
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """How many checkpoints to keep."""
     prompts: str = "paper"
     """Templates: "paper" or "toy"."""
     reward: str = "self"
@@ -81,6 +97,11 @@ class Settings(grpo.Settings):
     """"cpu", "cuda"; default: a GPU if there is one."""
     threads: int = 0
     """CPU threads; 0: PyTorch's choice."""
+    shard: str = "all"
+    """Weights and optimizer are spread over "all" ranks, or over those of a "node", each node with
+    all of them: less to send between nodes, more memory."""
+    patience: float = 1800.0
+    """Seconds that ranks wait for one that makes no progress before the run is ended."""
     toy_tokens: float = 3.5e6
     """Tokens of the toy's pretraining: fewer make a judge that leads astray."""
     controls: bool = False
@@ -99,6 +120,7 @@ CHOICES = {
     "judge": ("live", "frozen", "ema"),
     "reading": ("written", "expected"),
     "gate": GATES,
+    "shard": ("all", "node"),
 }
 PRESETS = {
     # The paper's model and loop; what is not public (batch, rates, lengths) is our choice.
@@ -116,9 +138,9 @@ PRESETS = {
 BOUNDS = [  # what must hold of the settings named, and how a refusal says it
     (lambda v: v >= 1, "must be at least 1",
      "steps prompts_per_step updates_per_batch judge_samples eval_every eval_prompts slots "
-     "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps"),
+     "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps save_every keep"),
     (lambda v: v >= 0, "must be at least 0", "shown_prompts warmup_steps threads"),
-    (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm"),
+    (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm patience"),
     (lambda v: 1e-4 < v < math.inf, "must be above 0.0001", "temperature"),
     (lambda v: 1e3 < v < math.inf, "must be above 1000", "toy_tokens"),
     (lambda v: 0 <= v <= 1, "must lie in 0 … 1", "ema_decay final_lr clip_low"),
@@ -126,6 +148,11 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
      "kl weight_decay judge_temperature clip_high"),
     (lambda v: v == 0 or v >= 1e-4, "must be 0 or above 0.0001", "judge_temperature"),
 ]  # fmt: skip
+# A run may go on with other values of these: they change no step, or only those to come.
+FREE = (
+    "folder resume save_every keep eval_every shown_prompts slots micro_batch_tokens device "
+    "threads shard patience max_bad_steps steps"
+)
 REFUSED = {
     "top_p": "training needs log-probs of the whole distribution; set --temperature instead",
     "top_k": "training needs log-probs of the whole distribution; set --temperature instead",
@@ -169,7 +196,7 @@ def parse(words: list[str]) -> Settings:
             kind = {"action": argparse.BooleanOptionalAction}
         text = help_of[f.name] + defaults(f)
         parser.add_argument(option(f.name), help=text.replace("%", "%%"), **kind)
-    parser.error = complain
+    parser.error = refuse
     given, unknown = parser.parse_known_args(words)
     for word in unknown:
         name = word.lstrip("-").split("=")[0].replace("-", "_")
@@ -183,11 +210,17 @@ def parse(words: list[str]) -> Settings:
     preset = given.get("preset") or ("toy" if small else "ssr-zero-7b")
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        given["resume"] = True  # torchrun started the ranks again
     return check(Settings(**PRESETS[preset] | given | {"preset": preset}))
 
 
-def complain(message: str):
+def refuse(message: str):
     raise ValueError(f"{message} (--help lists all options)")
+
+
+def ranks_here() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check(s: Settings) -> Settings:
@@ -219,10 +252,19 @@ def check(s: Settings) -> Settings:
             f"--micro-batch-tokens {s.micro_batch_tokens} cannot hold one sequence of "
             f"{s.max_prompt_tokens} + {s.max_new_tokens} tokens: use at least {longest}"
         )
-    if s.run and not s.controls and Path(s.run).exists():
-        raise ValueError(
-            f"--run {s.run} exists already: name another folder, or move that one away"
-        )
+    if s.folder and not s.controls and Path(s.folder).exists():
+        if not s.resume:
+            raise ValueError(
+                f"--folder {s.folder} exists already: go on with --resume, name another folder, or "
+                "move that one away"
+            )
+        if not (Path(s.folder) / "settings.json").is_file():
+            raise ValueError(
+                f"--folder {s.folder} is not the folder of a run: it has no settings.json"
+            )
+    if s.controls and (s.resume or ranks_here() > 1):
+        raise ValueError("--controls starts its own runs, and skips those that are done: leave out "
+                         "--resume and torchrun")  # fmt: skip
     if s.controls and s.preset != "toy":
         raise ValueError("--controls needs --preset toy: only there the truth is known")
     if s.preset == "toy":
@@ -238,10 +280,23 @@ def check(s: Settings) -> Settings:
     return s
 
 
+def agree(ranks: Ranks, values: dict) -> None:
+    """One command line on every node, and the same files behind it."""
+    first, *others = ranks.gather(values)
+    for rank, theirs in enumerate(others, 1):
+        for name in values:
+            if theirs[name] != first[name]:
+                raise ValueError(
+                    f"the ranks disagree on {name}: rank 0 has {first[name]!r}, rank {rank} "
+                    f"{theirs[name]!r}; start all nodes with the same command, files and code"
+                )
+
+
 def arithmetic(s: Settings) -> str:
-    P, N = s.prompts_per_step, s.samples_per_prompt
+    P, N, R = s.prompts_per_step, s.samples_per_prompt, ranks_here()
+    share = f", on {R} ranks {P // R}{f' or {P // R + 1}' * (P % R > 0)} prompts each" * (R > 1)
     return (
-        f"{s.steps} steps of {P} prompts × {N} samples = {P * N} translations, "
+        f"{s.steps} steps of {P} prompts × {N} samples = {P * N} translations{share}, "
         f"{s.updates_per_batch} update{'s' * (s.updates_per_batch > 1)} each, at most "
         f"{s.micro_batch_tokens:,} tokens at a time\n"
         f"reward {s.reward}, judge {s.judge}, score {s.reading}, lr {s.lr:g}, KL {s.kl:g}, "
@@ -256,8 +311,9 @@ def exact_match(candidate: str, reference: str) -> float:
     return float(candidate.split() == reference.split())
 
 
-def toy_problem(s: Settings) -> Problem:
-    folder = Path(s.model) if s.model else make(Recipe(seed=s.seed, tokens=s.toy_tokens))
+def toy_problem(s: Settings, ranks: Ranks) -> Problem:
+    recipe = Recipe(seed=s.seed, tokens=s.toy_tokens)
+    folder = Path(s.model) if s.model else ranks.one_first("make the toy", lambda: make(recipe))
     pair = Languages(s.seed)
     known = load_tokenizer(folder).get_vocab().keys()
     if foreign := {word for words in pair.vocabulary.values() for word in words} - known:
@@ -273,12 +329,13 @@ def toy_problem(s: Settings) -> Problem:
         task = pair.task("train", number)
         return task if needs_truth else task._replace(reference=None)
 
-    return Problem(folder, TEMPLATES[s.prompts], task, held_out, measures)
+    return Problem(folder, TEMPLATES[s.prompts], task, held_out, measures, f"toy {s.seed}")
 
 
-def data_problem(s: Settings) -> Problem:
+def data_problem(s: Settings, ranks: Ranks) -> Problem:
     tasks = data.read(Path(s.data))
-    folder, prompts = find_folder(s.model), TEMPLATES[s.prompts]
+    folder = ranks.one_first("fetch the model", lambda: find_folder(s.model))
+    prompts = TEMPLATES[s.prompts]
     lengths = map(len, Texts(load_tokenizer(folder)).encode([prompts.ask(t) for t in tasks]))
     fit = [t for t, length in zip(tasks, lengths, strict=True) if length <= s.max_prompt_tokens]
     if len(fit) <= s.eval_prompts:
@@ -293,7 +350,8 @@ def data_problem(s: Settings) -> Problem:
         f"{s.max_prompt_tokens}; {len(held_out)} held out, and "
         f"{len(fit) - len(held_out) - len(training)} that say the same; {len(training)} to train on"
     )
-    return Problem(folder, prompts, data.Order(training, s.seed).task, held_out, {})
+    digest = hashlib.sha256(Path(s.data).read_bytes()).hexdigest()[:16]
+    return Problem(folder, prompts, data.Order(training, s.seed).task, held_out, {}, digest)
 
 
 def load_tokenizer(folder: Path):
@@ -311,15 +369,22 @@ def load_tokenizer(folder: Path):
 
 
 def run(s: Settings) -> None:
-    torch.set_num_threads(s.threads or torch.get_num_threads())
-    problem = toy_problem(s) if s.preset == "toy" else data_problem(s)
     device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = load(problem.folder, dtype=torch.float32, device=device)
+    ranks = join(device.type, s.patience, s.shard == "node")
+    agree(ranks, {option(name): value for name, value in dataclasses.asdict(s).items()})
+    if device.type == "cuda" and ranks.size > 1:
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.set_num_threads(s.threads or torch.get_num_threads())
+    problem = toy_problem(s, ranks) if s.preset == "toy" else data_problem(s, ranks)
+    ranks.at("load the model")
+    model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
     tokenizer = load_tokenizer(problem.folder)
     texts, stop_ids = Texts(tokenizer), [tokenizer.eos_token_id]
+    shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hub"}
+    agree(ranks, {"the texts": problem.digest, "the model": shape})
 
     window = window_of(s, problem, texts, model.config.max_length)
-    sampler, start, judging, average = samplers(s, model, window)
+    sampler, start, judging, average = samplers(s, model, window, device)
     judge = Judge(
         judging, texts, problem.prompts, s.reading, s.judge_samples, s.judge_temperature,
         s.judge_max_new_tokens, stop_ids, s.seed,
@@ -339,51 +404,80 @@ def run(s: Settings) -> None:
         P = s.prompts_per_step
         return ask([problem.task(i) for i in range((number - 1) * P, number * P)])
 
-    evaluation = Evaluation(problem, ask(problem.held_out), texts, sampler, judge, stop_ids, s)
+    evaluation = Evaluation(
+        problem, ask(problem.held_out), texts, sampler, judge, stop_ids, s, ranks
+    )
     optimizer = grpo.make_optimizer(model, s)
+    path = Path(ranks.share("name the run", [None], lambda _: [str(folder_of(s))])[0])
+    identity = {"settings": dataclasses.asdict(s), "texts": problem.digest, "model": shape}
+    tensors = tensors_of(model, optimizer, average)
+    kept = Checkpoints(path / "checkpoints", s.keep, ranks, tensors, identity, FREE)
+    watch = Watch(s, path, sampler.model, problem.folder, evaluation, kept, ranks)
+    done = watch.restore() if s.resume else None  # the last step of the run that goes on
+
+    grpo.refresh(sampler, model)
+    if average:
+        follow(judging.model.parameters(), average)
+    print(f"{arithmetic(s)}\nwriting {path}" + (f", after step {done.number}" if done else ""))
     tracked = start if s.track_kl or s.kl else None
-    steps = grpo.train(model, sampler, reward, batch, s, optimizer, stop_ids, tracked)
-    watch = Watch(s, RunFolder(s, model), model, problem.folder, evaluation)
-    print(f"{arithmetic(s)}\nwriting {watch.folder.path}")
-    with Stopper() as stopper:
-        watch.evaluate(0, {})
+    with Stopper(ranks):
         try:
-            for step in steps:
-                if average is not None:
-                    grpo.follow(average, model, s.ema_decay)
-                    grpo.follow(judging.model, average)
-                stopping = stopper.asked
-                watch.after(step, last=step.number == s.steps or stopping)
-                if stopping:
-                    print(f"stopped after step {step.number}, as asked")
-                    break
+            watch.begin(done)
+            for step in grpo.train(
+                model, sampler, reward, batch, s, optimizer, stop_ids, tracked, ranks,
+                first=done.number + 1 if done else 1,
+            ):  # fmt: skip
+                if average:
+                    follow(average, model.parameters(), s.ema_decay)
+                    follow(judging.model.parameters(), average)
+                watch.after(step)
+        except Stopping:
+            watch.stop()
         except grpo.Stop:
             watch.keep("last")
             raise
-        watch.keep("last")
-        watch.finish()
+        else:
+            watch.finish()
 
 
-def samplers(s: Settings, model: Transformer, window: int) -> tuple:
+def folder_of(s: Settings) -> Path:
+    """Of a new run; of the one that goes on; of the one whose ranks torchrun has started again."""
+    if s.folder:
+        return Path(s.folder)
+    runs = sorted(Path("runs").glob(f"{s.preset}-[0-9]*-[0-9]*/settings.json"), reverse=True)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        by = [json.loads(file.read_text())["about"]["launcher"] for file in runs]
+        runs = [file for file, who in zip(runs, by, strict=True) if who == launcher()]
+    if s.resume and runs:
+        return runs[0].parent
+    return Path(f"runs/{s.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def samplers(s: Settings, model: Transformer, window: int, device: torch.device) -> tuple:
     """Of the actor, of the starting weights (or None), of the judge; and the EMA's weights."""
     # On a GPU the samplers have bf16 copies of the weights, the master weights stay fp32.
-    half = torch.bfloat16 if model.head_weight.is_cuda else None
+    half = torch.bfloat16 if device.type == "cuda" else None
     model.compute_dtype, model.checkpointing = half, half is not None
 
-    def copied(dtype: torch.dtype | None = half) -> Transformer:
-        twin = copy.deepcopy(model).to(dtype or torch.float32)
-        twin.compute_dtype = None
-        return twin.requires_grad_(False)
+    def copied() -> Transformer:
+        with torch.device("meta"):
+            twin = Transformer(model.config)
+        twin = twin.to(half or torch.float32).to_empty(device=device).requires_grad_(False)
+        follow(twin.parameters(), model.parameters())
+        return twin
 
-    actor = Sampler(copied() if half else model, s.slots, window)
-    start = average = None
+    alone = half is None and ranks_here() == 1  # whole weights, in the samplers' type
+    actor = Sampler(model if alone else copied(), s.slots, window)
+    start, average = None, []
     if s.track_kl or s.kl or s.judge == "frozen":
         writes = s.judge == "frozen" and s.reading == "written"
         start = Sampler(copied(), s.slots if writes else 1, window)  # to read takes one slot
     judge = start if s.judge == "frozen" else actor
-    if s.judge == "ema":
-        average = copied(torch.float32)  # in bf16 a step of it would be rounded away
-        judge = Sampler(copied() if half else average, s.slots, window)
+    if (
+        s.judge == "ema"
+    ):  # fp32, spread like the weights: in bf16 a step of it would be rounded away
+        average = [p.detach().clone() for p in model.parameters()]
+        judge = Sampler(copied(), s.slots, window)
     return actor, start, judge, average
 
 
@@ -413,12 +507,12 @@ def compare(s: Settings) -> None:
         seeds = list(dict.fromkeys(int(seed) for seed in s.seeds.split(",")))
     except ValueError:
         raise ValueError(f"--seeds {s.seeds}: numbers with commas between them") from None
-    own = {k: v for k, v in changed.items() if k not in ("controls", "seeds", "run")}
+    own = {k: v for k, v in changed.items() if k not in ("controls", "seeds", "folder")}
     torch.set_num_threads(s.threads)
     if not s.model:
         for seed in seeds:
             make(Recipe(seed=seed, tokens=s.toy_tokens))
-    controls.run_all(seeds, Path(s.run or "runs/controls"), usual, own)
+    controls.run_all(seeds, Path(s.folder or "runs/controls"), usual, own)
 
 
 def main(words: list[str]) -> None:
@@ -426,17 +520,24 @@ def main(words: list[str]) -> None:
         s = parse(words)
         chosen = f"--preset {s.preset}" if any("--preset" in w for w in words) else "no --preset"
         why = "CUDA GPUs found" if torch.cuda.is_available() else "no CUDA GPU found"
-        print(f"SSR-Zero, preset {s.preset} ({chosen}; {why})")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"SSR-Zero, preset {s.preset} ({chosen}; {why})")
         if s.controls:
             compare(s)
         else:
             run(s)
     except KeyboardInterrupt:
-        sys.exit("\nssr.py: stopped")
+        leave("\nssr.py: stopped")
+    except torch.OutOfMemoryError as error:
+        leave(f"ssr.py: {error}; lower --slots or --micro-batch-tokens (--dry-run says what for)")
     except FloatingPointError as error:
-        sys.exit(f"ssr.py: {error}: the weights have diverged; lower --lr, or go on from best/")
+        leave(f"ssr.py: {error}: the weights have diverged; lower --lr, or go on from best/")
     except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"ssr.py: {error}")
+        if is_lost(error):
+            leave("ssr.py: another rank has gone: killed, or crashed? Go on with --resume")
+        leave(f"ssr.py: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """What happens between two steps: measure, keep, log, tell.
 
-    watch = Watch(settings, folder, model, problem.folder, evaluation)
-    watch.evaluate(0, {})                          # the first row, before any training
-    watch.after(step, last=False)                  # a row a step; an evaluation now and then
-    watch.finish()                                 # result.json and the table
+    watch = Watch(settings, path, model, problem.folder, evaluation, checkpoints, ranks)
+    step = watch.restore()             # of a run that goes on: weights and all, as after that step
+    watch.begin(step)                  # the first row, before any training; or that step's again
+    watch.after(step)                  # a row a step; an evaluation and a checkpoint now and then
+    watch.finish()                     # last/, result.json and the table; or, before that:
+    watch.stop()                       # last/ and a checkpoint to go on from
 
 The measures here never reach the loop. Self-rewarding fails quietly: the model's own score rises
 while its translations get worse. That is what `Evaluation` looks for, and calls an alarm.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +32,10 @@ from typing import NamedTuple
 import torch
 
 import grpo
+from checkpoint import Checkpoints
 from judge import Judge, Prompts, Task, Texts, read_answer, translation_in
-from model import Transformer, save
+from model import save
+from ranks import Ranks, Stopping
 
 
 @dataclass
@@ -44,6 +49,8 @@ class Problem:
     held_out: list[Task]
     measures: dict[str, Callable[[str, str], float]]
     """Of a translation and its reference; the first is the one that names the best weights."""
+    digest: str
+    """Of the texts: a run goes on with the same ones only."""
 
 
 # --------------------------------------------------------------------------------- the measures
@@ -54,21 +61,31 @@ class Evaluation:
 
     def __init__(
         self, problem: Problem, prompts: list[grpo.Prompt], texts: Texts, sampler, judge: Judge,
-        stop_ids, s,
+        stop_ids, s, ranks: Ranks,
     ):  # fmt: skip
         self.problem, self.texts, self.sampler, self.judge = problem, texts, sampler, judge
-        self.prompts, self.stop_ids, self.s = [p.ids for p in prompts], stop_ids, s
+        self.prompts, self.stop_ids, self.s, self.ranks = prompts, stop_ids, s, ranks
         self.best: Reading | None = None
         self.past: list[tuple[Reading, Reading]] = []  # of the measure and of the self-score
 
-    def translate(self, count: int, n: int, temperature: float) -> list[list[tuple[str, bool]]]:
-        """(text, whether its format is right) of n samples of the first `count` texts."""
-        groups = self.sampler.generate(
-            self.prompts[:count], n, self.s.max_new_tokens, temperature,
-            stop_ids=self.stop_ids, seed=self.s.seed + 1,
-        )  # fmt: skip
-        tasks = self.problem.held_out[:count]
-        return [[self.read(t, x) for x in group] for t, group in zip(tasks, groups, strict=True)]
+    def candidates(self, count: int, n: int, temperature: float, number: int) -> list[list[tuple]]:
+        """(text, whether its format is right, score) of n samples of the first `count` texts."""
+
+        def work(mine: Sequence[int]) -> list[list[tuple]]:
+            prompts = [self.prompts[i] for i in mine]
+            groups = self.sampler.generate(
+                [p.ids for p in prompts], n, self.s.max_new_tokens, temperature,
+                stop_ids=self.stop_ids, seed=self.s.seed + 1, keys=mine,
+            )  # fmt: skip
+            read = [[self.read(p.task, x) for x in g] for p, g in zip(prompts, groups, strict=True)]
+            texts = [[text for text, _ in row] for row in read]
+            scores = self.judge([p.task for p in prompts], texts, number)
+            return [
+                [(*a, b) for a, b in zip(*rows, strict=True)]
+                for rows in zip(read, scores, strict=True)
+            ]
+
+        return self.ranks.share("evaluate", range(count), work)
 
     def read(self, task: Task, sample) -> tuple[str, bool]:
         """As the reward reads it; what the reward cannot read counts as it is."""
@@ -103,12 +120,12 @@ class Evaluation:
     def measure(self, temperature: float, number: int) -> dict[str, list[float | None]]:
         """One translation of each held-out text: its values by name."""
         tasks = self.problem.held_out
-        read = [row[0] for row in self.translate(len(tasks), 1, temperature)]
-        scores = self.judge(tasks, [[text] for text, _ in read], number)
-        values = {"self": [row[0].value for row in scores], "format": [float(ok) for _, ok in read]}
+        found = [row[0] for row in self.candidates(len(tasks), 1, temperature, number)]
+        values = {"self": [score.value for *_, score in found]}
+        values["format"] = [float(right) for _, right, _ in found]
         for name, measure in self.problem.measures.items():
-            pairs = zip(read, tasks, strict=True)
-            values[name] = [measure(text, task.reference) for (text, _), task in pairs]
+            pairs = zip(found, tasks, strict=True)
+            values[name] = [measure(text, task.reference) for (text, *_), task in pairs]
         return values
 
     def alarming(self, now: "Reading", own: "Reading") -> bool:
@@ -122,19 +139,25 @@ class Evaluation:
         tasks = self.problem.held_out[: self.s.shown_prompts]
         if not tasks:
             return []
-        greedy = self.translate(len(tasks), 1, 0.0)
-        drawn = self.translate(len(tasks), self.s.samples_per_prompt, 1.0)
-        texts = [[text for text, _ in a + b] for a, b in zip(greedy, drawn, strict=True)]
+        greedy = self.candidates(len(tasks), 1, 0.0, number)
+        drawn = self.candidates(len(tasks), self.s.samples_per_prompt, 1.0, number)
         rows = []
-        for task, row, scores in zip(tasks, texts, self.judge(tasks, texts, number), strict=True):
+        for task, first, others in zip(tasks, greedy, drawn, strict=True):
             candidates = [
                 {"text": text, "greedy": i == 0, "score": score.value, "judge": score.words}
                 | {n: f(text, task.reference) for n, f in self.problem.measures.items()}
-                for i, (text, score) in enumerate(zip(row, scores, strict=True))
+                for i, (text, _, score) in enumerate(first + others)
             ]
             shown = {"step": number, "source": task.text, "reference": task.reference}
             rows.append(shown | {"from": task.source, "to": task.target, "candidates": candidates})
         return rows
+
+    def state(self) -> dict:
+        return {"best": self.best, "past": self.past}
+
+    def restore(self, state: dict) -> None:
+        self.best = Reading(*state["best"])
+        self.past = [tuple(Reading(*x) for x in pair) for pair in state["past"]]
 
 
 def known(values: list[float | None]) -> list[float]:
@@ -170,13 +193,66 @@ def correlation(scores: list[float | None], values: list[float]) -> float:
 
 
 class Watch:
-    def __init__(self, s, folder: "RunFolder", model, source: Path, evaluation: Evaluation):
-        self.s, self.folder, self.model, self.source = s, folder, model, source
-        self.evaluation, self.begun = evaluation, time.perf_counter()
+    def __init__(
+        self, s, path: Path, model, source: Path, evaluation: Evaluation, kept: Checkpoints,
+        ranks: Ranks,
+    ):  # fmt: skip
+        """`model`: whole weights, those that the sampler has."""
+        self.s, self.model, self.source, self.evaluation = s, model, source, evaluation
+        self.kept, self.ranks, self.folder = kept, ranks, RunFolder(path, ranks.rank == 0)
+        self.begun, self.spent = time.perf_counter(), 0.0  # this process, and those before
         self.before: dict[str, float] = {}
         self.latest: dict[str, float] = {}
-        self.best_step, self.done = 0, 0
         self.alarms: list[int] = []
+        self.best_step, self.first = 0, 0
+        self.step: grpo.Step | None = None
+        self.state: dict = {}  # as it was before `step` was recorded
+
+    def restore(self) -> grpo.Step | None:
+        about = self.kept.restore()
+        if about is None:
+            return None
+        if about["step"] > self.s.steps:
+            raise ValueError(
+                f"{self.folder.path} is at step {about['step']} already, beyond --steps "
+                f"{self.s.steps}"
+            )
+        state = about["watch"]
+        self.evaluation.restore(state.pop("evaluation"))
+        vars(self).update(state)
+        self.first = about["step"]
+        return grpo.Step(about["step"], about["metrics"], [])
+
+    def begin(self, step: grpo.Step | None) -> None:
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        needed = (self.s.keep + 1) * self.kept.bytes + 3 * weights + 2**24
+        number = step and step.number
+        self.ranks.share("begin", [None], lambda _: [self.folder.begin(self.s, needed, number)])
+        if step is None:
+            self.evaluate(0, {})
+        else:
+            self.after(step)
+
+    def after(self, step: grpo.Step) -> None:
+        spent = self.spent + time.perf_counter() - self.begun
+        names = ("before", "latest", "alarms", "best_step")
+        self.step, self.state = step, {name: getattr(self, name) for name in names}
+        self.state |= {"spent": spent, "evaluation": self.evaluation.state()}
+        if step.number % self.s.save_every == 0 or step.number == self.s.steps:
+            self.save()
+        self.record(step)
+
+    def save(self) -> None:
+        self.kept.save(self.step.number, {"metrics": self.step.metrics, "watch": self.state})
+
+    def record(self, step: grpo.Step) -> None:
+        """Its row. A run that goes on begins with this, so a checkpoint comes before it."""
+        last = step.number == self.s.steps
+        if last or step.number % self.s.eval_every == 0:
+            self.evaluate(step.number, step.metrics)
+        else:
+            self.folder.add("metrics.jsonl", [{"step": step.number} | step.metrics])
+        self.tell(step, last)
 
     def evaluate(self, number: int, metrics: dict[str, float]) -> None:
         begun = time.perf_counter()
@@ -189,41 +265,57 @@ class Watch:
             self.best_step = number
             self.keep("best")
         if found.get("eval/alarm"):
-            self.alarms.append(number)
-
-    def after(self, step: grpo.Step, last: bool) -> None:
-        self.done = step.number
-        if last or step.number % self.s.eval_every == 0:
-            self.evaluate(step.number, step.metrics)
-        else:
-            self.folder.add("metrics.jsonl", [{"step": step.number} | step.metrics])
-        self.tell(step.metrics, last)
+            self.alarms = [*self.alarms, number]
 
     def keep(self, name: str) -> None:
+        if not self.folder.mine:
+            return
         folder = self.folder.path / name
         save(self.model, folder)
         for file in self.source.iterdir():  # the tokenizer's files as they came
             if re.search(r"token|vocab|merges|chat_template|generation_config", file.name):
                 shutil.copyfile(file, folder / file.name)
 
-    def tell(self, metrics: dict[str, float], last: bool) -> None:
-        left = (time.perf_counter() - self.begun) / self.done * (self.s.steps - self.done)
+    def tell(self, step: grpo.Step, last: bool) -> None:
+        done, metrics = step.number, step.metrics
+        pace = (time.perf_counter() - self.begun) / max(done - self.first, 1)
+        left = pace * (self.s.steps - done)
         shown = next(f"{key[5:]} {self.latest[key]:.3f}" for key in SHOWN if key in self.latest)
         alarm = f"  {ALARM}" if self.latest.get("eval/alarm") else ""
         line = (
-            f"step {self.done}/{self.s.steps}  reward {metrics['reward/total']:.3f}  held-out "
+            f"step {done}/{self.s.steps}  reward {metrics['reward/total']:.3f}  held-out "
             f"{shown} (step {self.latest['step']})  entropy {metrics['policy/entropy']:.2f}  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{int(left) // 60}:{int(left) % 60:02} left{alarm}"
         )
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
-        elif last or self.done % 10 == 0:
+        elif last or done % 10 == 0:
             print(line, flush=True)
 
+    def stop(self) -> None:
+        if self.step is None:
+            print("stopped before a step was done: nothing to keep")
+            return
+        self.ranks.ending = True
+        self.save()
+        self.keep("last")
+        self.written()
+        number, path = self.step.number, self.folder.path
+        print(f"stopped after step {number}; go on with --resume --folder {path}")
+
+    def written(self) -> None:
+        """The last checkpoint, on the disk; no rank leaves before."""
+        self.kept.wait()
+        [error] = self.ranks.share("end", [None], lambda _: [self.kept.error])
+        if error:
+            raise OSError(error)
+
     def finish(self) -> None:
-        seconds = time.perf_counter() - self.begun
-        content = {"steps": self.done, "seconds": seconds, "best_step": self.best_step}
+        self.ranks.ending = True
+        self.keep("last")
+        seconds = self.spent + time.perf_counter() - self.begun
+        content = {"steps": self.s.steps, "seconds": seconds, "best_step": self.best_step}
         content |= {"alarms": self.alarms, "before": self.before, "after": self.latest}
         self.folder.write("result.json", content)
         print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
@@ -231,7 +323,8 @@ class Watch:
             if key in self.latest:
                 print(f"{label:38}  {self.before[key]:6.3f}  {self.latest[key]:6.3f}")
         print(
-            f"\n{self.done} steps in {seconds:.0f} s; the best weights are those of step", end=" "
+            f"\n{self.s.steps} steps in {seconds:.0f} s; the best weights are those of step",
+            end=" ",
         )
         print(f"{self.best_step}\n{self.folder.path}/: metrics.jsonl, samples.jsonl, best/, last/")
         if not self.evaluation.problem.measures:
@@ -240,6 +333,7 @@ class Watch:
             )
         if self.alarms:
             print(f"{ALARM} at step {', '.join(map(str, self.alarms))}: compare best/ with last/")
+        self.written()
 
 
 SHOWN = {
@@ -253,23 +347,28 @@ ALARM = "ALARM: self-score up, held-out quality down"
 
 
 class Stopper:
-    """SIGTERM and Ctrl-C end the run after the step in hand; a second one ends it at once."""
+    """SIGTERM and Ctrl-C end the run: at once where nothing changes, else after the step in hand.
 
-    def __enter__(self) -> "Stopper":
-        self.asked = False
+    A second one ends it without keeping anything, but for torchrun: it sends each of them twice.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+
+    def __enter__(self) -> None:
         self.before = {
             name: signal.signal(name, self.ask) for name in (signal.SIGTERM, signal.SIGINT)
         }
-        return self
 
     def ask(self, number: int, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print(
-            "\nstopping after the step in hand (once more: at once, without last/ and result)",
-            flush=True,
-        )
+        if self.ranks.stop:
+            if self.ranks.size == 1:
+                raise KeyboardInterrupt
+            return
+        self.ranks.stop = True
+        print("\nstopping; the last whole step is kept", flush=True)
+        if self.ranks.stoppable:
+            raise Stopping
 
     def __exit__(self, *_) -> None:
         for name, handler in self.before.items():
@@ -280,29 +379,59 @@ class Stopper:
 
 
 class RunFolder:
-    def __init__(self, s, model: Transformer):
-        self.path = Path(s.run or f"runs/{s.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    """Written by one rank alone, `mine`; the others call the same and nothing happens."""
+
+    def __init__(self, path: Path, mine: bool):
+        self.path, self.mine = path, mine
+
+    def begin(self, s, needed: int, step: int | None) -> None:
+        """A new folder, or (`step`) the logs cut back to before that step, which comes again."""
+        if not self.mine:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        check_space(self.path.parent, model)
-        self.path.mkdir()
+        check_space(self.path.parent, needed)
+        self.path.mkdir(exist_ok=s.resume)
         about = {
             "commit": commit(),
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "launcher": launcher(),
             "machine": f"{platform.platform()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         }
-        self.write("settings.json", dataclasses.asdict(s) | {"about": about})
+        settings = dataclasses.asdict(s)
+        if step is not None:
+            old = json.loads((self.path / "settings.json").read_text())
+            settings |= {"resumed": [*old.get("resumed", []), about | {"from_step": step}]}
+            about = old["about"]
+        self.write("settings.json", settings | {"about": about})
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            self.cut(name, -1 if step is None else step)
+
+    def cut(self, name: str, step: int) -> None:
+        """Keep the rows before `step`; a row that a kill left half-written is behind them."""
+        path = self.path / name
+        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = list(itertools.takewhile(lambda row: step_of(row) < step, rows))
+        if len(kept) < len(rows):
+            partial = self.path / (name + ".partial")
+            partial.write_text("".join(kept))
+            os.replace(partial, path)
 
     def write(self, name: str, content: dict) -> None:
         """Whole or not at all: another program may be waiting for it."""
+        if not self.mine:
+            return
         partial = self.path / (name + ".partial")
         partial.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
         os.replace(partial, self.path / name)
 
     def add(self, name: str, rows: list[dict]) -> None:
         """Append whole lines or none."""
+        if not self.mine:
+            return
         path = self.path / name
         lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
         left = lines.encode()
@@ -317,15 +446,25 @@ class RunFolder:
                 raise OSError(f"cannot write {path}: {error.strerror}; make room there") from None
 
 
-def check_space(folder: Path, model: Transformer) -> None:
-    """For two folders of weights, and the old one while a new one replaces it."""
-    needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**24
+def step_of(row: str) -> float:
+    try:
+        return json.loads(row)["step"]
+    except ValueError:
+        return math.inf
+
+
+def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed for best/, "
-            "last/ and the next one being written"
+            "last/ and the checkpoints (--keep, --save-every)"
         )
+
+
+def launcher() -> str:
+    """The process that starts us: a run whose ranks torchrun starts again goes on by itself."""
+    return f"{platform.node()} {os.getppid()}"
 
 
 def commit() -> str:

@@ -1,6 +1,6 @@
 """Draw what happens in long runs: python -m docs.longrun OUT.svg live=RUN[,RUN…] frozen=RUN …
 
-    python ssr.py --steps 1000 --final-lr 1 --seed 0 --run runs/live-0     # and so on
+    python ssr.py --steps 1000 --final-lr 1 --seed 0 --folder runs/live-0     # and so on
 
 Needs matplotlib, which the project itself does not: pip install matplotlib
 """

@@ -98,7 +98,9 @@ def test_gpu_the_toy_learns_in_bf16(tmp_path):
 
     folder = make(Recipe(tokens=1.5e6), tmp_path)
     run = tmp_path / "run"
-    ssr.main(["--preset=toy", f"--model={folder}", f"--run={run}", "--device=cuda", "--steps=40"])
+    ssr.main(
+        ["--preset=toy", f"--model={folder}", f"--folder={run}", "--device=cuda", "--steps=40"]
+    )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(row["policy/sampler_gap"] for row in rows[1:]) < 0.02
     assert rows[-1]["reward/total"] > rows[1]["reward/total"] + 0.1

@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import grpo
 from grpo import Prompt, Row, Settings
+from judge import Judged
 from model import Config, Transformer
+from ranks import Ranks
 from sampler import Sample, Sampler
 
 EOS, V = 1, 23
+ALONE = Ranks()
 
 
 def tiny_model(seed=0, dtype=torch.float64):
@@ -33,11 +35,7 @@ def settings(**changes):
 
 
 def judged(total, words="said"):
-    nan = sum(math.isnan(x) for row in total for x in row)
-    count = sum(map(len, total))
-    return SimpleNamespace(
-        total=total, parts={}, words=[[words] * len(r) for r in total], invalid=nan / count
-    )
+    return [Judged(row, {}, [words] * len(row)) for row in total]
 
 
 def loop(model, score, s, batch=None, start=None, sampler=None, stop_ids=(EOS,)):
@@ -76,7 +74,7 @@ class Still:
 
 def gradient_of_update(model, rows, s, reference=None):
     optimizer = Still(model)
-    stats = grpo.update(model, optimizer, rows, reference, grpo.weights_of(rows, s), s)
+    stats = grpo.update(model, optimizer, rows, reference, grpo.weights_of(rows, s), s, ALONE)
     return optimizer.seen[-1], stats
 
 
@@ -170,7 +168,7 @@ def test_identical_samples_trained_once_give_the_gradient_of_all(updates, norm):
     ]
     for m, rows in ((model, merged), (apart, single)):
         optimizer = torch.optim.SGD(m.parameters(), lr=0.3)
-        grpo.update(m, optimizer, rows, None, grpo.weights_of(rows, s), s)
+        grpo.update(m, optimizer, rows, None, grpo.weights_of(rows, s), s, ALONE)
     assert_same(dict(model.named_parameters()), dict(apart.named_parameters()))
 
 
@@ -179,7 +177,7 @@ def test_the_kl_pulls_with_the_gradient_of_the_exact_kl():
     s = settings(kl=0.3)
     rows = [row._replace(advantage=0.0) for row in some_rows(model)]  # nothing but the KL
     sampler = Sampler(start, slots=4, max_length=24)
-    reference = grpo.reference_logprobs(sampler, rows, s)
+    reference = grpo.reference_logprobs(sampler, rows, s, ALONE)
     ours, _ = gradient_of_update(model, rows, s, reference)
     assert_same(ours, naive_gradient(model, rows, s, reference), 1e-7)  # `score` gives fp32
     assert max(g.abs().max() for g in ours.values()) > 1e-3
@@ -287,7 +285,7 @@ def test_the_sampler_follows_the_weights_when_it_has_its_own_copy():
 def test_an_ema_moves_by_its_share():
     a, b = tiny_model(0), tiny_model(1)
     before, model = [p.clone() for p in a.parameters()], list(b.parameters())
-    grpo.follow(a, b, 0.9)
+    grpo.follow(a.parameters(), b.parameters(), 0.9)
     for old, target, new in zip(before, model, a.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * target)
 
@@ -364,10 +362,10 @@ def test_metrics_are_what_they_say():
         [Sample([3, EOS], [-1.0, -1.0], True)] * 2,
     ]
     rewards = torch.tensor([[0.25, 0.75], [0.5, math.nan]], dtype=torch.float64)
-    about = SimpleNamespace(
-        parts={"self": [[0.25, 0.75], [0.5, math.nan]], "format": [[1.0, 1.0], [1.0, 1.0]]},
-        invalid=0.25,
-    )
+    about = [
+        Judged([0.25, 0.75], {"self": [0.25, 0.75], "format": [1.0, 1.0]}, []),
+        Judged([0.5, math.nan], {"self": [0.5, math.nan], "format": [1.0, 1.0]}, []),
+    ]
     s = settings()
     prompts = [Prompt([2], None), Prompt([2], None)]
     rows = grpo.distinct_rows(prompts, groups, rewards, grpo.group_advantage(rewards), s)
@@ -447,7 +445,7 @@ def test_several_updates_are_those_of_the_clipped_objective(temperature, kl):
     rows = some_rows(model)
     reference = [torch.linspace(-3, -1, len(r.ids), dtype=torch.float64) for r in rows]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    stats = grpo.update(model, optimizer, rows, reference, grpo.weights_of(rows, s), s)
+    stats = grpo.update(model, optimizer, rows, reference, grpo.weights_of(rows, s), s, ALONE)
     clipped = plain_ppo(twin, rows, s, 3, reference)
     assert_same(dict(model.named_parameters()), dict(twin.named_parameters()), 1e-9)
     assert 0.05 < clipped == pytest.approx(stats["train/clipped"], abs=1e-9)

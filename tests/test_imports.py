@@ -13,11 +13,24 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "model.py": ({"torch", "safetensors"}, {"huggingface_hub"}),
     "sampler.py": ({"torch"}, {"transformers", "model"}),  # its command line alone
     "judge.py": (set(), set()),
-    "grpo.py": ({"torch", "kernels"}, set()),  # sampler and judge are handed in
+    "grpo.py": ({"torch", "kernels", "ranks"}, set()),  # sampler and judge are handed in
+    "ranks.py": ({"torch"}, set()),
+    "checkpoint.py": ({"torch", "ranks"}, set()),
     "data.py": ({"judge"}, set()),
-    "watch.py": ({"torch", "grpo", "judge", "model"}, set()),
+    "watch.py": ({"torch", "checkpoint", "grpo", "judge", "model", "ranks"}, set()),
     "ssr.py": (
-        {"torch", "transformers", "data", "grpo", "judge", "kernels", "model", "sampler"}
+        {
+            "torch",
+            "transformers",
+            "checkpoint",
+            "data",
+            "grpo",
+            "judge",
+            "kernels",
+            "model",
+            "ranks",
+            "sampler",
+        }
         | {"toy", "watch"},
         set(),
     ),
@@ -42,7 +55,14 @@ def imports(tree, inside_functions):
 
 
 NEED_TRANSFORMERS = ["ssr.py", "toy/pretrain.py"]
-ALONE = ["model.py", "sampler.py", "judge.py", "kernels/logprob.py", "kernels/advantage.py"]
+ALONE = [
+    "model.py",
+    "ranks.py",
+    "sampler.py",
+    "judge.py",
+    "kernels/logprob.py",
+    "kernels/advantage.py",
+]
 
 
 def core_files():

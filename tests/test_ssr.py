@@ -43,7 +43,7 @@ def rows_of(path):
 
 
 def go(folder, toy, *words):
-    ssr.main([*SMALL, f"--model={toy}", f"--run={folder}", *words])
+    ssr.main([*SMALL, f"--model={toy}", f"--folder={folder}", *words])
     return rows_of(folder / "metrics.jsonl")
 
 
@@ -265,7 +265,7 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
             ["--preset=ssr-zero-7b", "--data=ssr.py", "--reward=oracle"],
             "needs the truth, which only",
         ),
-        (["--run=tests"], "--run tests exists already: name another folder"),
+        (["--folder=tests"], "--folder tests exists already: go on with --resume, name another"),
         (["--model=nowhere/at-all"], "nowhere/at-all"),
         (["--judge-samples=2"], "2 judge samples would all be the same"),
         (["--temperature=1e-5"], "--temperature 1e-05 must be above 0.0001"),
@@ -346,7 +346,7 @@ def test_a_run_that_stops_itself_keeps_its_weights(toy, tmp_path, monkeypatch):
 
 
 def start(toy, run, *words):
-    command = [sys.executable, "ssr.py", *SMALL, f"--model={toy}", f"--run={run}", *words]
+    command = [sys.executable, "ssr.py", *SMALL, f"--model={toy}", f"--folder={run}", *words]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -365,15 +365,15 @@ def test_a_signal_ends_a_run_whole(toy, tmp_path, name):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     rows = rows_of(metrics)
-    assert f"stopped after step {rows[-1]['step']}, as asked" in out
-    assert "eval/exact_match" in rows[-1]
-    assert json.loads((run / "result.json").read_text())["steps"] == rows[-1]["step"]
+    assert f"stopped after step {rows[-1]['step']}; go on with --resume" in out
+    about = json.loads((run / "checkpoints" / "newest" / "state.json").read_text())
+    assert about["step"] == rows[-1]["step"]
     load(run / "last")
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_line(tmp_path, monkeypatch):
-    model = torch.nn.Linear(2, 2)
-    folder = watch.RunFolder(ssr.parse([*SMALL, f"--run={tmp_path / 'run'}"]), model)
+    folder, s = watch.RunFolder(tmp_path / "run", mine=True), ssr.parse(SMALL)
+    folder.begin(s, 0, None)
     folder.add("metrics.jsonl", [{"step": 0, "x": math.nan}, {"step": 1}])
     assert (folder.path / "metrics.jsonl").read_text() == '{"step": 0, "x": null}\n{"step": 1}\n'
     (folder.path / "full").symlink_to("/dev/full")
@@ -385,7 +385,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(watch.shutil, "disk_usage", lambda path: Disk)
     with pytest.raises(OSError, match=r"0\.00 GB free, 0\.02 GB are needed for best/"):
-        watch.RunFolder(ssr.parse([*SMALL, f"--run={tmp_path / 'other'}"]), model)
+        watch.RunFolder(tmp_path / "other", mine=True).begin(s, 20_000_000, None)
     assert not (tmp_path / "other").exists()
 
 
@@ -396,14 +396,16 @@ import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import ssr, watch
 words = {[*SMALL, f"--model={toy}"]!r}
-folder = watch.RunFolder(ssr.parse([*words, "--run={tmp_path / "a"}"]), ssr.load({str(toy)!r}))
+from pathlib import Path
+folder = watch.RunFolder(Path({str(tmp_path / "a")!r}), mine=True)
+folder.begin(ssr.parse(words), 0, None)
 folder.add("metrics.jsonl", [{{"step": 0}}])
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     folder.add("metrics.jsonl", [{{"step": 1, "x": "y" * 100_000}}])
 except OSError as error:
     print(error)
-ssr.main([*words, "--steps=1", "--run={tmp_path / "b"}"])
+ssr.main([*words, "--steps=1", "--folder={tmp_path / "b"}"])
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "cannot write" in run.stdout and "make room there" in run.stdout
@@ -451,7 +453,7 @@ def test_the_papers_preset_runs_on_a_tiny_model_and_a_few_texts(tmp_path, capsys
                 f"--data={file}",
                 "--steps=2",
             ),
-            *(f"--run={tmp_path / 'run'}", "--prompts-per-step=2", "--samples-per-prompt=2"),
+            *(f"--folder={tmp_path / 'run'}", "--prompts-per-step=2", "--samples-per-prompt=2"),
             *("--max-new-tokens=8", "--judge-max-new-tokens=8", "--max-prompt-tokens=900"),
             *("--eval-prompts=3", "--eval-every=1", "--shown-prompts=1", "--slots=8"),
         ]
@@ -508,7 +510,7 @@ def test_data_comes_in_shuffled_epochs_that_depend_on_the_seed_alone(tmp_path):
 def whole(tmp_path_factory):
     """The command of the README, from nothing."""
     folder = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, str(ROOT / "ssr.py"), "--run", "run"]
+    command = [sys.executable, str(ROOT / "ssr.py"), "--folder", "run"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     return folder

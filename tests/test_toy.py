@@ -210,7 +210,7 @@ def two_rows(monkeypatch):
 def test_controls_do_not_take_a_run_for_done_that_is_not(folder, two_rows, tmp_path, capsys):
     """Begun and not ended, or with other settings: those are run again, the rest is not."""
     small = ["--prompts-per-step=2", "--samples-per-prompt=2", "--eval-prompts=4"]
-    words = ["--controls", "--seeds=0", f"--model={folder}", f"--run={tmp_path / 'all'}", *small]
+    words = ["--controls", "--seeds=0", f"--model={folder}", f"--folder={tmp_path / 'all'}", *small]
     ssr.main([*words, "--steps=2"])
     first = capsys.readouterr().out
     assert "2 runs under" in first and ", 0 of them done" in first and "| random |" in first

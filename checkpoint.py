@@ -1,0 +1,221 @@
+"""Checkpoints: all that a run needs to go on, written while it goes on, whole or not there at all.
+
+    kept = Checkpoints(run / "checkpoints", 2, ranks, tensors_of(model, optimizer), identity, free)
+    kept.save(step, about)        # copies the tensors and returns; a thread writes the copy
+    kept.wait()                   # until that is on the disk
+    about = kept.restore()        # of the newest that is whole; the tensors are filled in place
+
+A checkpoint is a folder `step-000025`: PyTorch's own format, each rank's share of each tensor, so
+that any number of ranks can read it; and state.json, with what is not a tensor and the size of
+every file. It is written as `step-000025.partial`, synced, renamed, and then `newest` points to it.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from ranks import Ranks
+
+VERSION = 1  # of state.json and of the names in `tensors_of`
+
+
+def tensors_of(model, optimizer, average: Iterable[Tensor] = ()) -> dict[str, Tensor]:
+    """Name -> the very tensors that training changes. `average`: in the parameters' order."""
+    named, tensors = list(model.named_parameters()), {}
+    for name, parameter in named:
+        tensors[f"model.{name}"] = parameter.detach()
+        if not optimizer.state[parameter]:  # AdamW makes these at its first step
+            zeros = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors | {f"average.{n}": x for (n, _), x in zip(named, average, strict=False)}
+
+
+class Checkpoints:
+    def __init__(
+        self, folder: Path, keep: int, ranks: Ranks, tensors: dict[str, Tensor], identity: dict,
+        free: str,
+    ):  # fmt: skip
+        """`identity`: what must be equal for a run to go on; of its "settings" all but `free`."""
+        self.folder, self.keep, self.ranks, self.tensors = folder, keep, ranks, tensors
+        self.identity, self.free = json.loads(json.dumps(identity)), free.split()
+        self.writing: threading.Thread | None = None
+        self.error = ""  # of the last save
+        # One process alone is what it says it assumes.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        # A thread talks through a group of its own, beside whatever the loop says meanwhile.
+        self.group = dist.new_group(backend="gloo") if ranks.size > 1 else None
+
+    # ---------------------------------------------------------------------------------- writing
+
+    @property
+    def bytes(self) -> int:
+        """Of one checkpoint, all ranks' shares together."""
+        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+
+    def save(self, step: int, about: dict) -> None:
+        """Returns when the tensors may change again. Collective."""
+        self.wait()
+        final = self.folder / f"step-{step:06}"
+        partial = final.with_suffix(".partial")
+
+        def prepare(_) -> list[bool]:
+            if final.exists():
+                return [False]  # a run that was continued and stopped at once: nothing is new
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            return [True]
+
+        if not self.ranks.share("save", [None], prepare)[0]:
+            return
+        # Copied to the CPU before this returns, then written by a thread, and synced file by file.
+        future = dcp.async_save(self.tensors, checkpoint_id=partial, process_group=self.group)
+        about = {"version": VERSION, "step": step} | self.identity | about
+        self.writing = threading.Thread(target=self.finish, args=(future, partial, final, about))
+        self.writing.start()
+
+    def finish(self, future, partial: Path, final: Path, about: dict) -> None:
+        self.error = ""
+        try:
+            future.result()  # rank 0 has it when all have written
+            if self.ranks.rank == 0:
+                about["files"] = {file.name: file.stat().st_size for file in partial.iterdir()}
+                write(partial / "state.json", json.dumps(about, indent=1))
+                sync(partial)
+                os.replace(partial, final)
+                point(self.folder / "newest", final.name)
+                sync(self.folder)
+                for old in self.all()[self.keep :]:
+                    shutil.rmtree(old)
+        except BaseException as error:  # CheckpointException is no Exception
+            causes = [str(cause) for cause, _ in getattr(error, "failures", {}).values()]
+            first = (causes or [str(error)])[0].strip().splitlines()
+            self.error = (
+                f"the checkpoint {final} could not be written ({first[-1] if first else error}): "
+                "make room there; the one before is whole"
+            )
+            if self.ranks.rank == 0:
+                print(f"\nssr.py: {self.error}, and the run goes on", file=sys.stderr, flush=True)
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def wait(self) -> None:
+        if self.writing:
+            self.writing.join()
+            self.writing = None
+
+    # ---------------------------------------------------------------------------------- reading
+
+    def all(self) -> list[Path]:
+        """Newest first."""
+        found = [f for f in self.folder.glob("step-*") if f.suffix != ".partial"]
+        return sorted(found, reverse=True)
+
+    def restore(self) -> dict | None:
+        """The newest whole checkpoint's state, its tensors in place; None where there is none."""
+
+        def find(_) -> list:
+            for folder in self.all():
+                about, trouble = read(folder)
+                if not trouble:
+                    return [(folder, about)]
+                print(f"{folder} is passed over: {trouble}", flush=True)
+            return [None]
+
+        found = self.ranks.share("look for checkpoints", [None], find)[0]
+        if found is None:
+            return None
+        folder, about = found
+        self.check(folder, about)
+        if not (folder / ".metadata").is_file():
+            raise FileNotFoundError(
+                f"{folder} is not seen by rank {self.ranks.rank}: the run folder must lie on a "
+                "disk that all nodes share"
+            )
+        try:
+            dcp.load(self.tensors, checkpoint_id=folder, process_group=self.group)
+        except dcp.api.CheckpointException as error:  # is no Exception
+            cause = str(next(iter(error.failures.values()))[0]).strip().splitlines()[-1]
+            raise ValueError(
+                f"{folder} cannot be read ({cause}): delete it to go on from the one before"
+            ) from None
+        self.drop_rest(about["step"])
+        return about
+
+    def check(self, folder: Path, about: dict) -> None:
+        if about["version"] > VERSION:
+            raise ValueError(
+                f"{folder} was written by a newer version of this code (format "
+                f"{about['version']}, this one reads {VERSION}): update it"
+            )
+        for name in ("model", "texts"):
+            if about[name] != self.identity[name]:
+                raise ValueError(
+                    f"{folder} is of another run: its {name} were {about[name]}, now it is "
+                    f"{self.identity[name]}"
+                )
+        had, now = about["settings"], self.identity["settings"]
+        other = [
+            f"--{name.replace('_', '-')} was {had.get(name)!r} and is {now.get(name)!r}"
+            for name in had | now
+            if name not in self.free and had.get(name) != now.get(name)
+        ]
+        if other:
+            raise ValueError(
+                f"{folder} was made with other settings: {'; '.join(other)}. Give the same, or "
+                "start another --folder"
+            )
+
+    def drop_rest(self, step: int) -> None:
+        """Of saves that were cut off, and of steps that will be made again."""
+        if self.ranks.rank == 0 and self.folder.is_dir():
+            for folder in self.folder.glob("step-*"):
+                if folder.suffix == ".partial" or int(folder.name[5:]) > step:
+                    shutil.rmtree(folder)
+
+
+def read(folder: Path) -> tuple[dict, str]:
+    """state.json, and what is wrong with the folder, if anything."""
+    try:
+        about = json.loads((folder / "state.json").read_text())
+        if about["version"] > VERSION:
+            return about, ""  # to be refused: what else it holds is not ours to read
+        for name, size in about["files"].items():
+            if (folder / name).stat().st_size != size:
+                return {}, f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, f"{type(error).__name__}: {error}"
+    return about, ""
+
+
+def write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """The names in it, too: a rename that is not synced is lost with the power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def point(link: Path, target: str) -> None:
+    new = link.with_suffix(".partial")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    os.replace(new, link)

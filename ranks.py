@@ -1,0 +1,276 @@
+"""Many processes that work as one: who does what, what they tell each other, who waits for whom.
+
+    ranks = join("cuda", patience=1800)              # under torchrun; without it: one rank
+    model = load(folder, shard=ranks.shard)          # FSDP2: each rank has its share of the weights
+    results = ranks.share("sample", prompts, work)   # work on my share; all results, on every rank
+    everything = ranks.gather(mine)                  # one object of each rank
+    follow(copy.parameters(), model.parameters())    # shares -> a whole copy, in its type
+
+The division of labour: texts are dealt out by index and nothing is drawn from a stream, so any
+number of ranks draws the same samples. Samples and scores are exchanged in full, they are small
+beside the work of making them. So every rank knows the whole batch, computes the same advantages
+and the same denominator, and packs the same micro-batches, of which it takes its share. Gradients
+are summed by PyTorch's engine, never averaged: the denominator has seen to that.
+
+An error in a rank's own work reaches all of them at the next exchange and is raised everywhere, so
+nobody waits for the dead. So does a signal to stop. What cannot report itself any more (a process
+that hangs, a machine that is gone) is named by a thread that looks at the clock.
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+KINDS = (FloatingPointError, ValueError, OSError, RuntimeError)  # errors that explain themselves
+
+
+class Stopping(Exception):
+    """SIGTERM or Ctrl-C reached some rank: all leave the step in hand."""
+
+
+class Failure(tuple):
+    """(kind, message): how an error travels."""
+
+
+class Ranks:
+    """One of `size` processes; by default the only one."""
+
+    def __init__(self, rank: int = 0, size: int = 1, mesh=None, group=None, store=None):
+        self.rank, self.size, self.mesh, self.group, self.store = rank, size, mesh, group, store
+        self.step = 0
+        self.stop = False  # set by a signal's handler; `share` acts on it
+        self.stoppable = False  # true while an exception may be raised at any point: see `attempt`
+        self.ending = False  # what is left to do is done, whatever signal comes
+
+    # ------------------------------------------------------------------------------ exchange
+
+    def share(self, what: str, items: Sequence, work: Callable[[Sequence], list]) -> list:
+        """Item i goes to rank i % size; `work` gives a result for each; all ranks get them all.
+
+        Results must be plain data, tensors on the CPU. An error or a signal in one rank's work is
+        raised in all.
+        """
+        self.at(what)
+        if self.size == 1:
+            return self.attempt(work, items)
+        mine = items[self.rank :: self.size]
+        try:
+            outcome = self.attempt(work, mine) if len(mine) else []
+        except Stopping:
+            outcome = Failure((Stopping, ""))
+        except Exception as error:
+            kind = next((k for k in KINDS if isinstance(error, k)), None)
+            words = str(error) if kind else traceback.format_exc()
+            outcome = Failure((kind or RuntimeError, words))
+        self.at(f"{what}, done")
+        outcomes = self.gather(outcome)
+        failed = [(r, x) for r, x in enumerate(outcomes) if isinstance(x, Failure)]
+        for rank, (kind, words) in sorted(failed, key=lambda f: f[1][0] is Stopping):
+            raise kind(f"rank {rank}: {words}")
+        results = [None] * len(items)
+        for rank, part in enumerate(outcomes):
+            results[rank :: self.size] = part
+        return results
+
+    def attempt(self, work: Callable, items):
+        """While this runs a signal may raise Stopping, wherever the work is: it changes nothing
+        that lasts."""
+        self.stoppable = not self.ending
+        try:
+            if self.stop and not self.ending:
+                raise Stopping
+            return work(items)
+        finally:
+            self.stoppable = False
+
+    def gather(self, mine) -> list:
+        """[rank 0's object, rank 1's, …] on every rank."""
+        if self.size == 1:
+            return [mine]
+        found = [None] * self.size
+        dist.all_gather_object(found, mine, group=self.group)
+        return found
+
+    def one_first(self, what: str, work: Callable[[], object]):
+        """`work` on rank 0, then on the others, who find what it left on the disk."""
+        if self.size == 1:
+            return work()
+        self.share(what, [None], lambda _: [bool(work())])
+        return self.share(what, range(self.size), lambda _: [work()])[self.rank]
+
+    # ----------------------------------------------------------------------------- the weights
+
+    def shard(self, model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+        """Spread the parameters of a model on the meta device over the ranks, block by block.
+
+        What lies outside the blocks (embedding, last norm, head) is one group: tied weights are one
+        parameter, and the head stays whole from the forward to the loss and back.
+        Returns what turns a whole tensor into this rank's share of it.
+        """
+        if self.size == 1:
+            return lambda name, whole: whole
+        half = {}
+        if self.mesh.device_type == "cuda":  # bf16 travels and computes, fp32 stays and is summed
+            half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        policy = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=self.mesh, mp_policy=policy)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # a sum …
+                module.set_force_sum_reduction_for_comms(True)  # … of a kind that gloo knows, too
+        shares = dict(model.named_parameters())
+
+        def place(name: str, whole: Tensor) -> Tensor:
+            share = shares[name]  # every rank has read the file: nothing is sent
+            return distribute_tensor(whole, share.device_mesh, share.placements, src_data_rank=None)
+
+        return place
+
+    # ------------------------------------------------------------------------------ the clock
+
+    def at(self, what: str) -> None:
+        """Where this rank is, for the watchdog to tell."""
+        if self.store is not None:
+            self.store.set(f"at {self.rank}", f"step {self.step}, {what}")
+
+    def watch(self, patience: float) -> None:
+        """End this process when a stage takes longer than `patience` seconds, and say who hangs.
+
+        Each rank shows a sign of life now and then. A rank without one hangs itself, or is gone;
+        one that lives but is elsewhere than the others is the one they wait for.
+        """
+        store = connect()  # its own connection: a call that waits would block the other one
+        changed: dict[str, tuple[bytes, float]] = {}
+        names = [f"{x} {rank}" for rank in range(self.size) for x in ("at", "alive")]
+        every = min(10.0, patience / 5)
+        while True:
+            time.sleep(every)
+            store.set(f"alive {self.rank}", str(time.monotonic()))
+            now = time.monotonic()
+            for name, value in zip(names, store.multi_get(names), strict=True):
+                if changed.get(name, (None,))[0] != value:
+                    changed[name] = value, now
+            if now - changed[f"at {self.rank}"][1] < patience:
+                continue
+            silent = {r for r in range(self.size) if now - changed[f"alive {r}"][1] > 3 * every}
+            places = [changed[f"at {r}"][0].decode() for r in range(self.size)]
+            usual = max(set(places), key=places.count)
+            lines = [
+                f"  rank {r}{' gives no sign of life' if r in silent else ''}, last at: {place}"
+                for r, place in enumerate(places)
+                if r in silent or (place != usual and not silent)
+            ]
+            lines = lines or [f"  all of them are at: {usual}"]
+            complain(f"no progress for {patience:.0f} s (--patience). Who is waited for:\n" +
+                     "\n".join(lines[:8]))  # fmt: skip
+            os._exit(1)  # the main thread waits in a collective and cannot be woken
+
+
+def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> Ranks:
+    """The ranks that torchrun started, or one alone. Collective.
+
+    `within_nodes`: the weights are spread over the ranks of a node and every node holds them all
+    (hybrid sharding): less travels between nodes, more memory is taken.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return Ranks()
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if device == "cuda":
+        if local >= (found := torch.cuda.device_count()):
+            raise ValueError(f"{per_node} processes on a machine with {found} GPUs: torchrun "
+                             f"--nproc_per_node={found}")  # fmt: skip
+        torch.cuda.set_device(local)
+    # The watchdog speaks first: it knows more than a collective that ran out of time.
+    limit = datetime.timedelta(seconds=2 * patience + 60)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=limit)
+    group = dist.new_group(backend="gloo", timeout=limit)  # for objects, even beside NCCL
+    store = connect()
+    ranks = Ranks(rank, size, None, group, store)
+    nodes = set(ranks.gather(per_node))
+    if within_nodes and (nodes != {per_node} or size % per_node):
+        raise ValueError(f"--shard node needs the same number of ranks on every node, not {nodes}")
+    shape, names = (size,), ("shard",)
+    if within_nodes and size > per_node:
+        shape, names = (size // per_node, per_node), ("copies", "shard")
+    ranks.mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    ranks.at("start")
+    store.set(f"alive {rank}", "")
+    ranks.gather(None)  # all keys are there before a watchdog looks
+    threading.Thread(target=ranks.watch, args=(patience,), daemon=True).start()
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what is to be said is said once)
+    return ranks
+
+
+def connect():
+    """Torchrun's key-value store, with names of our own for each time it starts the ranks."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = datetime.timedelta(seconds=20)
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+    return dist.PrefixStore(f"ssr {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def complain(message: str) -> None:
+    """To stderr, by whichever rank is the first to have this to say."""
+    if "MASTER_PORT" in os.environ:
+        with contextlib.suppress(dist.DistError):  # no store: then each speaks for itself
+            if connect().add(f"said {zlib.crc32(message.encode())}", 1) > 1:
+                time.sleep(1)  # torchrun ends all when one ends: the first must have spoken
+                return
+        message += f"  [rank {os.environ['RANK']} on {socket.gethostname()}]"
+    print(message, file=sys.stderr, flush=True)
+
+
+def leave(message: str):
+    """End with an error that is said once."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(message)
+    complain(message)
+    os._exit(1)  # threads that talk to ranks which are gone would never end
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether it says no more than that another rank has gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+# ---------------------------------------------------------------------------- weights, gradients
+
+
+@torch.no_grad()
+def follow(copies: Iterable[Tensor], weights: Iterable[Tensor], decay: float = 0.0) -> None:
+    """copy = decay * copy + (1 - decay) * weight, in place: captured graphs read these addresses.
+
+    Whole copies of shared weights are gathered, in the copies' type. Collective then.
+    """
+    for mine, theirs in zip(copies, weights, strict=True):
+        theirs = theirs.to(mine.dtype)
+        if isinstance(theirs, DTensor) and not isinstance(mine, DTensor):
+            theirs = theirs.full_tensor()
+        if decay == 0:
+            mine.copy_(theirs)
+        else:
+            mine.lerp_(theirs, 1 - decay)
+
+
+def clip(parameters: list[Tensor], most: float) -> float:
+    """Scale gradients down to the norm `most`; their norm before, the same on every rank."""
+    norm = nn.utils.clip_grad_norm_(parameters, most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
