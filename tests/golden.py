@@ -7,6 +7,7 @@ anew with the command above and say in the commit why they moved.
 """
 
 import dataclasses
+import zlib
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ SHOWN = {
 }  # fmt: skip
 
 
-def steps():
+def steps(ranks=None):
+    """Metrics step by step; with many ranks, and whatever their number, the same."""
     pair = Languages(0)
     tokenizer = make_tokenizer(pair)
     texts = Texts(tokenizer)
@@ -36,7 +38,7 @@ def steps():
     scores = {w: i / len(vocabulary) for w, i in sorted(vocabulary.items()) if w[0] != "<"}
     prompts = dataclasses.replace(TOY, scores=scores)
 
-    def make_model():
+    def make_model(shard=None):
         config = Config("qwen2", len(tokenizer), 24, 40, 2, 3, 1, 8, 96, tied=True)
         model = Transformer(config).double()
         with torch.no_grad():  # no generator: those differ between processors
@@ -45,10 +47,13 @@ def steps():
                 p.copy_((values % 1009 / 1009 - 0.5).view_as(p) * (0.9 if p.dim() > 1 else 0.2))
                 if p.dim() == 1:
                     p += 1
+        if shard:
+            shard(model)
         return model
 
-    model = make_model()
-    sampler = Sampler(model, 24, 96)
+    many = ranks is not None and ranks.size > 1
+    model = make_model(ranks.shard if many else None)
+    sampler = Sampler(make_model() if many else model, 24, 96)
     judge = Judge(sampler, texts, prompts, "expected")
     s = grpo.Settings(
         steps=10, prompts_per_step=6, samples_per_prompt=4, max_new_tokens=8, lr=3e-3,
@@ -63,7 +68,10 @@ def steps():
     reward = Reward(texts, prompts, {"self": (1.0, judge)})
     optimizer = grpo.make_optimizer(model, s)
     start = Sampler(make_model(), 24, 96)
-    for step in grpo.train(model, sampler, reward, batch, s, optimizer, stop_ids, start):
+    for step in grpo.train(model, sampler, reward, batch, s, optimizer, stop_ids, start, ranks):
+        if many:  # every rank holds the same weights
+            whole = [p.detach().numpy().tobytes() for p in sampler.model.parameters()]
+            assert len(set(ranks.gather(zlib.crc32(b"".join(whole))))) == 1
         yield {name: step.metrics[name] for name in SHOWN}
 
 

@@ -1,0 +1,74 @@
+"""Real processes for tests: ranks forked from a server that has everything imported, or torchrun.
+
+A fork costs a tenth of a second where a new interpreter with torch costs three.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(folder: Path, size: int, work, *args, per_node: int | None = None, env=None) -> list:
+    """`work(rank, *args)` in `size` processes that find each other as torchrun's would.
+
+    Their output goes to folder/out-RANK and folder/err-RANK.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ssr", "tests.golden"])
+    folder.mkdir(parents=True, exist_ok=True)
+    port, per_node = free_port(), per_node or size
+    processes = []
+    for rank in range(size):
+        words = {
+            "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % per_node,
+            "LOCAL_WORLD_SIZE": per_node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        words = {} if size == 1 else {k: str(v) for k, v in words.items()}
+        job = (str(folder), rank, words | (env or {}), work, args)
+        processes.append(context.Process(target=begin, args=job))
+        processes[-1].start()
+    return processes
+
+
+def begin(folder: str, rank: int, words: dict, work, args) -> None:
+    import torch
+
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    os.environ.update(words)
+    torch.set_num_threads(1)
+    work(rank, *args)
+
+
+def finish(folder: Path, processes: list, timeout: float = 60) -> SimpleNamespace:
+    """Their exit codes and what they said; none is left behind."""
+    for process in processes:
+        process.join(timeout)
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    said = {
+        name: [(folder / f"{name}-{rank}").read_text() for rank in range(len(processes))]
+        for name in ("out", "err")
+    }
+    assert not hung, (f"ranks {hung} hang", said)
+    return SimpleNamespace(codes=[process.exitcode for process in processes], **said)
+
+
+def run(folder: Path, size: int, work, *args, **more) -> SimpleNamespace:
+    return finish(folder, start(folder, size, work, *args, **more))
