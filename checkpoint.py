@@ -99,11 +99,10 @@ class Checkpoints:
                 for old in self.all()[self.keep :]:
                     shutil.rmtree(old)
         except BaseException as error:  # CheckpointException is no Exception
-            causes = [str(cause) for cause, _ in getattr(error, "failures", {}).values()]
-            first = (causes or [str(error)])[0].strip().splitlines()
+            free = shutil.disk_usage(self.folder).free / 1e9
             self.error = (
-                f"the checkpoint {final} could not be written ({first[-1] if first else error}): "
-                "make room there; the one before is whole"
+                f"the checkpoint {final} could not be written ({reason(error)}; {free:.2f} GB free "
+                "there): make room; the one before is whole"
             )
             if self.ranks.rank == 0:
                 print(f"\nssr.py: {self.error}, and the run goes on", file=sys.stderr, flush=True)
@@ -145,9 +144,8 @@ class Checkpoints:
         try:
             dcp.load(self.tensors, checkpoint_id=folder, process_group=self.group)
         except dcp.api.CheckpointException as error:  # is no Exception
-            cause = str(next(iter(error.failures.values()))[0]).strip().splitlines()[-1]
             raise ValueError(
-                f"{folder} cannot be read ({cause}): delete it to go on from the one before"
+                f"{folder} cannot be read ({reason(error)}): delete it to go on from the one before"
             ) from None
         self.drop_rest(about["step"])
         return about
@@ -196,6 +194,16 @@ def read(folder: Path) -> tuple[dict, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"{type(error).__name__}: {error}"
     return about, ""
+
+
+def reason(error: BaseException | None) -> str:
+    """The first cause of an error that PyTorch has wrapped, on one line."""
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    error = causes[0] if causes else error
+    while error.__context__ is not None:
+        error = error.__context__
+    words = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return "a file was cut short" if "unexpected pos" in words else words
 
 
 def write(path: Path, text: str) -> None:

@@ -154,15 +154,19 @@ class Ranks:
         Each rank shows a sign of life now and then. A rank without one hangs itself, or is gone;
         one that lives but is elsewhere than the others is the one they wait for.
         """
-        store = connect()  # its own connection: a call that waits would block the other one
+        store = self.store.clone()  # its own connection: a call that waits would block the loop's
         changed: dict[str, tuple[bytes, float]] = {}
         names = [f"{x} {rank}" for rank in range(self.size) for x in ("at", "alive")]
         every = min(10.0, patience / 5)
         while True:
             time.sleep(every)
-            store.set(f"alive {self.rank}", str(time.monotonic()))
+            try:
+                store.set(f"alive {self.rank}", str(time.monotonic()))
+                values = store.multi_get(names)
+            except dist.DistError:
+                end("ssr.py: torchrun does not answer: it, or the machine of rank 0, is gone")
             now = time.monotonic()
-            for name, value in zip(names, store.multi_get(names), strict=True):
+            for name, value in zip(names, values, strict=True):
                 if changed.get(name, (None,))[0] != value:
                     changed[name] = value, now
             if now - changed[f"at {self.rank}"][1] < patience:
@@ -176,9 +180,8 @@ class Ranks:
                 if r in silent or (place != usual and not silent)
             ]
             lines = lines or [f"  all of them are at: {usual}"]
-            complain(f"no progress for {patience:.0f} s (--patience). Who is waited for:\n" +
-                     "\n".join(lines[:8]))  # fmt: skip
-            os._exit(1)  # the main thread waits in a collective and cannot be woken
+            what = f"ssr.py: no progress for {patience:.0f} s (--patience). Who is waited for:"
+            end("\n".join([what, *lines[:8]]))  # the main thread waits, too, and cannot be woken
 
 
 def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> Ranks:
@@ -199,9 +202,17 @@ def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> R
         torch.cuda.set_device(local)
     # The watchdog speaks first: it knows more than a collective that ran out of time.
     limit = datetime.timedelta(seconds=2 * patience + 60)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=limit)
+    host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = connect(300, host)
+    # Ranks that torchrun has started again must not read what the last ones left there, as those
+    # of a plain init_process_group do. Counts may differ where a node's torchrun was started anew.
+    starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    store.set(f"starts {rank}", str(starts))
+    all_starts = [int(store.get(f"starts {r}")) for r in range(size)]
+    store = dist.PrefixStore(f"start {max(all_starts)}", store)
+    both = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(both, store=store, rank=rank, world_size=size, timeout=limit)
     group = dist.new_group(backend="gloo", timeout=limit)  # for objects, even beside NCCL
-    store = connect()
     ranks = Ranks(rank, size, None, group, store)
     nodes = set(ranks.gather(per_node))
     if within_nodes and (nodes != {per_node} or size % per_node):
@@ -219,19 +230,19 @@ def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> R
     return ranks
 
 
-def connect():
-    """Torchrun's key-value store, with names of our own for each time it starts the ranks."""
+def connect(seconds: float = 5, host: bool = False):
+    """The key-value store through which processes find each other; torchrun hosts it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = datetime.timedelta(seconds=20)
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
-    return dist.PrefixStore(f"ssr {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    limit = datetime.timedelta(seconds=seconds)
+    return dist.TCPStore(address, port, None, host, limit, wait_for_workers=False)
 
 
 def complain(message: str) -> None:
     """To stderr, by whichever rank is the first to have this to say."""
     if "MASTER_PORT" in os.environ:
         with contextlib.suppress(dist.DistError):  # no store: then each speaks for itself
-            if connect().add(f"said {zlib.crc32(message.encode())}", 1) > 1:
+            which = os.environ.get("TORCHELASTIC_RESTART_COUNT"), zlib.crc32(message.encode())
+            if connect().add(f"said {which}", 1) > 1:
                 time.sleep(1)  # torchrun ends all when one ends: the first must have spoken
                 return
         message += f"  [rank {os.environ['RANK']} on {socket.gethostname()}]"
@@ -239,10 +250,15 @@ def complain(message: str) -> None:
 
 
 def leave(message: str):
-    """End with an error that is said once."""
+    """End with an error."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(message)
-    complain(message)
+    end(message)
+
+
+def end(message: str):
+    with contextlib.suppress(KeyboardInterrupt):  # torchrun's SIGTERM, because another has ended
+        complain(message)
     os._exit(1)  # threads that talk to ranks which are gone would never end
 
 

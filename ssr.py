@@ -435,6 +435,7 @@ def run(s: Settings) -> None:
             watch.stop()
         except grpo.Stop:
             watch.keep("last")
+            kept.wait()
             raise
         else:
             watch.finish()

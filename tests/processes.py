@@ -7,8 +7,11 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,17 +30,20 @@ def start(folder: Path, size: int, work, *args, per_node: int | None = None, env
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ssr", "tests.golden"])
     folder.mkdir(parents=True, exist_ok=True)
-    port, per_node = free_port(), per_node or size
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port, per_node = store.port, per_node or size
     processes = []
     for rank in range(size):
         words = {
             "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % per_node,
             "LOCAL_WORLD_SIZE": per_node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
         }  # fmt: skip
         words = {} if size == 1 else {k: str(v) for k, v in words.items()}
         job = (str(folder), rank, words | (env or {}), work, args)
         processes.append(context.Process(target=begin, args=job))
         processes[-1].start()
+    processes[0].store = store  # lives as long as they do
     return processes
 
 
@@ -55,9 +61,14 @@ def begin(folder: str, rank: int, words: dict, work, args) -> None:
 
 
 def finish(folder: Path, processes: list, timeout: float = 60) -> SimpleNamespace:
-    """Their exit codes and what they said; none is left behind."""
-    for process in processes:
-        process.join(timeout)
+    """Their exit codes and what they said; none is left behind. When one has failed the others
+    have five seconds to end by themselves."""
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):  # as torchrun does
+            deadline = min(deadline, time.monotonic() + 5)
+        time.sleep(0.02)
+    failed = any(process.exitcode for process in processes)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
@@ -66,7 +77,7 @@ def finish(folder: Path, processes: list, timeout: float = 60) -> SimpleNamespac
         name: [(folder / f"{name}-{rank}").read_text() for rank in range(len(processes))]
         for name in ("out", "err")
     }
-    assert not hung, (f"ranks {hung} hang", said)
+    assert failed or not hung, (f"ranks {hung} hang", said)
     return SimpleNamespace(codes=[process.exitcode for process in processes], **said)
 
 

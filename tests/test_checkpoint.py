@@ -21,14 +21,8 @@ from ranks import Ranks
 from tests import processes
 from tests.processes import ROOT, free_port
 from tests.test_ranks import SMALL, assert_same_run, go, lines, rows_of, train, wait_for
-from toy.pretrain import Recipe, make
 
 IDENTITY = {"settings": {"lr": 0.1, "steps": 3}, "model": {"layers": 1}, "texts": "a"}
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return make(Recipe(tokens=1.5e5), tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture
@@ -116,7 +110,7 @@ def test_bytes_that_lie_are_an_error_with_the_folders_name(tmp_path, state):
     saved(tmp_path, state, 3)
     file = tmp_path / "step-000003" / "__0_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(ValueError, match="step-000003 cannot be read .*: delete it to go on"):
+    with pytest.raises(ValueError, match=r"step-000003 cannot be read .*: delete it to go on"):
         opened(tmp_path, state).restore()
 
 
@@ -160,3 +154,172 @@ def test_what_a_kill_left_behind_is_cleared_away(tmp_path, state):
     kept.save(4, {})
     kept.wait()
     assert os.readlink(tmp_path / "newest") == "step-000004"
+
+
+# ------------------------------------------------------------------------------------ whole runs
+
+
+def filling_up(rank, words):
+    """From step 3 on no file may be longer than the weights alone: a checkpoint is three times
+    that."""
+    import resource
+
+    real = ssr.Watch.after
+
+    def after(self, step):
+        if step.number == 3:
+            self.kept.wait()
+            size = (self.folder.path / "best" / "model.safetensors").stat().st_size + 10_000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        real(self, step)
+
+    ssr.Watch.after = after
+    ssr.main(words)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_disk_that_is_full_at_a_save_is_said_and_the_one_before_is_whole(toy, tmp_path, size):
+    run = tmp_path / "run"
+    words = [*SMALL, f"--model={toy}", f"--folder={run}", "--steps=4", "--save-every=2"]
+    done = processes.run(tmp_path / "said", size, filling_up, words)
+    assert done.codes == [1] * size
+    said = "".join(done.err)
+    assert "step-000004 could not be written (" in said and " GB free there): make room" in said
+    assert "make room; the one before is whole, and the run goes on" in said
+    assert "Traceback" not in said
+    assert [x.name for x in (run / "checkpoints").glob("step*")] == ["step-000002"]
+    assert len(lines(run / "metrics.jsonl")) == 5  # it went on to its end
+    go(run, size, f"--model={toy}", "--steps=4", "--save-every=2", "--resume")
+    assert os.readlink(run / "checkpoints" / "newest") == "step-000004"
+
+
+def test_a_folder_that_is_no_run_is_left_alone(toy, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(SystemExit, match=r"is not the folder of a run: it has no settings\.json"):
+        ssr.main([*SMALL, f"--model={toy}", f"--folder={tmp_path}", "--resume"])
+    assert [x.name for x in tmp_path.iterdir()] == ["precious"]
+
+
+def test_resume_without_a_folder_takes_the_newest_run(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy-20250101-000000", "toy-20260101-000000", "toy-mine"):
+        ssr.main([*SMALL, f"--model={toy}", f"--folder=runs/{name}", "--steps=2"])
+    capsys.readouterr()
+    ssr.main([*SMALL, f"--model={toy}", "--steps=3", "--resume"])
+    assert "writing runs/toy-20260101-000000, after step 2" in capsys.readouterr().out
+    assert [r["step"] for r in rows_of(tmp_path / "runs/toy-20260101-000000/metrics.jsonl")] == [
+        0, 1, 2, 3
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"is at step 3 already, beyond --steps 1$"):
+        ssr.main([*SMALL, f"--model={toy}", "--steps=1", "--resume"])
+    with pytest.raises(SystemExit, match=r"other settings: --lr was 0\.002 and is 0\.5"):
+        ssr.main([*SMALL, f"--model={toy}", "--steps=3", "--resume", "--lr=0.5"])
+
+
+def torchrun(*words, **more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *words], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, **more,
+    )  # fmt: skip
+
+
+def test_torchrun_says_once_what_is_wrong():
+    process = torchrun(
+        "--nproc_per_node=2", f"--master-port={free_port()}", "ssr.py", "--sampels-per-prompt=4"
+    )
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out.count("did you mean --samples-per-prompt?") == 1
+
+
+# --------------------------------------------------------------------------------- slow proofs
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_instants_lose_nothing(toy, tmp_path):
+    """SIGKILL of one rank or of both, at any point from the start on, saves included."""
+    words = [f"--model={toy}", "--steps=150", "--save-every=1", "--eval-every=10", "--judge=ema"]
+    words += ["--lr=1e-4", "--max-bad-steps=1000"]
+    go(tmp_path / "whole", 2, *words)
+    run, rng, cut_off, reached = tmp_path / "parts", random.Random(1), 0, []
+    words = [*SMALL, *words]
+    for kill in range(20):
+        ranks = processes.start(
+            tmp_path / "said", 2, train, [*words, f"--folder={run}", "--resume"]
+        )
+        before = len(lines(run / "metrics.jsonl"))
+        if kill % 4:  # one kill in four comes before or while the state is read
+            wait_for(lambda before=before: len(lines(run / "metrics.jsonl")) != before)
+        time.sleep(rng.uniform(0, 0.6))
+        for rank in ranks if kill % 2 else [ranks[rng.randrange(2)]]:
+            rank.kill()
+        done = processes.finish(tmp_path / "said", ranks)
+        assert "Traceback" not in "".join(done.err), done.err
+        cut_off += len(list((run / "checkpoints").glob("*.partial")))
+        reached.append(len(lines(run / "metrics.jsonl")))
+    print(f"kills after {reached} rows, {cut_off} of them in a save")
+    assert cut_off and not (run / "result.json").exists()
+    go(run, 2, *words, "--resume")
+    assert_same_run(tmp_path / "whole", run)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(toy, tmp_path):
+    words = [*SMALL, f"--model={toy}", "--steps=40", "--save-every=5", "--lr=1e-4"]
+    go(tmp_path / "whole", 2, *words)
+    process = torchrun(
+        "--nproc_per_node=2", "--max-restarts=2", f"--master-port={free_port()}", "ssr.py", *words,
+        f"--folder={tmp_path / 'parts'}",
+    )  # fmt: skip
+
+    def workers() -> list[int]:
+        command = ["pgrep", "-P", str(process.pid), "-f", "ssr.py"]
+        found = subprocess.run(command, capture_output=True, text=True).stdout
+        return [int(number) for number in found.split()]
+
+    for count in (8, 23):
+        wait_for(lambda count=count: len(lines(tmp_path / "parts" / "metrics.jsonl")) > count)
+        old = workers()
+        os.kill(old[1], signal.SIGKILL)
+        wait_for(lambda old=old: len(workers()) == 2 and not set(workers()) & set(old))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_two_nodes_with_an_agent_each(toy, tmp_path):
+    """On loopback: weights spread within a node, copied across."""
+    words = [f"--model={toy}", "--steps=3"]
+    go(tmp_path / "one", 1, *words)
+    port = free_port()
+    agents = [
+        torchrun(
+            "--nnodes=2", f"--node-rank={node}", "--nproc_per_node=2", "--master-addr=127.0.0.1",
+            f"--master-port={port}", "ssr.py", *SMALL, *words, "--shard=node",
+            f"--folder={tmp_path / 'two'}",
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    out = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], out
+    rows = [rows_of(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        for key in ("reward/total", "eval/quality", "policy/entropy"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_keeps_the_last_step(toy, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(
+        "--nproc_per_node=2", f"--master-port={free_port()}", "ssr.py", *SMALL, f"--model={toy}",
+        "--steps=100000", f"--folder={run}",
+    )  # fmt: skip
+    wait_for(lambda: len(lines(run / "metrics.jsonl")) > 5)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    rows = rows_of(run / "metrics.jsonl")
+    about = json.loads((run / "checkpoints" / "newest" / "state.json").read_text())
+    assert about["step"] == rows[-1]["step"] and "go on with --resume" in out, out

@@ -15,17 +15,11 @@ import ssr
 from model import load
 from ranks import Ranks, Stopping, join
 from tests import golden, processes
-from toy.pretrain import Recipe, make
 
 SMALL = [
     *("--preset=toy", "--prompts-per-step=5", "--samples-per-prompt=4", "--eval-prompts=8"),
     *("--shown-prompts=2", "--eval-every=2", "--lr=2e-3", "--patience=60"),
 ]
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return make(Recipe(tokens=1.5e5), tmp_path_factory.mktemp("toy"))
 
 
 def rows_of(path):

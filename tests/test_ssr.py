@@ -32,12 +32,6 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A toy model that has read just enough to write sentences and scores."""
-    return make(Recipe(tokens=1.5e5), tmp_path_factory.mktemp("toy"))
-
-
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
