@@ -10,6 +10,7 @@ that any number of ranks can read it; and state.json, with what is not a tensor 
 every file. It is written as `step-000025.partial`, synced, renamed, and then `newest` points to it.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -99,11 +100,10 @@ class Checkpoints:
                 for old in self.all()[self.keep :]:
                     shutil.rmtree(old)
         except BaseException as error:  # CheckpointException is no Exception
-            free = shutil.disk_usage(self.folder).free / 1e9
-            self.error = (
-                f"the checkpoint {final} could not be written ({reason(error)}; {free:.2f} GB free "
-                "there): make room; the one before is whole"
-            )
+            self.error = f"the checkpoint {final} could not be written ({reason(error)}"
+            with contextlib.suppress(OSError):  # the disk itself may be gone
+                self.error += f"; {shutil.disk_usage(self.folder).free / 1e9:.2f} GB free there"
+            self.error += "): make room; the one before is whole"
             if self.ranks.rank == 0:
                 print(f"\nssr.py: {self.error}, and the run goes on", file=sys.stderr, flush=True)
                 shutil.rmtree(partial, ignore_errors=True)

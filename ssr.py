@@ -36,15 +36,16 @@ from transformers import AutoTokenizer
 
 import data
 import grpo
+import plan
 from checkpoint import Checkpoints, tensors_of
 from judge import GATES, PAPER, TOY, Judge, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
-from model import Transformer, find_folder, load
+from model import Transformer, find_folder, load, read_config
 from ranks import Ranks, Stopping, follow, is_lost, join, leave
 from sampler import Sampler
 from toy import controls
 from toy.languages import Languages, quality
-from toy.pretrain import Recipe, make
+from toy.pretrain import Recipe, make, make_tokenizer, shape_of
 from watch import Evaluation, Problem, Stopper, Watch, launcher
 
 
@@ -104,6 +105,14 @@ class Settings(grpo.Settings):
     """Seconds that ranks wait for one that makes no progress before the run is ended."""
     toy_tokens: float = 3.5e6
     """Tokens of the toy's pretraining: fewer make a judge that leads astray."""
+    dry_run: bool = False
+    """Say what memory and time the run would take, and end."""
+    gpus: int = 0
+    """Of a --dry-run; 0: those of this machine."""
+    gpu: str = ""
+    """Of a --dry-run: "a100", "h100", "h200", "b200", "rtx4090", or four numbers with commas (GB,
+    dense bf16 TFLOP/s, TB/s of its memory, GB/s to the others). Default: this machine's, measured,
+    else "h100"."""
     controls: bool = False
     """Run the toy with every other reward, and print the table."""
     seeds: str = "0,1,2"
@@ -124,7 +133,11 @@ CHOICES = {
 }
 PRESETS = {
     # The paper's model and loop; what is not public (batch, rates, lengths) is our choice.
-    "ssr-zero-7b": {"model": "Qwen/Qwen2.5-7B", "eval_prompts": 256, "steps": 300},
+    # Slots and micro-batches: so that it fits on 8 GPUs of 80 GB (see --dry-run).
+    "ssr-zero-7b": {
+        "model": "Qwen/Qwen2.5-7B", "eval_prompts": 256, "steps": 300, "slots": 64,
+        "micro_batch_tokens": 8192,
+    },
     "ssr-zero-0.5b": {
         "model": "Qwen/Qwen2.5-0.5B", "prompts_per_step": 32, "lr": 2e-6, "max_prompt_tokens": 256,
         "max_new_tokens": 512, "judge_max_new_tokens": 512, "eval_prompts": 128,
@@ -139,7 +152,7 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
     (lambda v: v >= 1, "must be at least 1",
      "steps prompts_per_step updates_per_batch judge_samples eval_every eval_prompts slots "
      "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps save_every keep"),
-    (lambda v: v >= 0, "must be at least 0", "shown_prompts warmup_steps threads"),
+    (lambda v: v >= 0, "must be at least 0", "shown_prompts warmup_steps threads gpus"),
     (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm patience"),
     (lambda v: 1e-4 < v < math.inf, "must be above 0.0001", "temperature"),
     (lambda v: 1e3 < v < math.inf, "must be above 1000", "toy_tokens"),
@@ -151,7 +164,7 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
 # A run may go on with other values of these: they change no step, or only those to come.
 FREE = (
     "folder resume save_every keep eval_every shown_prompts slots micro_batch_tokens device "
-    "threads shard patience max_bad_steps steps"
+    "threads shard patience max_bad_steps steps gpus gpu"
 )
 REFUSED = {
     "top_p": "training needs log-probs of the whole distribution; set --temperature instead",
@@ -272,7 +285,7 @@ def check(s: Settings) -> Settings:
             raise ValueError("--data: the toy makes its own sentences; use another --preset")
     elif s.reward != "self":
         raise ValueError(f"--reward {s.reward} needs the truth, which only --preset toy has")
-    elif not s.data:
+    elif not s.data and not s.dry_run:
         raise ValueError(
             f'--preset {s.preset} needs --data FILE: JSON lines such as {{"text": "Good night", '
             '"source": "English", "target": "Chinese"}; or try --preset toy'
@@ -377,6 +390,11 @@ def run(s: Settings) -> None:
     torch.set_num_threads(s.threads or torch.get_num_threads())
     problem = toy_problem(s, ranks) if s.preset == "toy" else data_problem(s, ranks)
     ranks.at("load the model")
+    per_node, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
+    shared = per_node if s.shard == "node" else ranks.size
+    config = read_config(problem.folder)
+    work = plan.Work(s, config, ranks.size, shared, judge_template(s), cuda)
+    plan.check_room(work, device, 1 if cuda else per_node)
     model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
     tokenizer = load_tokenizer(problem.folder)
     texts, stop_ids = Texts(tokenizer), [tokenizer.eos_token_id]
@@ -384,7 +402,7 @@ def run(s: Settings) -> None:
     agree(ranks, {"the texts": problem.digest, "the model": shape})
 
     window = window_of(s, problem, texts, model.config.max_length)
-    sampler, start, judging, average = samplers(s, model, window, device)
+    sampler, start, judging, average = samplers(s, model, window, device, work.slots)
     judge = Judge(
         judging, texts, problem.prompts, s.reading, s.judge_samples, s.judge_temperature,
         s.judge_max_new_tokens, stop_ids, s.seed,
@@ -454,7 +472,9 @@ def folder_of(s: Settings) -> Path:
     return Path(f"runs/{s.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def samplers(s: Settings, model: Transformer, window: int, device: torch.device) -> tuple:
+def samplers(
+    s: Settings, model: Transformer, window: int, device: torch.device, slots: int
+) -> tuple:
     """Of the actor, of the starting weights (or None), of the judge; and the EMA's weights."""
     # On a GPU the samplers have bf16 copies of the weights, the master weights stay fp32.
     half = torch.bfloat16 if device.type == "cuda" else None
@@ -468,17 +488,17 @@ def samplers(s: Settings, model: Transformer, window: int, device: torch.device)
         return twin
 
     alone = half is None and ranks_here() == 1  # whole weights, in the samplers' type
-    actor = Sampler(model if alone else copied(), s.slots, window)
+    actor = Sampler(model if alone else copied(), slots, window)
     start, average = None, []
     if s.track_kl or s.kl or s.judge == "frozen":
         writes = s.judge == "frozen" and s.reading == "written"
-        start = Sampler(copied(), s.slots if writes else 1, window)  # to read takes one slot
+        start = Sampler(copied(), slots if writes else 1, window)  # to read takes one slot
     judge = start if s.judge == "frozen" else actor
     if (
         s.judge == "ema"
     ):  # fp32, spread like the weights: in bf16 a step of it would be rounded away
         average = [p.detach().clone() for p in model.parameters()]
-        judge = Sampler(copied(), s.slots, window)
+        judge = Sampler(copied(), slots, window)
     return actor, start, judge, average
 
 
@@ -495,6 +515,28 @@ def window_of(s: Settings, problem: Problem, texts: Texts, positions: int) -> in
             "--max-prompt-tokens, --max-new-tokens or --judge-max-new-tokens"
         )
     return min(needed + 64, positions)  # a text may take more tokens than the model wrote it with
+
+
+def judge_template(s: Settings) -> int:
+    """Its tokens, about: four characters each, or (toy) a word."""
+    task = Task("", "English", "Chinese")
+    text = "".join(TEMPLATES[s.prompts].ask_judge(task, "", s.reading))
+    return len(text.split()) if s.prompts == "toy" else len(text) // 4
+
+
+def dry_run(s: Settings) -> None:
+    here = torch.cuda.is_available() and s.device != "cpu"
+    cuda = here or bool(s.gpu) or (s.preset != "toy" and s.device != "cpu")
+    device = torch.device("cuda" if here else "cpu")
+    machine = plan.machine_of(s.gpu or ("h100" if cuda and not here else ""), device)
+    if s.preset == "toy" and not s.model:
+        recipe = Recipe(seed=s.seed)
+        name, config = "the toy", shape_of(recipe, make_tokenizer(Languages(s.seed)))
+    else:
+        name, config = s.model, plan.shape_of(s.model)
+    G = s.gpus or (torch.cuda.device_count() if here else 1)
+    shared = min(G, 8) if s.shard == "node" else G
+    print(plan.report(plan.Work(s, config, G, shared, judge_template(s), cuda), machine, name))
 
 
 def compare(s: Settings) -> None:
@@ -523,7 +565,9 @@ def main(words: list[str]) -> None:
         why = "CUDA GPUs found" if torch.cuda.is_available() else "no CUDA GPU found"
         if os.environ.get("RANK", "0") == "0":
             print(f"SSR-Zero, preset {s.preset} ({chosen}; {why})")
-        if s.controls:
+        if s.dry_run:
+            dry_run(s)
+        elif s.controls:
             compare(s)
         else:
             run(s)

@@ -16,6 +16,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "grpo.py": ({"torch", "kernels", "ranks"}, set()),  # sampler and judge are handed in
     "ranks.py": ({"torch"}, set()),
     "checkpoint.py": ({"torch", "ranks"}, set()),
+    "plan.py": ({"torch", "kernels", "model"}, {"huggingface_hub"}),
     "data.py": ({"judge"}, set()),
     "watch.py": ({"torch", "checkpoint", "grpo", "judge", "model", "ranks"}, set()),
     "ssr.py": (
@@ -31,7 +32,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
             "ranks",
             "sampler",
         }
-        | {"toy", "watch"},
+        | {"plan", "toy", "watch"},
         set(),
     ),
     "toy/languages.py": ({"judge"}, set()),

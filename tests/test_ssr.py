@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -515,6 +516,23 @@ def test_the_toy_learns_to_translate_by_judging_itself(whole):
     rows = rows_of(whole / "run" / "metrics.jsonl")
     assert rows[-1]["eval/exact_match"] - rows[0]["eval/exact_match"] >= 0.45
     assert rows[-1]["eval/exact_match"] >= 0.85
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_as_much(whole):
+    """`torchrun --nproc_per_node=2 ssr.py`, on the same pretrained model."""
+    [model] = (whole / "runs" / "toy-models").iterdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [str(ROOT / "ssr.py"), f"--model={model}", "--folder=two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=whole, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    one, two = (rows_of(whole / name / "metrics.jsonl") for name in ("run", "two"))
+    for key in ("reward/total", "policy/entropy", "train/grad_norm"):
+        assert two[1][key] == pytest.approx(one[1][key], rel=1e-3)
+    # Rounding makes them two runs of the same kind, no more: see the README.
+    assert two[0]["eval/exact_match"] == pytest.approx(one[0]["eval/exact_match"], abs=0.01)
+    assert two[-1]["eval/exact_match"] >= 0.85
 
 
 @pytest.mark.slow

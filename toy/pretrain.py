@@ -249,6 +249,15 @@ def learn(model: Transformer, corpus: Corpus, ids: dict[str, int], recipe: Recip
             )
 
 
+def shape_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Config:
+    # Not "qwen2": transformers gives every model of that name Qwen's own splitting of words.
+    return Config(
+        "llama", len(tokenizer), recipe.width, recipe.mlp, recipe.layers,
+        heads=3, kv_heads=1, head_dim=recipe.width // 3, max_length=96,
+        tied=True, hub={"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0},
+    )  # fmt: skip
+
+
 def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
     """The folder of the recipe's model: found, or made whole before it gets its name."""
     root = Path(__file__).parent.parent
@@ -261,13 +270,7 @@ def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
     pair = Languages(recipe.seed)
     tokenizer = make_tokenizer(pair)
     torch.manual_seed(recipe.seed)
-    # Not "qwen2": transformers gives every model of that name Qwen's own splitting of words.
-    config = Config(
-        "llama", len(tokenizer), recipe.width, recipe.mlp, recipe.layers,
-        heads=3, kv_heads=1, head_dim=recipe.width // 3, max_length=96,
-        tied=True, hub={"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0},
-    )  # fmt: skip
-    model = Transformer(config)
+    model = Transformer(shape_of(recipe, tokenizer))
     print(f"Making the toy's pretrained model, once: {folder}", flush=True)
     learn(model, Corpus(pair, recipe), tokenizer.get_vocab(), recipe)
     partial = cache / f"{name}.{os.getpid()}.partial"

@@ -1,0 +1,315 @@
+"""Will it fit, and how long is a step? An estimate from shapes and settings, without a GPU.
+
+    python ssr.py --dry-run --preset ssr-zero-7b --gpus 8                    # of H100s
+    python ssr.py --dry-run --model Qwen/Qwen2.5-32B --gpus 64 --gpu h200 --shard node
+
+Memory is added up tensor by tensor: what lives all the time, and on top of it the larger of what
+sampling and what training need for a while. Time is the larger of two limits, the products and the
+bytes they read, at the share of them that well-made code reaches (`REACHED`, our guess until it has
+been measured on a GPU), for the longest prompts and translations that the settings allow.
+
+Letters: G GPUs, S of them share one set of weights, N parameters.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kernels.logprob import CHUNK_BYTES
+from model import Config, Transformer, read_config
+
+SHAPES = {  # so that a question about them needs no network: Config's numbers, tied or not
+    "Qwen/Qwen2.5-0.5B": (151_936, 896, 4_864, 24, 14, 2, True),
+    "Qwen/Qwen2.5-1.5B": (151_936, 1_536, 8_960, 28, 12, 2, True),
+    "Qwen/Qwen2.5-3B": (151_936, 2_048, 11_008, 36, 16, 2, True),
+    "Qwen/Qwen2.5-7B": (152_064, 3_584, 18_944, 28, 28, 4, False),
+    "Qwen/Qwen2.5-14B": (152_064, 5_120, 13_824, 48, 40, 8, False),
+    "Qwen/Qwen2.5-32B": (152_064, 5_120, 27_648, 64, 40, 8, False),
+    "Qwen/Qwen2.5-72B": (152_064, 8_192, 29_568, 80, 64, 8, False),
+}
+REACHED = {"products": 0.45, "bytes": 0.65}
+SAMPLING, TRAINING = "while sampling, or", "while training"
+
+
+class Machine(NamedTuple):
+    """One GPU (or CPU) of many. GB and TB are 10^9 and 10^12 bytes."""
+
+    name: str
+    gigabytes: float
+    teraflops: float  # of dense products in the type that computes
+    terabytes_a_second: float  # from its memory
+    link: float  # GB a second to the other ones
+
+
+MACHINES = {  # makers' data sheets (bf16, dense, SXM); what is called 80 GB has 80 * 2^30 bytes
+    "a100": Machine("A100 (80 GB)", 85, 312, 2.0, 300),
+    "h100": Machine("H100 (80 GB)", 85, 989, 3.35, 450),
+    "h200": Machine("H200 (141 GB)", 150, 989, 4.8, 450),
+    "b200": Machine("B200 (180 GB)", 190, 2_250, 8.0, 900),
+    "rtx4090": Machine("RTX 4090 (24 GB)", 25, 165, 1.0, 16),
+}
+
+
+def shape_of(name: str) -> Config:
+    """A folder's config.json, a known model's, or the hub's."""
+    if (Path(name).expanduser() / "config.json").is_file():
+        return read_config(Path(name).expanduser())
+    if name in SHAPES:
+        vocab, width, mlp, layers, heads, kv_heads, tied = SHAPES[name]
+        E = width // heads
+        return Config("qwen2", vocab, width, mlp, layers, heads, kv_heads, E, 32_768, tied)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_config(Path(hf_hub_download(name, "config.json")).parent)
+    except (OSError, ValueError) as error:  # no network and not in its cache is an OSError
+        raise ValueError(
+            f"--model {name}: no folder with a config.json, none of {', '.join(SHAPES)}, and the "
+            f"hub does not give it ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def machine_of(words: str, device: torch.device) -> Machine:
+    """By name, by four numbers, or (neither) this one, measured."""
+    if words in MACHINES:
+        return MACHINES[words]
+    if words:
+        try:
+            return Machine("as given", *(float(word) for word in words.split(",")))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"--gpu {words}: use {', '.join(MACHINES)}, or four numbers with commas: GB, dense "
+                "bf16 TFLOP/s, TB/s of its memory, GB/s to the others"
+            ) from None
+    cuda = device.type == "cuda"
+    dtype, size = (torch.bfloat16, 8192) if cuda else (torch.float32, 1024)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    many, copy = torch.empty(2**28 if cuda else 2**25, device=device), None
+    rates = []
+    for work, amount in ((lambda: a @ b, 2 * size**3), (lambda: many.clone(), 2 * many.nbytes)):
+        best = 1e9
+        for _ in range(5):
+            start = time.perf_counter()
+            copy = work()
+            copy.flatten()[0].item()  # waits for it
+            best = min(best, time.perf_counter() - start)
+        rates.append(amount / best / 1e12)
+    name = (
+        torch.cuda.get_device_name(device)
+        if cuda
+        else f"this CPU, {torch.get_num_threads()} threads"
+    )
+    return Machine(f"{name}, measured", room(device) / 1e9, *rates, 16)
+
+
+def room(device: torch.device) -> float:
+    """Bytes that a process could have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: nothing is known, nothing is refused
+        return float("inf")
+    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+
+
+class Work(NamedTuple):
+    """What is asked of the machines, in numbers that memory and time are made of."""
+
+    s: object  # the settings
+    c: Config
+    G: int  # GPUs
+    S: int  # of them share one set of weights
+    template: int  # tokens of the judge's prompt without source and translation
+    cuda: bool
+
+    @property
+    def params(self) -> tuple[int, int, int]:
+        """All, those of a block, those outside the blocks."""
+        with torch.device("meta"):
+            model = Transformer(self.c)
+        count = [sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0])]
+        return *count, count[0] - self.c.layers * count[1]
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number that computes."""
+        return 2 if self.cuda else 4
+
+    @property
+    def alone(self) -> bool:
+        """The sampler computes with the very weights that are trained."""
+        return not self.cuda and self.G == 1
+
+    @property
+    def judge_words(self) -> int:
+        return self.s.judge_max_new_tokens if self.s.reading == "written" else 1
+
+    @property
+    def longest(self) -> int:
+        return self.s.max_prompt_tokens + self.s.max_new_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Of the busiest rank."""
+        return -(-self.s.prompts_per_step // self.G) * self.s.samples_per_prompt
+
+    @property
+    def slots(self) -> int:
+        """As many as a rank ever decodes together."""
+        s = self.s
+        texts = max(s.prompts_per_step, s.shown_prompts)
+        most = max(-(-texts // self.G) * s.samples_per_prompt, -(-s.eval_prompts // self.G))
+        return min(s.slots, most * s.judge_samples)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of one token."""
+        return 2 * self.c.layers * self.c.kv_heads * self.c.head_dim * self.wide
+
+
+def memory(k: Work) -> dict[str, float]:
+    """Bytes on each GPU by part. "while sampling" and "while training" share their place."""
+    s, c, wide = k.s, k.c, k.wide
+    N, block, root = k.params
+    window = min(k.template + k.longest + k.judge_words + 64, c.max_length)
+    slot = window * (k.cache_bytes + 20)  # and the state of what is drawn
+    E, H, K = c.head_dim, c.heads, c.kv_heads
+    parts = {"weights, fp32": 4 * N / k.S, "gradients, fp32": 4 * N / k.S, "AdamW": 8 * N / k.S}
+    if not k.alone:
+        parts["the sampler's copy"] = wide * N
+    parts["its KV cache"] = k.slots * slot
+    if s.track_kl or s.kl or s.judge == "frozen":
+        writes = s.judge == "frozen" and s.reading == "written"
+        parts["the starting weights"] = wide * N + (k.slots if writes else 1) * slot
+    if s.judge == "ema":
+        parts["the EMA and its judge"] = 4 * N / k.S + wide * N + k.slots * slot
+    if k.cuda:
+        parts["CUDA and its libraries"] = 1.5e9
+    prefill = 8192 * wide * (2 * c.hidden_size + 3 * (H + 2 * K) * E + 3 * c.intermediate_size)
+    parts[SAMPLING] = prefill + max(4 * 4 * k.slots * c.vocab_size, 3 * 2**28)
+    # Of a token in a block, kept for the way back: norms, q, k, v and their turned and packed
+    # copies, the attention's output, the MLP's three; and what the way back itself takes.
+    in_block = wide * (
+        6 * c.hidden_size + 4 * (H + 2 * K) * E + 2 * H * E + 4 * c.intermediate_size
+    )
+    between = c.layers * wide * c.hidden_size if k.cuda else (c.layers - 1) * in_block
+    tokens = min(s.micro_batch_tokens, k.sequences * k.longest)
+    tokens *= between + in_block + 2 * wide * c.intermediate_size
+    # Gathered weights and their gradients, then in fp32 on their way to their shares.
+    whole = (2 * block + root) * (2 * wide + 4) if k.S > 1 else wide * c.vocab_size * c.hidden_size
+    parts[TRAINING] = tokens + whole + 2 * CHUNK_BYTES["cuda" if k.cuda else "cpu"]
+    return parts
+
+
+def check_room(k: Work, device: torch.device, processes: int) -> None:
+    """Before anything is loaded: `processes` of this machine want what is there."""
+    needed, there = peak(memory(k)), room(device) / processes
+    what = f"about {needed / 1e9:.1f} GB on each rank, and {there / 1e9:.1f} are there"
+    if needed > 1.1 * there:
+        raise ValueError(f"this run needs {what}: --dry-run shows what for, and what would help")
+    if needed > 0.95 * there:
+        print(f"Memory will be tight: {what} (see --dry-run)")
+
+
+def peak(parts: dict[str, float]) -> float:
+    return sum(parts.values()) - min(parts[SAMPLING], parts[TRAINING])
+
+
+def seconds(k: Work, m: Machine) -> dict[str, float]:
+    """Of a step, by stage, when every prompt and translation is as long as it may be."""
+    s, c = k.s, k.c
+    N = k.params[0]
+    flops = m.teraflops * 1e12 * REACHED["products"]
+    reads = m.terabytes_a_second * 1e12 * REACHED["bytes"]
+    head = 2 * c.vocab_size * c.hidden_size
+    sequences = k.sequences
+
+    def forward(count: float, tokens: int) -> float:
+        """Flops, without logits."""
+        attention = 2 * c.layers * c.heads * c.head_dim * tokens**2
+        return count * (2 * N * tokens - head * tokens + attention)
+
+    def decode(count: int, before: int, new: int) -> float:
+        together = min(count, k.slots)
+        cached = together * (before + new / 2) * k.cache_bytes
+        step = max((k.wide * N + cached) / reads, 2 * N * together / flops)
+        return count / together * new * step
+
+    parts = {
+        "sample": forward(sequences / s.samples_per_prompt, s.max_prompt_tokens) / flops
+        + decode(sequences, s.max_prompt_tokens, s.max_new_tokens),
+        "judge": s.judge_samples * forward(sequences, k.longest) / flops,
+    }
+    if s.reading == "written":
+        parts["judge"] += s.judge_samples * decode(sequences, k.template + k.longest, k.judge_words)
+    logits = sequences * s.max_new_tokens * head
+    if s.track_kl or s.kl:
+        parts["reference"] = (forward(sequences, k.longest) + logits) / flops
+    passes = 4 if k.cuda else 3  # forward, twice that on the way back, where blocks run again
+    work = (passes * forward(sequences, k.longest) + 3 * logits) / flops
+    rounds = -(-sequences * k.longest // s.micro_batch_tokens)
+    moved = rounds * (2 * k.wide + 4) * N / (m.link * 1e9) * (k.S > 1)
+    parts["train"] = s.updates_per_batch * max(work, moved)
+    if not k.alone:
+        parts["refresh the copy"] = k.wide * N / (m.link * 1e9 if k.S > 1 else reads)
+    return parts
+
+
+def report(k: Work, m: Machine, name: str) -> str:
+    """The two tables, the verdict, and what would make it fit."""
+    parts, times = memory(k), seconds(k, m)
+    shorter = k._replace(s=dataclasses.replace(
+        k.s, max_prompt_tokens=max(1, k.s.max_prompt_tokens // 4),
+        max_new_tokens=max(1, k.s.max_new_tokens // 4),
+        judge_max_new_tokens=max(1, k.s.judge_max_new_tokens // 4),
+    ))  # fmt: skip
+    quick = seconds(shorter, m)
+    share = f", weights shared by {k.S}" if k.G > 1 else ""
+    lines = [
+        f"{name}: {k.params[0] / 1e9:.2f} B parameters on {k.G} × {m.name}{share}",
+        "",
+        f"{'memory of each':28}       GB",
+        *(f"{part:28} {size / 1e9:8.2f}" for part, size in parts.items()),
+        f"{'peak':28} {peak(parts) / 1e9:8.2f} of {m.gigabytes:.0f}",
+        "",
+        f"{'seconds of a step':28} longest  a quarter as long",
+        *(f"{part:28} {time:7.3g}  {quick[part]:7.3g}" for part, time in times.items()),
+        f"{'step':28} {sum(times.values()):7.3g}  {sum(quick.values()):7.3g}",
+        f"{f'{k.s.steps} steps, hours':28} {k.s.steps * sum(times.values()) / 3600:7.3g}  "
+        f"{k.s.steps * sum(quick.values()) / 3600:7.3g}",
+        "",
+        f"Estimates: {REACHED['products']:.0%} of the products' and {REACHED['bytes']:.0%} of the "
+        "memory's rate; evaluations are not in it.",
+        verdict(k, m),
+    ]
+    return "\n".join(lines)
+
+
+def verdict(k: Work, m: Machine) -> str:
+    def missing(k: Work) -> float:
+        return peak(memory(k)) - m.gigabytes * 1e9
+
+    if missing(k) <= 0:
+        return f"It fits, with {-missing(k) / 1e9:.1f} GB to spare."
+    now = f"It does NOT fit: {missing(k) / 1e9:.1f} GB too much on each."
+    # Least harmful first; each is added to those before until it fits.
+    changes, other = {}, k
+    tries = [("shard", "all"), ("micro_batch_tokens", max(k.longest, 8192)), ("slots", 64)]
+    for name, value in [*tries, ("track_kl", False), ("slots", 32), ("slots", 16), ("slots", 8)]:
+        old = k.slots if name == "slots" else getattr(k.s, name)
+        if old == value or (type(value) is int and old < value):
+            continue
+        changes[name] = value
+        other = k._replace(s=dataclasses.replace(k.s, **changes))
+        other = other._replace(S=k.G if other.s.shard == "all" else k.S)
+        if missing(other) <= 0:
+            break
+    words = [f"--{n.replace('_', '-')} {v}" for n, v in changes.items() if v is not False]
+    words = " ".join(words + ["--no-track-kl"] * ("track_kl" in changes))
+    if missing(other) <= 0:
+        return f"{now} It would with {words}."
+    return f"{now} {words} would leave {missing(other) / 1e9:.1f} GB too much: use larger GPUs."

@@ -1,0 +1,127 @@
+"""--dry-run: what lives all the time is counted to the byte; the rest is an estimate that must err
+on neither side by much."""
+
+import pytest
+import torch
+
+import grpo
+import plan
+import ssr
+from checkpoint import tensors_of
+from model import load
+from plan import MACHINES, Work, memory, peak, seconds, shape_of
+from sampler import Sampler
+from tests.tiny import make_model
+
+H100 = MACHINES["h100"]
+
+
+def work(name, G, S=None, **changes):
+    s = ssr.dataclasses.replace(ssr.parse(["--preset=ssr-zero-7b", "--dry-run"]), **changes)
+    return Work(s, shape_of(name), G, S or G, 250, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("Qwen/Qwen2.5-32B", 32_763_876_352),
+    ],
+)
+def test_known_shapes_have_the_published_number_of_parameters(name, parameters):
+    assert work(name, 8).params[0] == parameters
+
+
+def test_what_lives_all_the_time_is_counted_to_the_byte(tmp_path):
+    make_model(tmp_path)
+    model = load(tmp_path)
+    s = ssr.parse(["--preset=toy", "--slots=7", "--max-new-tokens=20", "--no-track-kl"])
+    k = Work(s, model.config, 1, 1, 10, False)
+    parts = memory(k)
+    optimizer = grpo.make_optimizer(model, s)
+    tensors = tensors_of(model, optimizer)
+    size = sum(x.nbytes for n, x in tensors.items() if n.startswith("model"))
+    assert parts["weights, fp32"] == parts["gradients, fp32"] == size
+    assert parts["AdamW"] == sum(x.nbytes for n, x in tensors.items() if "exp_avg" in n)
+    window = 10 + 32 + 20 + 1 + 64
+    sampler = Sampler(model, 7, window)
+    held = sampler.kv.nbytes + sum(x.nbytes for x in sampler.state)
+    assert parts["its KV cache"] == pytest.approx(held, rel=0.02)
+    assert "the starting weights" not in parts and "the sampler's copy" not in parts
+
+
+def test_weights_are_spread_and_copies_are_not():
+    one, eight, node = (memory(work("Qwen/Qwen2.5-7B", G, S)) for G, S in ((1, 1), (8, 8), (64, 8)))
+    assert one["AdamW"] == 8 * eight["AdamW"] == 8 * node["AdamW"]
+    assert one["the sampler's copy"] == eight["the sampler's copy"]
+    without = memory(work("Qwen/Qwen2.5-7B", 8, track_kl=False))
+    assert peak(eight) - peak(without) == eight["the starting weights"]
+
+
+def test_time_grows_with_the_work_and_shrinks_with_the_gpus():
+    few, many = (sum(seconds(work("Qwen/Qwen2.5-7B", G), H100).values()) for G in (8, 16))
+    assert 1.3 < few / many < 2.1
+    twice = work("Qwen/Qwen2.5-7B", 8, prompts_per_step=256)
+    assert sum(seconds(twice, H100).values()) == pytest.approx(2 * few, rel=0.02)
+
+
+def test_the_papers_run_fits_on_eight_gpus_of_80_gb_and_32b_does_not(capsys):
+    ssr.main(["--dry-run", "--preset=ssr-zero-7b", "--gpus=8", "--gpu=h100"])
+    out = capsys.readouterr().out
+    assert "7.62 B parameters on 8 × H100 (80 GB), weights shared by 8" in out
+    assert "It fits, with" in out
+    ssr.main(["--dry-run", "--preset=ssr-zero-7b", "--model=Qwen/Qwen2.5-32B", "--gpus=64"])
+    assert "It does NOT fit" in capsys.readouterr().out
+    words = ["--gpus=64", "--gpu=h200", "--shard=node", "--micro-batch-tokens=16384"]
+    ssr.main(["--dry-run", "--preset=ssr-zero-7b", "--model=Qwen/Qwen2.5-32B", *words])
+    assert "It would with --shard all --micro-batch-tokens 8192 --no-track-kl." in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_advice_fits():
+    k = work("Qwen/Qwen2.5-7B", 8, slots=256, micro_batch_tokens=16384)
+    assert "It does NOT fit" in plan.verdict(k, H100)
+    words = plan.verdict(k, H100).split("It would with ")[1].rstrip(".").split()
+    s = ssr.parse(["--preset=ssr-zero-7b", "--dry-run", "--slots=256", *words])
+    assert plan.verdict(k._replace(s=s), H100).startswith("It fits")
+
+
+def test_a_dry_run_of_the_toy_measures_this_machine_and_writes_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    ssr.main(["--dry-run", "--preset=toy", "--device=cpu"])
+    out = capsys.readouterr().out
+    assert "measured" in out and "It fits" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu=h9000"], r"--gpu h9000: use a100, .* or four numbers with commas"),
+        (["--gpu=80,989"], r"--gpu 80,989: use a100"),
+        (["--model=nobody/nothing"], r"--model nobody/nothing: no folder with a config.json"),
+        (["--gpus=-1"], r"--gpus -1 must be at least 0"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_says_why(words, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match=message):
+        ssr.main(["--dry-run", "--preset=ssr-zero-7b", *words])
+
+
+def test_four_numbers_are_a_machine():
+    assert plan.machine_of("48,362,0.86,32", torch.device("cpu"))[1:] == (48, 362, 0.86, 32)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "room", lambda device: 1e8)
+    monkeypatch.setattr(ssr, "load", None)
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit, match=r"needs about 0.9 GB on each rank, and 0.1 are there: --"):
+        ssr.main(["--preset=toy", f"--model={toy}", f"--folder={run}"])
+    assert not run.exists()
