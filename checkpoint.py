@@ -11,6 +11,7 @@ every file. It is written as `step-000025.partial`, synced, renamed, and then `n
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -95,7 +96,8 @@ class Checkpoints:
                 write(partial / "state.json", json.dumps(about, indent=1))
                 sync(partial)
                 os.replace(partial, final)
-                point(self.folder / "newest", final.name)
+                write(self.folder / "newest.partial", final.name + "\n")
+                os.replace(self.folder / "newest.partial", self.folder / "newest")
                 sync(self.folder)
                 for old in self.all()[self.keep :]:
                     shutil.rmtree(old)
@@ -117,8 +119,8 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Newest first."""
-        found = [f for f in self.folder.glob("step-*") if f.suffix != ".partial"]
-        return sorted(found, reverse=True)
+        found = [folder for folder in self.folder.glob("step-*") if not folder.suffix]
+        return sorted(found, key=lambda folder: -int(folder.name[5:]))
 
     def restore(self) -> dict | None:
         """The newest whole checkpoint's state, its tensors in place; None where there is none."""
@@ -128,7 +130,10 @@ class Checkpoints:
                 about, trouble = read(folder)
                 if not trouble:
                     return [(folder, about)]
-                print(f"{folder} is passed over: {trouble}", flush=True)
+                print(f"{folder} is not whole ({trouble}): put aside", flush=True)
+                aside = folder.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
             return [None]
 
         found = self.ranks.share("look for checkpoints", [None], find)[0]
@@ -147,7 +152,6 @@ class Checkpoints:
             raise ValueError(
                 f"{folder} cannot be read ({reason(error)}): delete it to go on from the one before"
             ) from None
-        self.drop_rest(about["step"])
         return about
 
     def check(self, folder: Path, about: dict) -> None:
@@ -156,16 +160,19 @@ class Checkpoints:
                 f"{folder} was written by a newer version of this code (format "
                 f"{about['version']}, this one reads {VERSION}): update it"
             )
-        for name in ("model", "texts"):
+        for name in ("model", "weights", "texts"):
             if about[name] != self.identity[name]:
                 raise ValueError(
-                    f"{folder} is of another run: its {name} were {about[name]}, now it is "
+                    f"{folder} is of another run: the {name} it began with: {about[name]}, now: "
                     f"{self.identity[name]}"
                 )
-        had, now = about["settings"], self.identity["settings"]
+        self.compare(about["settings"], folder)
+
+    def compare(self, had: dict, folder: Path) -> None:
+        now = self.identity["settings"]
         other = [
             f"--{name.replace('_', '-')} was {had.get(name)!r} and is {now.get(name)!r}"
-            for name in had | now
+            for name in now
             if name not in self.free and had.get(name) != now.get(name)
         ]
         if other:
@@ -173,13 +180,6 @@ class Checkpoints:
                 f"{folder} was made with other settings: {'; '.join(other)}. Give the same, or "
                 "start another --folder"
             )
-
-    def drop_rest(self, step: int) -> None:
-        """Of saves that were cut off, and of steps that will be made again."""
-        if self.ranks.rank == 0 and self.folder.is_dir():
-            for folder in self.folder.glob("step-*"):
-                if folder.suffix == ".partial" or int(folder.name[5:]) > step:
-                    shutil.rmtree(folder)
 
 
 def read(folder: Path) -> tuple[dict, str]:
@@ -191,7 +191,7 @@ def read(folder: Path) -> tuple[dict, str]:
         for name, size in about["files"].items():
             if (folder / name).stat().st_size != size:
                 return {}, f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"{type(error).__name__}: {error}"
     return about, ""
 
@@ -222,8 +222,14 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def point(link: Path, target: str) -> None:
-    new = link.with_suffix(".partial")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    os.replace(new, link)
+def fingerprint(folder: Path) -> str:
+    """Of a model's weights: sizes, and bytes from 64 places of each file. Quick for large ones."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(64):
+                file.seek(place * size // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]

@@ -114,6 +114,8 @@ class Step:
     metrics: dict[str, float]
     groups: list[list]
     """The samples, (P, N)."""
+    bad: dict[str, int]
+    """Trouble -> for how many steps in a row, this one included."""
 
 
 class Stop(RuntimeError):
@@ -130,18 +132,18 @@ def train(
     stop_ids: Sequence[int],
     start=None,
     ranks: Ranks | None = None,
-    first: int = 1,
+    done: Step | None = None,
 ) -> Iterator[Step]:
-    """Steps `first` … s.steps. `start`: a sampler of the weights at the start, for the KL.
+    """Steps 1 … s.steps, or those after `done`. `start`: a sampler of the weights at the start.
 
     What a step does depends on the weights, the optimizer's state and its number alone.
     """
     if s.kl > 0 and start is None:
         raise ValueError(f"kl={s.kl} needs `start`, a sampler of the weights at the start")
     ranks = ranks or Ranks()
-    bad: dict[str, int] = {}  # trouble -> steps in a row
+    bad = dict(done.bad) if done else {}
     refresh(sampler, model)
-    for number in range(first, s.steps + 1):
+    for number in range(done.number + 1 if done else 1, s.steps + 1):
         clock, ranks.step = Clock(), number
         prompts = batch(number)
         groups, judged = roll_out(prompts, number, sampler, reward, s, stop_ids, ranks, clock)
@@ -158,8 +160,9 @@ def train(
         clock.stage("train")
         metrics = describe(groups, judged, rewards, advantages, rows, reference)
         metrics |= trained | clock.metrics(groups) | {"train/lr": rate}
-        yield Step(number, metrics, groups)
-        check_health(metrics, judged, bad, s.max_bad_steps)
+        bad = trouble(metrics, bad)
+        yield Step(number, metrics, groups, bad)
+        check_health(bad, judged, s.max_bad_steps)
 
 
 def refresh(sampler, model) -> None:
@@ -267,10 +270,11 @@ def update(
         )
         for part in parts
     ]
+    # Before any forward: the engine shows whole weights for a while then, which nobody trains.
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if s.updates_per_batch > 1:
         for b in batches:
             b.old = b.logprobs(model, s.temperature)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     weight = sum(weights[i] * len(rows[i].ids) for i in taught)  # gaps: over what is trained
     for again in range(s.updates_per_batch):
         optimizer.zero_grad(set_to_none=True)
@@ -279,7 +283,8 @@ def update(
             ranks.at(f"train, micro-batch {i} of {len(batches)}")
             loss, more = b.loss(model, s)
             loss.backward()
-            mine.append({name: float(x) for name, x in {"loss": loss.detach(), **more}.items()})
+            if b.counts:
+                mine.append({n: float(x) for n, x in {"loss": loss.detach(), **more}.items()})
         found = merge([x for theirs in ranks.gather(mine) for x in theirs])
         if not again:
             stats["policy/sampler_gap"] = found["sampler_gap"] / weight
@@ -332,9 +337,9 @@ class MicroBatch:
     def __init__(
         self, rows: list[Row], weights: list[float], reference: list[Tensor] | None, device
     ):
+        self.counts = bool(rows)
         if not rows:  # a rank without work still takes part: one token that weighs nothing
-            rows, weights = [Row([0], [0], [0.0], 0.0, 1)], [0.0]
-            reference = None if reference is None else [torch.zeros(1)]
+            rows, weights, reference = [Row([0], [0], [0.0], 0.0, 1)], [0.0], None
         # The last token is predicted, not read; the first completion token comes from the prompt's
         # last position. Where completions lie follows from lengths, never from token values.
         sequences = [r.prompt + r.ids[:-1] for r in rows]
@@ -378,7 +383,7 @@ class MicroBatch:
             old_logprobs=self.old,
             ref_logprobs=self.reference,
             clip=(s.clip_low, s.clip_high),
-            kl=s.kl,
+            kl=s.kl if self.counts else 0.0,
             temperature=s.temperature,
             sampler_logprobs=self.sampled,
         )
@@ -464,17 +469,19 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if len(values) else math.nan
 
 
-def check_health(metrics: dict[str, float], judged, bad: dict[str, int], most: int) -> None:
-    """Stop a run whose gradient, judge or format was of no use for `most` steps in a row."""
-    trouble = {
+def trouble(metrics: dict[str, float], before: dict[str, int]) -> dict[str, int]:
+    """What was missing, and for how many steps in a row."""
+    now = {
         "finite gradient": metrics["train/skipped"] > 0,
         "valid score": metrics["judge/invalid"] == 1,
         "sample of the right format": metrics.get("reward/format") == 0,
     }
-    for what, now in trouble.items():
-        bad[what] = bad.get(what, 0) + 1 if now else 0
-        if bad[what] < most:
-            continue
+    return {what: before.get(what, 0) + 1 for what, missing in now.items() if missing}
+
+
+def check_health(bad: dict[str, int], judged, most: int) -> None:
+    """Stop a run whose gradient, judge or format was of no use for `most` steps in a row."""
+    for what in [what for what, steps in bad.items() if steps >= most]:
         advice = "the weights were left alone; lower --lr"
         if what == "valid score":
             words = [w for row in judged for w in row.words if w != "not judged"][:3]

@@ -35,7 +35,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-KINDS = (FloatingPointError, ValueError, OSError, RuntimeError)  # errors that explain themselves
+# Errors that explain themselves; of several that fit the first.
+KINDS = (FloatingPointError, ValueError, OSError, torch.OutOfMemoryError, RuntimeError)
 
 
 class Stopping(Exception):
@@ -264,7 +265,8 @@ def end(message: str):
 
 def is_lost(error: Exception) -> bool:
     """Whether it says no more than that another rank has gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    said = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return said and dist.is_initialized()
 
 
 # ---------------------------------------------------------------------------- weights, gradients

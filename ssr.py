@@ -37,7 +37,7 @@ from transformers import AutoTokenizer
 import data
 import grpo
 import plan
-from checkpoint import Checkpoints, tensors_of
+from checkpoint import Checkpoints, fingerprint, tensors_of
 from judge import GATES, PAPER, TOY, Judge, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
 from model import Transformer, find_folder, load, read_config
@@ -399,7 +399,8 @@ def run(s: Settings) -> None:
     tokenizer = load_tokenizer(problem.folder)
     texts, stop_ids = Texts(tokenizer), [tokenizer.eos_token_id]
     shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hub"}
-    agree(ranks, {"the texts": problem.digest, "the model": shape})
+    identity = {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
+    agree(ranks, {f"the {name}": value for name, value in identity.items()})
 
     window = window_of(s, problem, texts, model.config.max_length)
     sampler, start, judging, average = samplers(s, model, window, device, work.slots)
@@ -427,7 +428,7 @@ def run(s: Settings) -> None:
     )
     optimizer = grpo.make_optimizer(model, s)
     path = Path(ranks.share("name the run", [None], lambda _: [str(folder_of(s))])[0])
-    identity = {"settings": dataclasses.asdict(s), "texts": problem.digest, "model": shape}
+    identity["settings"] = dataclasses.asdict(s)
     tensors = tensors_of(model, optimizer, average)
     kept = Checkpoints(path / "checkpoints", s.keep, ranks, tensors, identity, FREE)
     watch = Watch(s, path, sampler.model, problem.folder, evaluation, kept, ranks)
@@ -442,8 +443,7 @@ def run(s: Settings) -> None:
         try:
             watch.begin(done)
             for step in grpo.train(
-                model, sampler, reward, batch, s, optimizer, stop_ids, tracked, ranks,
-                first=done.number + 1 if done else 1,
+                model, sampler, reward, batch, s, optimizer, stop_ids, tracked, ranks, done
             ):  # fmt: skip
                 if average:
                     follow(average, model.parameters(), s.ema_decay)
@@ -452,8 +452,7 @@ def run(s: Settings) -> None:
         except Stopping:
             watch.stop()
         except grpo.Stop:
-            watch.keep("last")
-            kept.wait()
+            watch.give_up()
             raise
         else:
             watch.finish()
@@ -465,7 +464,7 @@ def folder_of(s: Settings) -> Path:
         return Path(s.folder)
     runs = sorted(Path("runs").glob(f"{s.preset}-[0-9]*-[0-9]*/settings.json"), reverse=True)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        by = [json.loads(file.read_text())["about"]["launcher"] for file in runs]
+        by = [json.loads(file.read_text())["about"].get("launcher") for file in runs]
         runs = [file for file, who in zip(runs, by, strict=True) if who == launcher()]
     if s.resume and runs:
         return runs[0].parent

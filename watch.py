@@ -11,6 +11,7 @@ The measures here never reach the loop. Self-rewarding fails quietly: the model'
 while its translations get worse. That is what `Evaluation` looks for, and calls an alarm.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -153,7 +154,7 @@ class Evaluation:
         return rows
 
     def state(self) -> dict:
-        return {"best": self.best, "past": self.past}
+        return {"best": self.best, "past": list(self.past)}
 
     def restore(self, state: dict) -> None:
         self.best = Reading(*state["best"])
@@ -204,7 +205,7 @@ class Watch:
         self.before: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.alarms: list[int] = []
-        self.best_step, self.first = 0, 0
+        self.best_step, self.first, self.again = 0, 0, False
         self.step: grpo.Step | None = None
         self.state: dict = {}  # as it was before `step` was recorded
 
@@ -221,13 +222,22 @@ class Watch:
         self.evaluation.restore(state.pop("evaluation"))
         vars(self).update(state)
         self.first = about["step"]
-        return grpo.Step(about["step"], about["metrics"], [])
+        self.again = (
+            about["settings"]["steps"] == about["step"]
+        )  # evaluated because it was the last
+        return grpo.Step(about["step"], about["metrics"], [], about["bad"])
 
     def begin(self, step: grpo.Step | None) -> None:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         needed = (self.s.keep + 1) * self.kept.bytes + 3 * weights + 2**24
         number = step and step.number
-        self.ranks.share("begin", [None], lambda _: [self.folder.begin(self.s, needed, number)])
+
+        def open_folder(_) -> list[None]:
+            if step is None:
+                self.folder.check_unfinished(self.kept)
+            return [self.folder.begin(self.s, needed, number)]
+
+        self.ranks.share("begin", [None], open_folder)
         if step is None:
             self.evaluate(0, {})
         else:
@@ -243,12 +253,14 @@ class Watch:
         self.record(step)
 
     def save(self) -> None:
-        self.kept.save(self.step.number, {"metrics": self.step.metrics, "watch": self.state})
+        about = {"metrics": self.step.metrics, "bad": self.step.bad, "watch": self.state}
+        self.kept.save(self.step.number, about)
 
     def record(self, step: grpo.Step) -> None:
         """Its row. A run that goes on begins with this, so a checkpoint comes before it."""
         last = step.number == self.s.steps
-        if last or step.number % self.s.eval_every == 0:
+        again = self.again and step.number == self.first
+        if last or again or step.number % self.s.eval_every == 0:
             self.evaluate(step.number, step.metrics)
         else:
             self.folder.add("metrics.jsonl", [{"step": step.number} | step.metrics])
@@ -304,6 +316,13 @@ class Watch:
         number, path = self.step.number, self.folder.path
         print(f"stopped after step {number}; go on with --resume --folder {path}")
 
+    def give_up(self) -> None:
+        """Keep what there is; another error is on its way."""
+        self.ranks.ending = True
+        self.keep("last")
+        self.kept.wait()
+        self.ranks.share("end", [None], lambda _: [None])
+
     def written(self) -> None:
         """The last checkpoint, on the disk; no rank leaves before."""
         self.kept.wait()
@@ -349,7 +368,8 @@ ALARM = "ALARM: self-score up, held-out quality down"
 class Stopper:
     """SIGTERM and Ctrl-C end the run: at once where nothing changes, else after the step in hand.
 
-    A second one ends it without keeping anything, but for torchrun: it sends each of them twice.
+    A second one ends it without keeping anything; with many ranks it is ignored, for a scheduler
+    and torchrun may both have sent one.
     """
 
     def __init__(self, ranks: Ranks):
@@ -366,7 +386,9 @@ class Stopper:
                 raise KeyboardInterrupt
             return
         self.ranks.stop = True
-        print("\nstopping; the last whole step is kept", flush=True)
+        with contextlib.suppress(OSError):  # not print: it may be what was interrupted
+            if self.ranks.rank == 0:
+                os.write(2, b"\nstopping; the last whole step is kept\n")
         if self.ranks.stoppable:
             raise Stopping
 
@@ -389,7 +411,8 @@ class RunFolder:
         if not self.mine:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        check_space(self.path.parent, needed)
+        held = [f for x in ("checkpoints", "best", "last") for f in (self.path / x).rglob("*")]
+        check_space(self.path.parent, needed - sum(f.stat().st_size for f in held if f.is_file()))
         self.path.mkdir(exist_ok=s.resume)
         about = {
             "commit": commit(),
@@ -410,14 +433,25 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples.jsonl"):
             self.cut(name, -1 if step is None else step)
 
+    def check_unfinished(self, kept: Checkpoints) -> None:
+        """A run that begins anew in its folder must be the same, and not yet at its end."""
+        if not (self.path / "settings.json").is_file():
+            return
+        if (self.path / "result.json").is_file():
+            raise ValueError(
+                f"{self.path} has come to its end, and has no checkpoint to go on from: name "
+                "another --folder"
+            )
+        kept.compare(json.loads((self.path / "settings.json").read_text()), self.path)
+
     def cut(self, name: str, step: int) -> None:
         """Keep the rows before `step`; a row that a kill left half-written is behind them."""
         path = self.path / name
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = path.read_bytes().split(b"\n") if path.exists() else []
         kept = list(itertools.takewhile(lambda row: step_of(row) < step, rows))
         if len(kept) < len(rows):
             partial = self.path / (name + ".partial")
-            partial.write_text("".join(kept))
+            partial.write_bytes(b"".join(row + b"\n" for row in kept))
             os.replace(partial, path)
 
     def write(self, name: str, content: dict) -> None:
@@ -446,7 +480,7 @@ class RunFolder:
                 raise OSError(f"cannot write {path}: {error.strerror}; make room there") from None
 
 
-def step_of(row: str) -> float:
+def step_of(row: bytes) -> float:
     try:
         return json.loads(row)["step"]
     except ValueError:

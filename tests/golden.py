@@ -27,7 +27,7 @@ SHOWN = {
 }  # fmt: skip
 
 
-def steps(ranks=None):
+def steps(ranks=None, **changes):
     """Metrics step by step; with many ranks, and whatever their number, the same."""
     pair = Languages(0)
     tokenizer = make_tokenizer(pair)
@@ -59,6 +59,7 @@ def steps(ranks=None):
         steps=10, prompts_per_step=6, samples_per_prompt=4, max_new_tokens=8, lr=3e-3,
         micro_batch_tokens=128, warmup_steps=3, kl=0.01,
     )  # fmt: skip
+    s = dataclasses.replace(s, **changes)
 
     def batch(number):
         tasks = [pair.task("train", 6 * number + i) for i in range(6)]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +16,20 @@ import torch
 import checkpoint
 import grpo
 import ssr
+import watch
 from checkpoint import Checkpoints, tensors_of
-from model import Config, Transformer
+from model import Config, Transformer, save
 from ranks import Ranks
 from tests import processes
 from tests.processes import ROOT, free_port
 from tests.test_ranks import SMALL, assert_same_run, go, lines, rows_of, train, wait_for
 
-IDENTITY = {"settings": {"lr": 0.1, "steps": 3}, "model": {"layers": 1}, "texts": "a"}
+IDENTITY = {
+    "settings": {"lr": 0.1, "steps": 3},
+    "model": {"layers": 1},
+    "texts": "a",
+    "weights": "b",
+}
 
 
 @pytest.fixture
@@ -79,7 +86,7 @@ def test_the_optimizers_state_is_there_before_its_first_step_and_changes_nothing
 def test_the_newest_are_kept_and_newest_points_to_the_last(tmp_path, state):
     saved(tmp_path, state, 1, 2, 3)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["newest", "step-000002", "step-000003"]
-    assert os.readlink(tmp_path / "newest") == "step-000003"
+    assert (tmp_path / "newest").read_text() == "step-000003\n"
 
 
 def test_nothing_kept_is_nothing_to_restore(tmp_path, state):
@@ -96,14 +103,44 @@ def test_nothing_kept_is_nothing_to_restore(tmp_path, state):
         (lambda f: (f / "state.json").write_text("[]"), "TypeError"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, state, capsys, damage, words):
+def test_a_damaged_checkpoint_is_put_aside_and_said(tmp_path, state, capsys, damage, words):
     saved(tmp_path, state, 2, 3)
     damage(tmp_path / "step-000003")
     assert opened(tmp_path, state).restore()["step"] == 2
     assert (state["model.norm.weight"] == 2).all()
     out = capsys.readouterr().out
-    assert "step-000003 is passed over" in out and words in out
-    assert not (tmp_path / "step-000003").exists()  # it will be made again
+    assert "step-000003 is not whole (" in out and words in out and "put aside" in out
+    assert not (tmp_path / "step-000003").exists()  # its step will be made again
+    assert (tmp_path / "step-000003.damaged").is_dir()
+
+
+def test_what_is_damaged_is_not_in_the_way_of_what_comes(tmp_path, state):
+    """Were it counted as newest, each new checkpoint would be the oldest, and go."""
+    saved(tmp_path, state, 100)
+    (tmp_path / "step-000100" / ".metadata").unlink()
+    kept = opened(tmp_path, state, keep=1)
+    assert kept.restore() is None
+    for step in (25, 50, 100):
+        kept.save(step, {})
+        kept.wait()
+        assert [x.name for x in tmp_path.glob("step*[0-9]")] == [f"step-{step:06}"]
+
+
+def test_an_error_of_the_disk_is_no_damage(tmp_path, state, monkeypatch):
+    saved(tmp_path, state, 2, 3)
+
+    def read_text(self):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.Path, "read_text", read_text)
+    with pytest.raises(OSError, match="Input/output error"):
+        opened(tmp_path, state).restore()
+    assert len(list(tmp_path.glob("step*[0-9]"))) == 2
+
+
+def test_the_newest_is_the_highest_number(tmp_path, state):
+    saved(tmp_path, state, 999_999, 1_000_000)
+    assert opened(tmp_path, state).restore()["step"] == 1_000_000
 
 
 def test_bytes_that_lie_are_an_error_with_the_folders_name(tmp_path, state):
@@ -119,8 +156,9 @@ def test_bytes_that_lie_are_an_error_with_the_folders_name(tmp_path, state):
     [
         ({"settings": {"lr": 0.2, "steps": 3}}, "other settings: --lr was 0.1 and is 0.2"),
         ({"settings": {"lr": 0.1, "steps": 3, "new_one": 1}}, "--new-one was None and is 1"),
-        ({"model": {"layers": 2}}, r"another run: its model were \{'layers': 1\}, now"),
-        ({"texts": "b"}, "another run: its texts were a, now it is b"),
+        ({"model": {"layers": 2}}, r"another run: the model it began with: \{'layers': 1\}, now:"),
+        ({"texts": "b"}, "another run: the texts it began with: a, now: b"),
+        ({"weights": "c"}, "another run: the weights it began with: b, now: c"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, state, change, words):
@@ -150,10 +188,23 @@ def test_what_a_kill_left_behind_is_cleared_away(tmp_path, state):
     shutil.rmtree(tmp_path / "step-000004")
     kept = opened(tmp_path, state)
     assert kept.restore()["step"] == 2
-    assert sorted(x.name for x in tmp_path.glob("step*")) == ["step-000002"]
-    kept.save(4, {})
-    kept.wait()
-    assert os.readlink(tmp_path / "newest") == "step-000004"
+    for step in (4, 6):
+        kept.save(step, {})
+        kept.wait()
+        assert kept.error == ""
+    assert sorted(x.name for x in tmp_path.glob("step*")) == ["step-000004", "step-000006"]
+    assert (tmp_path / "newest").read_text() == "step-000006\n"
+
+
+def test_other_weights_have_another_fingerprint(tmp_path):
+    model = Transformer(Config("qwen2", 17, 8, 12, 1, 2, 1, 4, 32, tied=True))
+    save(model, tmp_path)
+    first = checkpoint.fingerprint(tmp_path)
+    assert checkpoint.fingerprint(tmp_path) == first
+    with torch.no_grad():
+        model.norm.weight.mul_(1.1)
+    save(model, tmp_path)
+    assert checkpoint.fingerprint(tmp_path) != first
 
 
 # ------------------------------------------------------------------------------------ whole runs
@@ -190,7 +241,7 @@ def test_a_disk_that_is_full_at_a_save_is_said_and_the_one_before_is_whole(toy, 
     assert [x.name for x in (run / "checkpoints").glob("step*")] == ["step-000002"]
     assert len(lines(run / "metrics.jsonl")) == 5  # it went on to its end
     go(run, size, f"--model={toy}", "--steps=4", "--save-every=2", "--resume")
-    assert os.readlink(run / "checkpoints" / "newest") == "step-000004"
+    assert (run / "checkpoints" / "newest").read_text() == "step-000004\n"
 
 
 def test_a_folder_that_is_no_run_is_left_alone(toy, tmp_path):
@@ -214,6 +265,59 @@ def test_resume_without_a_folder_takes_the_newest_run(toy, tmp_path, monkeypatch
         ssr.main([*SMALL, f"--model={toy}", "--steps=1", "--resume"])
     with pytest.raises(SystemExit, match=r"other settings: --lr was 0\.002 and is 0\.5"):
         ssr.main([*SMALL, f"--model={toy}", "--steps=3", "--resume", "--lr=0.5"])
+
+
+def test_a_run_without_a_checkpoint_is_not_written_over_unless_it_is_the_same(toy, tmp_path):
+    words = [*SMALL, f"--model={toy}", f"--folder={tmp_path / 'run'}"]
+    ssr.main([*words, "--steps=2"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(SystemExit, match=r"has come to its end, and has no checkpoint"):
+        ssr.main([*words, "--steps=2", "--resume"])
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(SystemExit, match=r"other settings: --kl was 0\.0 and is 0\.7"):
+        ssr.main([*words, "--steps=2", "--resume", "--kl=0.7"])
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
+    ssr.main([*words, "--steps=2", "--resume"])
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+def test_a_longer_run_knows_that_its_old_last_step_was_the_best(toy, tmp_path, monkeypatch):
+    """Step 3 was evaluated because it was the last, and its weights are in best/."""
+    quality = {0: 0.1, 2: 0.2, 3: 0.9, 4: 0.3, 5: 0.4}
+    judged = watch.Evaluation.__call__
+
+    def measured(self, number):
+        self.problem.measures = {"exact_match": lambda *_: quality[number]}
+        return judged(self, number)
+
+    monkeypatch.setattr(watch.Evaluation, "__call__", measured)
+    words = [*SMALL, f"--model={toy}", f"--folder={tmp_path / 'run'}"]
+    ssr.main([*words, "--steps=3"])
+    ssr.main([*words, "--steps=5", "--resume"])
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["best_step"] == 3
+
+
+def test_a_log_is_cut_where_it_must_be_whatever_is_in_it(tmp_path):
+    folder = watch.RunFolder(tmp_path, mine=True)
+    rows = [{"step": i, "text": f"a\u2028b\u0085{i} 灿烂"} for i in range(4)]
+    folder.add("samples.jsonl", rows)
+    whole = (tmp_path / "samples.jsonl").read_bytes()
+    for torn in (b"", whole[:-3], b'{"step": 9', "灿".encode()[:2]):  # what a kill leaves behind
+        (tmp_path / "samples.jsonl").write_bytes(whole + torn)
+        folder.cut("samples.jsonl", 3)
+        assert (tmp_path / "samples.jsonl").read_bytes() == b"".join(
+            row + b"\n" for row in whole.split(b"\n")[:3]
+        )
+
+
+def test_what_the_run_has_on_the_disk_already_is_not_asked_for_again(tmp_path, monkeypatch):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "x").write_bytes(bytes(3000))
+    monkeypatch.setattr(watch.shutil, "disk_usage", lambda path: SimpleNamespace(free=2500))
+    s = ssr.parse([*SMALL, "--resume"])
+    watch.RunFolder(tmp_path / "run", mine=True).begin(s, 5000, None)
+    with pytest.raises(OSError, match="are needed"):
+        watch.RunFolder(tmp_path / "other", mine=True).begin(s, 5000, None)
 
 
 def torchrun(*words, **more):
@@ -321,5 +425,5 @@ def test_sigterm_to_torchrun_keeps_the_last_step(toy, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     rows = rows_of(run / "metrics.jsonl")
-    about = json.loads((run / "checkpoints" / "newest" / "state.json").read_text())
-    assert about["step"] == rows[-1]["step"] and "go on with --resume" in out, out
+    newest = (run / "checkpoints" / "newest").read_text().strip()
+    assert newest == f"step-{rows[-1]['step']:06}" and "go on with --resume" in out, out

@@ -501,7 +501,24 @@ def test_trouble_must_come_in_a_row_to_stop_a_run():
 
 def test_a_run_without_one_right_format_stops():
     wrong = {"train/skipped": 0, "judge/invalid": 0.0, "reward/format": 0.0}
-    bad = {}
-    grpo.check_health(wrong, None, bad, 2)
+    bad = grpo.trouble(wrong, {})
+    grpo.check_health(bad, None, 2)
     with pytest.raises(grpo.Stop, match="no sample of the right format for 2 steps in a row"):
-        grpo.check_health(wrong, None, bad, 2)
+        grpo.check_health(grpo.trouble(wrong, bad), None, 2)
+
+
+def test_steps_in_a_row_are_counted_across_a_restart():
+    s = settings(max_bad_steps=3, steps=9)
+    first = next(loop(tiny_model(dtype=torch.float32), lambda p, ids, n: math.nan, s))
+    model = tiny_model(dtype=torch.float32)
+    sampler = Sampler(model, slots=12, max_length=24)
+    train = grpo.train(
+        model, sampler, lambda t, g, i: judged([[math.nan] * 4] * 3),
+        lambda number: [Prompt([2 + p, 7], p) for p in range(3)], s, grpo.make_optimizer(model, s),
+        [EOS], done=first,
+    )  # fmt: skip
+    seen = []
+    with pytest.raises(grpo.Stop, match="no valid score for 3 steps in a row"):
+        for step in train:
+            seen.append(step.number)
+    assert seen == [2, 3]

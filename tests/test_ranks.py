@@ -12,8 +12,9 @@ import torch
 
 import grpo
 import ssr
+from judge import Score
 from model import load
-from ranks import Ranks, Stopping, join
+from ranks import Ranks, Stopping, is_lost, join
 from tests import golden, processes
 
 SMALL = [
@@ -29,20 +30,28 @@ def rows_of(path):
 # ---------------------------------------------------------------------------- the same learning
 
 
-def golden_steps(rank, per_node):
+def golden_steps(rank, per_node, changes):
     ranks = join("cpu", 60, within_nodes=per_node)
-    with torch.device("cpu"):
-        text = golden.as_text(golden.steps(ranks))
-    print(text, end="", file=sys.stderr)
+    print(golden.as_text(golden.steps(ranks, **changes)), end="", file=sys.stderr)
 
 
 @pytest.mark.parametrize(("size", "per_node"), [(2, None), (4, None), (4, 2)])
 def test_any_number_of_ranks_makes_the_golden_steps(tmp_path, size, per_node):
     """Samples, rewards, losses, gradient norms of ten steps, in float64 to eight decimals; with
     two ranks a node, weights spread over a node."""
-    done = processes.run(tmp_path, size, golden_steps, bool(per_node), per_node=per_node)
+    done = processes.run(tmp_path, size, golden_steps, bool(per_node), {}, per_node=per_node)
     assert done.codes == [0] * size, done.err
     assert done.err == [golden.FILE.read_text()] * size
+
+
+def test_ranks_clip_and_update_again_as_one_process_does(tmp_path):
+    """Several updates a batch, gradients scaled down, two groups of few rows for three ranks."""
+    changes = {"updates_per_batch": 2, "max_norm": 0.05, "loss_norm": "sequence", "steps": 4}
+    changes |= {"advantage_scale": "batch", "micro_batch_tokens": 4096}
+    done = processes.run(tmp_path, 3, golden_steps, False, changes)
+    assert done.codes == [0] * 3, done.err
+    expected = golden.as_text(golden.steps(**changes))
+    assert done.err == [expected] * 3 and expected != golden.FILE.read_text()
 
 
 def train(rank, words, stop_after=0):
@@ -197,6 +206,30 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(toy, tmp_path):
     rows = rows_of(tmp_path / "run" / "metrics.jsonl")
     assert [row.get("train/skipped") for row in rows] == [None, 0.0, 1.0, 0.0]
     assert all(p.isfinite().all() for p in load(tmp_path / "run" / "last").parameters())
+
+
+def never_scored(rank, words):
+    """No score at all: the run stops itself; rank 0 is slow to keep what there is."""
+    ssr.Judge.judge = lambda self, pairs, step: dict.fromkeys(pairs, Score(None, "hm"))
+    keep = ssr.Watch.keep
+
+    def slowly(self, name):
+        time.sleep(1.5 * (rank == 0 and name == "last"))
+        keep(self, name)
+
+    ssr.Watch.keep = slowly
+    ssr.main(words)
+
+
+def test_a_run_that_stops_itself_keeps_its_weights_though_ranks_differ_in_speed(toy, tmp_path):
+    words = [*SMALL, f"--model={toy}", f"--folder={tmp_path / 'run'}", "--max-bad-steps=2"]
+    done = processes.run(tmp_path / "said", 2, never_scored, words)
+    assert done.codes == [1, 1] and "".join(done.err).count("no valid score for 2 steps") == 1
+    load(tmp_path / "run" / "last")
+
+
+def test_words_about_gloo_are_no_lost_rank():
+    assert not is_lost(ValueError("--data igloo.jsonl: there is no such file"))
 
 
 def test_a_rank_that_hangs_is_named_with_its_stage(toy, tmp_path):
