@@ -7,7 +7,7 @@
 
 A checkpoint is a folder `step-000025`: PyTorch's own format, each rank's share of each tensor, so
 that any number of ranks can read it; and state.json, with what is not a tensor and the size of
-every file. It is written as `step-000025.partial`, synced, renamed, and then `newest` points to it.
+every file. It is written as `step-000025.partial`, synced, renamed, and then `newest` names it.
 """
 
 import contextlib

@@ -283,8 +283,7 @@ def update(
             ranks.at(f"train, micro-batch {i} of {len(batches)}")
             loss, more = b.loss(model, s)
             loss.backward()
-            if b.counts:
-                mine.append({n: float(x) for n, x in {"loss": loss.detach(), **more}.items()})
+            mine.append({name: float(x) for name, x in {"loss": loss.detach(), **more}.items()})
         found = merge([x for theirs in ranks.gather(mine) for x in theirs])
         if not again:
             stats["policy/sampler_gap"] = found["sampler_gap"] / weight
@@ -337,8 +336,8 @@ class MicroBatch:
     def __init__(
         self, rows: list[Row], weights: list[float], reference: list[Tensor] | None, device
     ):
-        self.counts = bool(rows)
-        if not rows:  # a rank without work still takes part: one token that weighs nothing
+        self.empty = not rows
+        if self.empty:  # a rank without work still takes part: one token that weighs nothing
             rows, weights, reference = [Row([0], [0], [0.0], 0.0, 1)], [0.0], None
         # The last token is predicted, not read; the first completion token comes from the prompt's
         # last position. Where completions lie follows from lengths, never from token values.
@@ -383,7 +382,7 @@ class MicroBatch:
             old_logprobs=self.old,
             ref_logprobs=self.reference,
             clip=(s.clip_low, s.clip_high),
-            kl=s.kl if self.counts else 0.0,
+            kl=0.0 if self.empty else s.kl,
             temperature=s.temperature,
             sampler_logprobs=self.sampled,
         )

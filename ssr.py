@@ -389,6 +389,7 @@ def run(s: Settings) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(s.threads or torch.get_num_threads())
     problem = toy_problem(s, ranks) if s.preset == "toy" else data_problem(s, ranks)
+
     ranks.at("load the model")
     per_node, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
     shared = per_node if s.shard == "node" else ranks.size
@@ -396,44 +397,36 @@ def run(s: Settings) -> None:
     work = plan.Work(s, config, ranks.size, shared, judge_template(s), cuda)
     plan.check_room(work, device, 1 if cuda else per_node)
     model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
-    tokenizer = load_tokenizer(problem.folder)
-    texts, stop_ids = Texts(tokenizer), [tokenizer.eos_token_id]
-    shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hub"}
-    identity = {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
-    agree(ranks, {f"the {name}": value for name, value in identity.items()})
+    texts = Texts(load_tokenizer(problem.folder))
+    window = window_of(s, problem, texts, config.max_length)
+    learn(s, ranks, problem, texts, model, samplers(s, model, window, device, work.slots))
 
-    window = window_of(s, problem, texts, model.config.max_length)
-    sampler, start, judging, average = samplers(s, model, window, device, work.slots)
+
+def learn(s: Settings, ranks: Ranks, problem: Problem, texts: Texts, model, four: tuple) -> None:
+    sampler, start, judging, average = four  # see `samplers`
+    stop_ids = [texts.tokenizer.eos_token_id]
     judge = Judge(
         judging, texts, problem.prompts, s.reading, s.judge_samples, s.judge_temperature,
         s.judge_max_new_tokens, stop_ids, s.seed,
     )  # fmt: skip
     reward = Reward(texts, problem.prompts, controls.scorers(s.reward, judge, s.seed), s.gate)
-
-    def ask(tasks: list[Task]) -> list[grpo.Prompt]:
-        encoded = texts.encode([problem.prompts.ask(task) for task in tasks])
-        if (longest := max(map(len, encoded))) > s.max_prompt_tokens:
-            raise ValueError(
-                f"a prompt has {longest} tokens: --max-prompt-tokens {s.max_prompt_tokens} must "
-                "be at least that"
-            )
-        return [grpo.Prompt(ids, task) for ids, task in zip(encoded, tasks, strict=True)]
+    held_out = asked(s, problem, texts, problem.held_out)
+    evaluation = Evaluation(problem, held_out, texts, sampler, judge, stop_ids, s, ranks)
+    optimizer = grpo.make_optimizer(model, s)
 
     def batch(number: int) -> list[grpo.Prompt]:
         P = s.prompts_per_step
-        return ask([problem.task(i) for i in range((number - 1) * P, number * P)])
+        tasks = [problem.task(i) for i in range((number - 1) * P, number * P)]
+        return asked(s, problem, texts, tasks)
 
-    evaluation = Evaluation(
-        problem, ask(problem.held_out), texts, sampler, judge, stop_ids, s, ranks
-    )
-    optimizer = grpo.make_optimizer(model, s)
     path = Path(ranks.share("name the run", [None], lambda _: [str(folder_of(s))])[0])
+    identity = identity_of(problem, model)
+    agree(ranks, {f"the {name}": value for name, value in identity.items()})
     identity["settings"] = dataclasses.asdict(s)
     tensors = tensors_of(model, optimizer, average)
     kept = Checkpoints(path / "checkpoints", s.keep, ranks, tensors, identity, FREE)
     watch = Watch(s, path, sampler.model, problem.folder, evaluation, kept, ranks)
     done = watch.restore() if s.resume else None  # the last step of the run that goes on
-
     grpo.refresh(sampler, model)
     if average:
         follow(judging.model.parameters(), average)
@@ -444,7 +437,7 @@ def run(s: Settings) -> None:
             watch.begin(done)
             for step in grpo.train(
                 model, sampler, reward, batch, s, optimizer, stop_ids, tracked, ranks, done
-            ):  # fmt: skip
+            ):
                 if average:
                     follow(average, model.parameters(), s.ema_decay)
                     follow(judging.model.parameters(), average)
@@ -456,6 +449,22 @@ def run(s: Settings) -> None:
             raise
         else:
             watch.finish()
+
+
+def asked(s: Settings, problem: Problem, texts: Texts, tasks: list[Task]) -> list[grpo.Prompt]:
+    encoded = texts.encode([problem.prompts.ask(task) for task in tasks])
+    if (longest := max(map(len, encoded))) > s.max_prompt_tokens:
+        raise ValueError(
+            f"a prompt has {longest} tokens: --max-prompt-tokens {s.max_prompt_tokens} must be at "
+            "least that"
+        )
+    return [grpo.Prompt(ids, task) for ids, task in zip(encoded, tasks, strict=True)]
+
+
+def identity_of(problem: Problem, model: Transformer) -> dict:
+    """What must be the same on all ranks, and when a run goes on; its settings aside."""
+    shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hub"}
+    return {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
 
 
 def folder_of(s: Settings) -> Path:
