@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(toy, tmp_path):
     assert all(p.isfinite().all() for p in load(tmp_path / "run" / "last").parameters())
 
 
-def never_scored(rank, words):
+def never_scored(rank, words, folder):
     """No score at all: the run stops itself; rank 0 is slow to keep what there is."""
     ssr.Judge.judge = lambda self, pairs, step: dict.fromkeys(pairs, Score(None, "hm"))
     keep = ssr.Watch.keep
@@ -217,14 +218,20 @@ def never_scored(rank, words):
         time.sleep(1.5 * (rank == 0 and name == "last"))
         keep(self, name)
 
-    ssr.Watch.keep = slowly
+    def leave(message):
+        there = (Path(folder) / "last" / "config.json").is_file()
+        print("weights are there:", there, file=sys.stderr, flush=True)
+        real(message)
+
+    ssr.Watch.keep, ssr.leave, real = slowly, leave, ssr.leave
     ssr.main(words)
 
 
 def test_a_run_that_stops_itself_keeps_its_weights_though_ranks_differ_in_speed(toy, tmp_path):
     words = [*SMALL, f"--model={toy}", f"--folder={tmp_path / 'run'}", "--max-bad-steps=2"]
-    done = processes.run(tmp_path / "said", 2, never_scored, words)
+    done = processes.run(tmp_path / "said", 2, never_scored, words, str(tmp_path / "run"))
     assert done.codes == [1, 1] and "".join(done.err).count("no valid score for 2 steps") == 1
+    assert ["weights are there: True" in said for said in done.err] == [True, True]
     load(tmp_path / "run" / "last")
 
 
