@@ -1,3 +1,7 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test waits for a network
+
 import pytest
 import torch
 

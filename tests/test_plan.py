@@ -109,7 +109,6 @@ def test_a_dry_run_of_the_toy_measures_this_machine_and_writes_nothing(
     ],
 )
 def test_a_question_that_cannot_be_answered_says_why(words, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit, match=message):
         ssr.main(["--dry-run", "--preset=ssr-zero-7b", *words])
 

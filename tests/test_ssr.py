@@ -277,7 +277,6 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
 )
 def test_what_cannot_work_is_refused_in_one_line(words, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(ssr, "make", None)  # nothing may be made before all is checked
     with pytest.raises(SystemExit, match=f"(?s)^ssr.py: .*{message}") as error:
         ssr.main(words)
