@@ -46,7 +46,7 @@ from sampler import Sampler
 from toy import controls
 from toy.languages import Languages, quality
 from toy.pretrain import Recipe, make, make_tokenizer, shape_of
-from watch import Evaluation, Problem, Stopper, Watch, launcher
+from watch import Evaluation, Problem, Stopper, Watch, commit, launcher
 
 
 @dataclass
@@ -385,6 +385,7 @@ def run(s: Settings) -> None:
     device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ranks = join(device.type, s.patience, s.shard == "node")
     agree(ranks, {option(name): value for name, value in dataclasses.asdict(s).items()})
+    agree(ranks, {"the code": commit(), "PyTorch": torch.__version__})
     if device.type == "cuda" and ranks.size > 1:
         device = torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(s.threads or torch.get_num_threads())

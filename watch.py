@@ -222,9 +222,8 @@ class Watch:
         self.evaluation.restore(state.pop("evaluation"))
         vars(self).update(state)
         self.first = about["step"]
-        self.again = (
-            about["settings"]["steps"] == about["step"]
-        )  # evaluated because it was the last
+        # It was evaluated because it was the last, and its weights may be the best.
+        self.again = about["settings"]["steps"] == about["step"]
         return grpo.Step(about["step"], about["metrics"], [], about["bad"])
 
     def begin(self, step: grpo.Step | None) -> None:

@@ -273,6 +273,10 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
         (["--controls", "--seed=3"], r"--controls sets --seed itself: .*--seeds"),
         (["--controls", "--seeds=0-2"], "--seeds 0-2: numbers with commas between them"),
         (["--controls", "--preset=ssr-zero-7b"], "--controls needs --preset toy"),
+        (["--controls", "--resume"], "--controls starts its own runs, and skips those that are"),
+        (["--shard=rack"], "--shard rack: use all, node"),
+        (["--save-every=0"], "--save-every 0 must be at least 1"),
+        (["--patience=0"], "--patience 0.0 must be above 0"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(words, message, monkeypatch):
