@@ -49,12 +49,12 @@ class Checkpoints:
         self, folder: Path, keep: int, ranks: Ranks, tensors: dict[str, Tensor], identity: dict,
         free: str,
     ):  # fmt: skip
-        """`identity`: what must be equal for a run to go on; of its "settings" all but `free`."""
+        """`identity`: what must be equal for a run to go on, but for the settings in `free`."""
         self.folder, self.keep, self.ranks, self.tensors = folder, keep, ranks, tensors
         self.identity, self.free = json.loads(json.dumps(identity)), free.split()
         self.writing: threading.Thread | None = None
         self.error = ""  # of the last save
-        # One process alone is what it says it assumes.
+        # PyTorch warns that it assumes a single process: true wherever it does.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         # A thread talks through a group of its own, beside whatever the loop says meanwhile.
         self.group = dist.new_group(backend="gloo") if ranks.size > 1 else None
@@ -72,16 +72,15 @@ class Checkpoints:
         final = self.folder / f"step-{step:06}"
         partial = final.with_suffix(".partial")
 
-        def prepare(_) -> list[bool]:
+        def is_new() -> bool:
             if final.exists():
-                return [False]  # a run that was continued and stopped at once: nothing is new
+                return False  # a run that goes on begins with the record of its last step
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            return [True]
+            return True
 
-        if not self.ranks.share("save", [None], prepare)[0]:
+        if not self.ranks.on_first("save", is_new):
             return
-        # Copied to the CPU before this returns, then written by a thread, and synced file by file.
         future = dcp.async_save(self.tensors, checkpoint_id=partial, process_group=self.group)
         about = {"version": VERSION, "step": step} | self.identity | about
         self.writing = threading.Thread(target=self.finish, args=(future, partial, final, about))
@@ -125,18 +124,18 @@ class Checkpoints:
     def restore(self) -> dict | None:
         """The newest whole checkpoint's state, its tensors in place; None where there is none."""
 
-        def find(_) -> list:
+        def find() -> tuple[Path, dict] | None:
             for folder in self.all():
                 about, trouble = read(folder)
                 if not trouble:
-                    return [(folder, about)]
+                    return folder, about
                 print(f"{folder} is not whole ({trouble}): put aside", flush=True)
                 aside = folder.with_suffix(".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(folder, aside)
-            return [None]
+            return None
 
-        found = self.ranks.share("look for checkpoints", [None], find)[0]
+        found = self.ranks.on_first("look for checkpoints", find)
         if found is None:
             return None
         folder, about = found

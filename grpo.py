@@ -20,7 +20,7 @@ Group Relative Policy Optimisation, as it is done here:
 - a sample of advantage 0 teaches nothing (unless a KL pulls at it) and costs nothing. A step in
   which there is no other takes no optimizer step at all;
 - with many ranks each samples and judges its share of the prompts, all of them then know the whole
-  batch, and each takes its share of the micro-batches (see ranks.py). One rank is no special case.
+  batch, and each takes its share of the micro-batches (see ranks.py).
 
 Letters: P prompts, N samples of each, T tokens.
 """
@@ -136,7 +136,8 @@ def train(
 ) -> Iterator[Step]:
     """Steps 1 … s.steps, or those after `done`. `start`: a sampler of the weights at the start.
 
-    What a step does depends on the weights, the optimizer's state and its number alone.
+    What a step does depends on the settings, the weights, the optimizer's state and its number
+    alone. A run's health is looked at after the yield: the caller has the step by then.
     """
     if s.kl > 0 and start is None:
         raise ValueError(f"kl={s.kl} needs `start`, a sampler of the weights at the start")
@@ -219,7 +220,7 @@ def distinct_rows(
 
 
 def weights_of(rows: list[Row], s: Settings) -> list[float]:
-    """What one token of each row weighs in the loss; over all copies' tokens they sum to 1.
+    """What a token of each row weighs in the loss, its copies counted; all rows' tokens sum to 1.
 
     Rows of advantage 0 count here, too, though they are not trained: what others weigh must not
     depend on them.
@@ -270,7 +271,7 @@ def update(
         )
         for part in parts
     ]
-    # Before any forward: the engine shows whole weights for a while then, which nobody trains.
+    # Listed before any forward: FSDP then shows gathered weights, which no optimizer owns.
     parameters = [p for p in model.parameters() if p.requires_grad]
     if s.updates_per_batch > 1:
         for b in batches:
@@ -294,12 +295,8 @@ def update(
         else:
             stats["train/skipped"] += 1
     optimizer.zero_grad(set_to_none=True)
-    stats |= {
-        "train/grad_norm": norm,
-        "train/loss": found["loss"],
-        "train/clipped": found["clipped"],
-    }
-    return stats
+    names = {"train/loss": "loss", "train/clipped": "clipped"}
+    return stats | {"train/grad_norm": norm} | {name: found[x] for name, x in names.items()}
 
 
 def merge(found: list[dict[str, float]]) -> dict[str, float]:
@@ -310,10 +307,10 @@ def merge(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def pack(which: list[int], lengths: list[int], most: int, ranks: int) -> list[list[int]]:
-    """Micro-batches of about the same number of tokens, at most `most` of them, or of one row.
+    """Micro-batches of about the same number of tokens, at most `most` unless one row is longer.
 
-    A multiple of `ranks` of them, for a step of the ranks is as long as its longest micro-batch,
-    and whoever has none would let the others wait for its gradient: an empty one is possible.
+    Every rank needs the same number of them, because forward and backward are collective: some may
+    be empty. Largest first, so that the ranks have about as much to do in each round.
     """
     order = sorted(which, key=lambda i: -lengths[i])
     count = ranks * max(1, -(-sum(lengths[i] for i in which) // (ranks * most)))

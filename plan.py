@@ -87,7 +87,7 @@ def machine_of(words: str, device: torch.device) -> Machine:
     cuda = device.type == "cuda"
     dtype, size = (torch.bfloat16, 8192) if cuda else (torch.float32, 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    many, copy = torch.empty(2**28 if cuda else 2**25, device=device), None
+    many = torch.empty(2**28 if cuda else 2**25, device=device)
     rates = []
     for work, amount in ((lambda: a @ b, 2 * size**3), (lambda: many.clone(), 2 * many.nbytes)):
         best = 1e9
@@ -102,11 +102,11 @@ def machine_of(words: str, device: torch.device) -> Machine:
         if cuda
         else f"this CPU, {torch.get_num_threads()} threads"
     )
-    return Machine(f"{name}, measured", room(device) / 1e9, *rates, 16)
+    return Machine(f"{name}, measured", room(device) / 1e9, *rates, link=16)  # PCIe, assumed
 
 
 def room(device: torch.device) -> float:
-    """Bytes that a process could have."""
+    """Bytes of this GPU, or those that are free on this machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -206,7 +206,7 @@ def memory(k: Work) -> dict[str, float]:
 
 
 def check_room(k: Work, device: torch.device, processes: int) -> None:
-    """Before anything is loaded: `processes` of this machine want what is there."""
+    """Before anything is loaded; `processes` share what this machine has."""
     needed, there = peak(memory(k)), room(device) / processes
     what = f"about {needed / 1e9:.1f} GB on each rank, and {there / 1e9:.1f} are there"
     if needed > 1.1 * there:

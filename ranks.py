@@ -6,15 +6,16 @@
     everything = ranks.gather(mine)                  # one object of each rank
     follow(copy.parameters(), model.parameters())    # shares -> a whole copy, in its type
 
-The division of labour: texts are dealt out by index and nothing is drawn from a stream, so any
-number of ranks draws the same samples. Samples and scores are exchanged in full, they are small
-beside the work of making them. So every rank knows the whole batch, computes the same advantages
-and the same denominator, and packs the same micro-batches, of which it takes its share. Gradients
-are summed by PyTorch's engine, never averaged: the denominator has seen to that.
+The division of labour: texts are dealt out by index and random numbers are keyed, so any number of
+ranks uses the same ones for the same sample. Samples and scores are exchanged in full, they are
+small beside the work of making them. So every rank knows the whole batch, computes the same
+advantages and the same denominator, and packs the same micro-batches, of which it takes its share.
+FSDP sums gradients without averaging: the loss is already divided by the whole batch's denominator.
 
-An error in a rank's own work reaches all of them at the next exchange and is raised everywhere, so
-nobody waits for the dead. So does a signal to stop. What cannot report itself any more (a process
-that hangs, a machine that is gone) is named by a thread that looks at the clock.
+An error inside `share` is raised on all ranks, so nobody waits for the dead; elsewhere it ends its
+process, and torchrun ends the others. A signal to stop is acted on in the next `share`, too. What
+cannot report itself any more (a process that hangs, a machine that is gone) is named by a thread
+that looks at the clock.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,16 +37,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# Errors that explain themselves; of several that fit the first.
+# Errors that explain themselves. The first match is used: subclasses come before RuntimeError.
 KINDS = (FloatingPointError, ValueError, OSError, torch.OutOfMemoryError, RuntimeError)
 
 
 class Stopping(Exception):
-    """SIGTERM or Ctrl-C reached some rank: all leave the step in hand."""
+    """SIGTERM or Ctrl-C reached some rank: all abandon the step in hand."""
 
 
-class Failure(tuple):
-    """(kind, message): how an error travels."""
+class Failure(NamedTuple):
+    """How an error travels."""
+
+    kind: type
+    words: str
 
 
 class Ranks:
@@ -54,8 +59,8 @@ class Ranks:
         self.rank, self.size, self.mesh, self.group, self.store = rank, size, mesh, group, store
         self.step = 0
         self.stop = False  # set by a signal's handler; `share` acts on it
-        self.stoppable = False  # true while an exception may be raised at any point: see `attempt`
-        self.ending = False  # what is left to do is done, whatever signal comes
+        self.stoppable = False  # true while the handler may raise Stopping itself: see `attempt`
+        self.ending = False  # the last things are being kept: no signal interrupts that
 
     # ------------------------------------------------------------------------------ exchange
 
@@ -72,24 +77,25 @@ class Ranks:
         try:
             outcome = self.attempt(work, mine) if len(mine) else []
         except Stopping:
-            outcome = Failure((Stopping, ""))
+            outcome = Failure(Stopping, "")
         except Exception as error:
             kind = next((k for k in KINDS if isinstance(error, k)), None)
             words = str(error) if kind else traceback.format_exc()
-            outcome = Failure((kind or RuntimeError, words))
+            outcome = Failure(kind or RuntimeError, words)
         self.at(f"{what}, done")
         outcomes = self.gather(outcome)
         failed = [(r, x) for r, x in enumerate(outcomes) if isinstance(x, Failure)]
-        for rank, (kind, words) in sorted(failed, key=lambda f: f[1][0] is Stopping):
-            raise kind(f"rank {rank}: {words}")
+        if failed:  # of an error and a stop, the error
+            rank, failure = min(failed, key=lambda pair: pair[1].kind is Stopping)
+            raise failure.kind(f"rank {rank}: {failure.words}")
         results = [None] * len(items)
         for rank, part in enumerate(outcomes):
             results[rank :: self.size] = part
         return results
 
     def attempt(self, work: Callable, items):
-        """While this runs a signal may raise Stopping, wherever the work is: it changes nothing
-        that lasts."""
+        """While this runs a signal may raise Stopping at any point, so `work` must be such that it
+        can be abandoned and done again."""
         self.stoppable = not self.ending
         try:
             if self.stop and not self.ending:
@@ -99,7 +105,7 @@ class Ranks:
             self.stoppable = False
 
     def gather(self, mine) -> list:
-        """[rank 0's object, rank 1's, …] on every rank."""
+        """[rank 0's object, rank 1's, …] on every rank. Carries no errors, unlike `share`."""
         if self.size == 1:
             return [mine]
         found = [None] * self.size
@@ -107,11 +113,15 @@ class Ranks:
         return found
 
     def one_first(self, what: str, work: Callable[[], object]):
-        """`work` on rank 0, then on the others, who find what it left on the disk."""
+        """`work` on rank 0, then on all, who find on the disk what that has left there."""
         if self.size == 1:
             return work()
-        self.share(what, [None], lambda _: [bool(work())])
+        self.on_first(what, lambda: bool(work()))
         return self.share(what, range(self.size), lambda _: [work()])[self.rank]
+
+    def on_first(self, what: str, work: Callable[[], object]):
+        """`work` on rank 0 alone; its result, or its error, on all."""
+        return self.share(what, [None], lambda _: [work()])[0]
 
     # ----------------------------------------------------------------------------- the weights
 
@@ -132,8 +142,8 @@ class Ranks:
             fully_shard(module, mesh=self.mesh, mp_policy=policy)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # a sum …
-                module.set_force_sum_reduction_for_comms(True)  # … of a kind that gloo knows, too
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
         shares = dict(model.named_parameters())
 
         def place(name: str, whole: Tensor) -> Tensor:
@@ -150,12 +160,13 @@ class Ranks:
             self.store.set(f"at {self.rank}", f"step {self.step}, {what}")
 
     def watch(self, patience: float) -> None:
-        """End this process when a stage takes longer than `patience` seconds, and say who hangs.
+        """A thread of each rank: when its `at` has not changed for `patience` seconds, it says who
+        is waited for and ends the process.
 
-        Each rank shows a sign of life now and then. A rank without one hangs itself, or is gone;
-        one that lives but is elsewhere than the others is the one they wait for.
+        Each rank shows a sign of life now and then. One without is frozen or gone; one that lives
+        but is elsewhere than the others is the one they wait for.
         """
-        store = self.store.clone()  # its own connection: a call that waits would block the loop's
+        store = self.store.clone()  # its own connection: a call that waits would stall the loop
         changed: dict[str, tuple[bytes, float]] = {}
         names = [f"{x} {rank}" for rank in range(self.size) for x in ("at", "alive")]
         every = min(10.0, patience / 5)
@@ -165,7 +176,7 @@ class Ranks:
                 store.set(f"alive {self.rank}", str(time.monotonic()))
                 values = store.multi_get(names)
             except dist.DistError:
-                end("ssr.py: torchrun does not answer: it, or the machine of rank 0, is gone")
+                leave("ssr.py: torchrun does not answer: it, or the machine of rank 0, is gone")
             now = time.monotonic()
             for name, value in zip(names, values, strict=True):
                 if changed.get(name, (None,))[0] != value:
@@ -182,7 +193,7 @@ class Ranks:
             ]
             lines = lines or [f"  all of them are at: {usual}"]
             what = f"ssr.py: no progress for {patience:.0f} s (--patience). Who is waited for:"
-            end("\n".join([what, *lines[:8]]))  # the main thread waits, too, and cannot be woken
+            leave("\n".join([what, *lines[:8]]))
 
 
 def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> Ranks:
@@ -205,8 +216,9 @@ def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> R
     limit = datetime.timedelta(seconds=2 * patience + 60)
     host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = connect(300, host)
-    # Ranks that torchrun has started again must not read what the last ones left there, as those
-    # of a plain init_process_group do. Counts may differ where a node's torchrun was started anew.
+    # torchrun may keep one store over its restarts, and a plain init_process_group then reads the
+    # addresses of the dead. So names begin with the number of starts; with the largest of them, as
+    # a node whose torchrun is new counts from 0 (all have a new store in that case).
     starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     store.set(f"starts {rank}", str(starts))
     all_starts = [int(store.get(f"starts {r}")) for r in range(size)]
@@ -232,34 +244,24 @@ def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> R
 
 
 def connect(seconds: float = 5, host: bool = False):
-    """The key-value store through which processes find each other; torchrun hosts it."""
+    """The key-value store through which processes find each other. torchrun hosts it, or rank 0."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = datetime.timedelta(seconds=seconds)
     return dist.TCPStore(address, port, None, host, limit, wait_for_workers=False)
 
 
-def complain(message: str) -> None:
-    """To stderr, by whichever rank is the first to have this to say."""
-    if "MASTER_PORT" in os.environ:
-        with contextlib.suppress(dist.DistError):  # no store: then each speaks for itself
-            which = os.environ.get("TORCHELASTIC_RESTART_COUNT"), zlib.crc32(message.encode())
-            if connect().add(f"said {which}", 1) > 1:
-                time.sleep(1)  # torchrun ends all when one ends: the first must have spoken
-                return
-        message += f"  [rank {os.environ['RANK']} on {socket.gethostname()}]"
-    print(message, file=sys.stderr, flush=True)
-
-
 def leave(message: str):
-    """End with an error."""
+    """End with an error, said by whichever rank is the first to have this to say."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(message)
-    end(message)
-
-
-def end(message: str):
-    with contextlib.suppress(KeyboardInterrupt):  # torchrun's SIGTERM, because another has ended
-        complain(message)
+    # What is suppressed: no store, then each speaks for itself; torchrun's SIGTERM.
+    with contextlib.suppress(dist.DistError, KeyboardInterrupt):
+        which = os.environ.get("TORCHELASTIC_RESTART_COUNT"), zlib.crc32(message.encode())
+        if connect().add(f"said {which}", 1) > 1:
+            time.sleep(1)  # torchrun ends all when one ends: the first must have spoken
+            os._exit(1)
+    who = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+    print(f"{message}  [{who}]", file=sys.stderr, flush=True)
     os._exit(1)  # threads that talk to ranks which are gone would never end
 
 
@@ -276,7 +278,7 @@ def is_lost(error: Exception) -> bool:
 def follow(copies: Iterable[Tensor], weights: Iterable[Tensor], decay: float = 0.0) -> None:
     """copy = decay * copy + (1 - decay) * weight, in place: captured graphs read these addresses.
 
-    Whole copies of shared weights are gathered, in the copies' type. Collective then.
+    Weights that are spread over ranks are cast to the copies' type, then gathered: collective.
     """
     for mine, theirs in zip(copies, weights, strict=True):
         theirs = theirs.to(mine.dtype)

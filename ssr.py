@@ -27,6 +27,7 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -400,11 +401,13 @@ def run(s: Settings) -> None:
     model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
     texts = Texts(load_tokenizer(problem.folder))
     window = window_of(s, problem, texts, config.max_length)
-    learn(s, ranks, problem, texts, model, samplers(s, model, window, device, work.slots))
+    learn(s, ranks, problem, texts, model, *samplers(s, model, window, device, work.slots))
 
 
-def learn(s: Settings, ranks: Ranks, problem: Problem, texts: Texts, model, four: tuple) -> None:
-    sampler, start, judging, average = four  # see `samplers`
+def learn(
+    s: Settings, ranks: Ranks, problem: Problem, texts: Texts, model: Transformer,
+    sampler: Sampler, start: Sampler | None, judging: Sampler, average: list,
+) -> None:  # fmt: skip
     stop_ids = [texts.tokenizer.eos_token_id]
     judge = Judge(
         judging, texts, problem.prompts, s.reading, s.judge_samples, s.judge_temperature,
@@ -420,7 +423,7 @@ def learn(s: Settings, ranks: Ranks, problem: Problem, texts: Texts, model, four
         tasks = [problem.task(i) for i in range((number - 1) * P, number * P)]
         return asked(s, problem, texts, tasks)
 
-    path = Path(ranks.share("name the run", [None], lambda _: [str(folder_of(s))])[0])
+    path = ranks.on_first("name the run", lambda: folder_of(s))
     identity = identity_of(problem, model)
     agree(ranks, {f"the {name}": value for name, value in identity.items()})
     identity["settings"] = dataclasses.asdict(s)
@@ -463,7 +466,7 @@ def asked(s: Settings, problem: Problem, texts: Texts, tasks: list[Task]) -> lis
 
 
 def identity_of(problem: Problem, model: Transformer) -> dict:
-    """What must be the same on all ranks, and when a run goes on; its settings aside."""
+    """What must be the same on all ranks, and when a run goes on; except its settings."""
     shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hub"}
     return {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
 
@@ -590,6 +593,10 @@ def main(words: list[str]) -> None:
         if is_lost(error):
             leave("ssr.py: another rank has gone: killed, or crashed? Go on with --resume")
         leave(f"ssr.py: {error}")
+    except Exception:  # a bug: its rank must not wait for its threads while the others wait for it
+        if ranks_here() == 1:
+            raise
+        leave(traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
 

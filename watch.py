@@ -201,7 +201,8 @@ class Watch:
         """`model`: whole weights, those that the sampler has."""
         self.s, self.model, self.source, self.evaluation = s, model, source, evaluation
         self.kept, self.ranks, self.folder = kept, ranks, RunFolder(path, ranks.rank == 0)
-        self.begun, self.spent = time.perf_counter(), 0.0  # this process, and those before
+        self.begun = time.perf_counter()
+        self.spent = 0.0  # seconds, by processes before this one
         self.before: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.alarms: list[int] = []
@@ -222,21 +223,22 @@ class Watch:
         self.evaluation.restore(state.pop("evaluation"))
         vars(self).update(state)
         self.first = about["step"]
-        # It was evaluated because it was the last, and its weights may be the best.
+        # Then it was evaluated as the last step, and its weights may be those in best/.
         self.again = about["settings"]["steps"] == about["step"]
         return grpo.Step(about["step"], about["metrics"], [], about["bad"])
 
     def begin(self, step: grpo.Step | None) -> None:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        needed = (self.s.keep + 1) * self.kept.bytes + 3 * weights + 2**24
+        needed = (self.s.keep + 1) * self.kept.bytes  # the new one is there before the oldest goes
+        needed += 3 * weights + 2**24  # best/, last/, the next of them; the logs
         number = step and step.number
 
-        def open_folder(_) -> list[None]:
+        def open_folder() -> None:
             if step is None:
                 self.folder.check_unfinished(self.kept)
-            return [self.folder.begin(self.s, needed, number)]
+            self.folder.begin(self.s, needed, number)
 
-        self.ranks.share("begin", [None], open_folder)
+        self.ranks.on_first("begin", open_folder)
         if step is None:
             self.evaluate(0, {})
         else:
@@ -256,7 +258,7 @@ class Watch:
         self.kept.save(self.step.number, about)
 
     def record(self, step: grpo.Step) -> None:
-        """Its row. A run that goes on begins with this, so a checkpoint comes before it."""
+        """Its row, after its checkpoint: a run that goes on begins by writing the row again."""
         last = step.number == self.s.steps
         again = self.again and step.number == self.first
         if last or again or step.number % self.s.eval_every == 0:
@@ -306,7 +308,7 @@ class Watch:
 
     def stop(self) -> None:
         if self.step is None:
-            print("stopped before a step was done: nothing to keep")
+            print("stopped before the first step was done: nothing to keep")
             return
         self.ranks.ending = True
         self.save()
@@ -316,16 +318,16 @@ class Watch:
         print(f"stopped after step {number}; go on with --resume --folder {path}")
 
     def give_up(self) -> None:
-        """Keep what there is; another error is on its way."""
+        """Keep what there is. The error that ends the run is raised again after this."""
         self.ranks.ending = True
         self.keep("last")
         self.kept.wait()
-        self.ranks.share("end", [None], lambda _: [None])
+        self.ranks.gather(None)  # no rank leaves before
 
     def written(self) -> None:
         """The last checkpoint, on the disk; no rank leaves before."""
         self.kept.wait()
-        [error] = self.ranks.share("end", [None], lambda _: [self.kept.error])
+        error = self.ranks.on_first("end", lambda: self.kept.error)
         if error:
             raise OSError(error)
 
@@ -379,7 +381,7 @@ class Stopper:
             name: signal.signal(name, self.ask) for name in (signal.SIGTERM, signal.SIGINT)
         }
 
-    def ask(self, number: int, frame) -> None:
+    def ask(self, signum: int, frame) -> None:
         if self.ranks.stop:
             if self.ranks.size == 1:
                 raise KeyboardInterrupt
@@ -387,7 +389,7 @@ class Stopper:
         self.ranks.stop = True
         with contextlib.suppress(OSError):  # not print: it may be what was interrupted
             if self.ranks.rank == 0:
-                os.write(2, b"\nstopping; the last whole step is kept\n")
+                os.write(2, b"\nasked to stop: keeping the last whole step\n")
         if self.ranks.stoppable:
             raise Stopping
 
@@ -496,7 +498,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def launcher() -> str:
-    """The process that starts us: a run whose ranks torchrun starts again goes on by itself."""
+    """What stays the same when torchrun starts the ranks again: their parent."""
     return f"{platform.node()} {os.getppid()}"
 
 
