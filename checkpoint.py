@@ -129,8 +129,8 @@ class Checkpoints:
                 about, trouble = read(folder)
                 if not trouble:
                     return folder, about
-                print(f"{folder} is not whole ({trouble}): put aside", flush=True)
                 aside = folder.with_suffix(".damaged")
+                print(f"{folder} is not whole ({trouble}): put aside as {aside.name}", flush=True)
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(folder, aside)
             return None
@@ -169,11 +169,17 @@ class Checkpoints:
 
     def compare(self, had: dict, folder: Path) -> None:
         now = self.identity["settings"]
-        other = [
-            f"--{name.replace('_', '-')} was {had.get(name)!r} and is {now.get(name)!r}"
-            for name in now
-            if name not in self.free and had.get(name) != now.get(name)
-        ]
+        other, allowed = (
+            [
+                f"--{name.replace('_', '-')} was {had.get(name)!r} and is {now[name]!r}"
+                for name in now
+                if (name in self.free) == free and had.get(name) != now[name]
+            ]
+            for free in (False, True)
+        )
+        allowed = [words for words in allowed if not words.startswith(("--folder ", "--resume "))]
+        if allowed:
+            print(f"Going on with other settings: {'; '.join(allowed)}")
         if other:
             raise ValueError(
                 f"{folder} was made with other settings: {'; '.join(other)}. Give the same, or "

@@ -391,7 +391,8 @@ def find_folder(source: str | Path) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or str(source).count("/") != 1 or str(source)[0] in "./~":
+    words = str(source)
+    if folder.exists() or words.count("/") != 1 or words[0] in "./~" or words.endswith("/"):
         raise FileNotFoundError(f"{source}: no such folder (and not a hub id of the form org/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

@@ -64,6 +64,8 @@ def shape_of(name: str) -> Config:
     from huggingface_hub import hf_hub_download
 
     try:
+        if name.count("/") != 1:
+            raise ValueError("not a hub id of the form org/name")
         return read_config(Path(hf_hub_download(name, "config.json")).parent)
     except (OSError, ValueError) as error:  # no network and not in its cache is an OSError
         raise ValueError(
@@ -269,12 +271,13 @@ def report(k: Work, m: Machine, name: str) -> str:
     ))  # fmt: skip
     quick = seconds(shorter, m)
     share = f", weights shared by {k.S}" if k.G > 1 else ""
+    scale, unit = (1e9, "GB") if peak(parts) > 2e9 else (1e6, "MB")
     lines = [
-        f"{name}: {k.params[0] / 1e9:.2f} B parameters on {k.G} × {m.name}{share}",
+        f"{name}: {k.params[0] / 1e9:.4g} B parameters on {k.G} × {m.name}{share}",
         "",
-        f"{'memory of each':28}       GB",
-        *(f"{part:28} {size / 1e9:8.2f}" for part, size in parts.items()),
-        f"{'peak':28} {peak(parts) / 1e9:8.2f} of {m.gigabytes:.0f}",
+        f"{'memory of each':28}       {unit}",
+        *(f"{part:28} {size / scale:8.2f}" for part, size in parts.items()),
+        f"{'peak':28} {peak(parts) / scale:8.2f} of {m.gigabytes * 1e9 / scale:,.0f}",
         "",
         f"{'seconds of a step':28} longest  a quarter as long",
         *(f"{part:28} {time:7.3g}  {quick[part]:7.3g}" for part, time in times.items()),
@@ -289,13 +292,15 @@ def report(k: Work, m: Machine, name: str) -> str:
     return "\n".join(lines)
 
 
-def verdict(k: Work, m: Machine) -> str:
-    def missing(k: Work) -> float:
-        return peak(memory(k)) - m.gigabytes * 1e9
+def missing(k: Work, m: Machine) -> float:
+    """Bytes on each GPU; negative: to spare."""
+    return peak(memory(k)) - m.gigabytes * 1e9
 
-    if missing(k) <= 0:
-        return f"It fits, with {-missing(k) / 1e9:.1f} GB to spare."
-    now = f"It does NOT fit: {missing(k) / 1e9:.1f} GB too much on each."
+
+def verdict(k: Work, m: Machine) -> str:
+    if missing(k, m) <= 0:
+        return f"It fits, with {-missing(k, m) / 1e9:.1f} GB to spare."
+    now = f"It does NOT fit: {missing(k, m) / 1e9:.1f} GB too much on each."
     # Least harmful first; each is added to those before until it fits.
     changes, other = {}, k
     tries = [("shard", "all"), ("micro_batch_tokens", max(k.longest, 8192)), ("slots", 64)]
@@ -306,10 +311,11 @@ def verdict(k: Work, m: Machine) -> str:
         changes[name] = value
         other = k._replace(s=dataclasses.replace(k.s, **changes))
         other = other._replace(S=k.G if other.s.shard == "all" else k.S)
-        if missing(other) <= 0:
+        if missing(other, m) <= 0:
             break
     words = [f"--{n.replace('_', '-')} {v}" for n, v in changes.items() if v is not False]
     words = " ".join(words + ["--no-track-kl"] * ("track_kl" in changes))
-    if missing(other) <= 0:
+    if missing(other, m) <= 0:
         return f"{now} It would with {words}."
-    return f"{now} {words} would leave {missing(other) / 1e9:.1f} GB too much: use larger GPUs."
+    left = f"{missing(other, m) / 1e9:.1f} GB"
+    return f"{now} {words} would leave {left} too much: use more or larger GPUs."

@@ -2,7 +2,7 @@
 
     python ssr.py                              # on a laptop: the embedded toy, in minutes
     python ssr.py --preset ssr-zero-7b --data texts.jsonl        # the paper's recipe
-    torchrun --nproc_per_node=8 ssr.py --data texts.jsonl        # on eight GPUs
+    torchrun --nproc_per_node=8 ssr.py --preset ssr-zero-7b --data texts.jsonl   # on eight GPUs
     python ssr.py --resume --folder runs/mine  # go on from the newest checkpoint, if there is one
     python ssr.py --dry-run --preset ssr-zero-7b --gpus 8        # does it fit, how long is a step
     python ssr.py --controls                   # the toy with other rewards, and their table
@@ -15,6 +15,7 @@ judge's words; checkpoints/; best/ and last/, Hugging Face folders; result.json 
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -63,7 +64,7 @@ class Settings(grpo.Settings):
     """The folder to write; it must not exist. Default: runs/PRESET-DATE-TIME."""
     resume: bool = False
     """Go on from the newest whole checkpoint in --folder (default: the preset's newest run), or
-    from the beginning when there is none."""
+    from the beginning when there is none; with that run's settings, where no others are given."""
     save_every: int = 25
     """Steps between two checkpoints."""
     keep: int = 2
@@ -109,7 +110,7 @@ class Settings(grpo.Settings):
     dry_run: bool = False
     """Say what memory and time the run would take, and end."""
     gpus: int = 0
-    """Of a --dry-run; 0: those of this machine."""
+    """Of a --dry-run; with --shard node 8 on each node. 0: those of this machine, or 8."""
     gpu: str = ""
     """Of a --dry-run: "a100", "h100", "h200", "b200", "rtx4090", or four numbers with commas (GB,
     dense bf16 TFLOP/s, TB/s of its memory, GB/s to the others). Default: this machine's, measured,
@@ -220,13 +221,28 @@ def parse(words: list[str]) -> Settings:
         hint = f"; did you mean {option(near[0])}?" if near else ""
         raise ValueError(f"unknown option {word}{hint} (--help lists all)")
     given = vars(given)
-    small = given.get("controls") or not torch.cuda.is_available()
-    preset = given.get("preset") or ("toy" if small else "ssr-zero-7b")
-    if preset not in PRESETS:
-        raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         given["resume"] = True  # torchrun started the ranks again
-    return check(Settings(**PRESETS[preset] | given | {"preset": preset}))
+    small = given.get("controls") or not torch.cuda.is_available()
+    preset = given.get("preset") or ("toy" if small else "ssr-zero-7b")
+    had = remembered(given, preset) if given.get("resume") else {}
+    preset = given.get("preset") or had.get("preset") or preset
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
+    return check(Settings(**PRESETS[preset] | had | given | {"preset": preset}))
+
+
+def remembered(given: dict, preset: str) -> dict:
+    """The settings of the run that goes on."""
+    folder = given.get("folder") or folder_of(preset, "", True)
+    try:
+        had = json.loads((Path(folder) / "settings.json").read_text())
+    except FileNotFoundError:
+        return {}  # no run yet: it begins
+    except ValueError as error:
+        raise ValueError(f"{folder}/settings.json is not JSON ({error})") from None
+    names = {f.name for f in dataclasses.fields(Settings)} - {"folder", "resume", "dry_run"}
+    return {name: had[name] for name in names & had.keys()}
 
 
 def refuse(message: str):
@@ -350,6 +366,7 @@ def data_problem(s: Settings, ranks: Ranks) -> Problem:
     tasks = data.read(Path(s.data))
     folder = ranks.one_first("fetch the model", lambda: find_folder(s.model))
     prompts = TEMPLATES[s.prompts]
+    read_config(folder)  # the first to say that a folder is no model's
     lengths = map(len, Texts(load_tokenizer(folder)).encode([prompts.ask(t) for t in tasks]))
     fit = [t for t, length in zip(tasks, lengths, strict=True) if length <= s.max_prompt_tokens]
     if len(fit) <= s.eval_prompts:
@@ -423,21 +440,22 @@ def learn(
         tasks = [problem.task(i) for i in range((number - 1) * P, number * P)]
         return asked(s, problem, texts, tasks)
 
-    path = ranks.on_first("name the run", lambda: folder_of(s))
+    path = ranks.on_first("name the run", lambda: folder_of(s.preset, s.folder, s.resume))
     identity = identity_of(problem, model)
     agree(ranks, {f"the {name}": value for name, value in identity.items()})
     identity["settings"] = dataclasses.asdict(s)
     tensors = tensors_of(model, optimizer, average)
     kept = Checkpoints(path / "checkpoints", s.keep, ranks, tensors, identity, FREE)
     watch = Watch(s, path, sampler.model, problem.folder, evaluation, kept, ranks)
-    done = watch.restore() if s.resume else None  # the last step of the run that goes on
-    grpo.refresh(sampler, model)
-    if average:
-        follow(judging.model.parameters(), average)
-    print(f"{arithmetic(s)}\nwriting {path}" + (f", after step {done.number}" if done else ""))
     tracked = start if s.track_kl or s.kl else None
-    with Stopper(ranks):
+    with Stopper(ranks), contextlib.closing(watch.folder):
         try:
+            done = watch.restore() if s.resume else None  # the last step of the run that goes on
+            grpo.refresh(sampler, model)
+            if average:
+                follow(judging.model.parameters(), average)
+            after = f", after step {done.number}" if done else ""
+            print(f"{arithmetic(s)}\nwriting {path}{after}")
             watch.begin(done)
             for step in grpo.train(
                 model, sampler, reward, batch, s, optimizer, stop_ids, tracked, ranks, done
@@ -471,17 +489,17 @@ def identity_of(problem: Problem, model: Transformer) -> dict:
     return {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
 
 
-def folder_of(s: Settings) -> Path:
+def folder_of(preset: str, folder: str, resume: bool) -> Path:
     """Of a new run; of the one that goes on; of the one whose ranks torchrun has started again."""
-    if s.folder:
-        return Path(s.folder)
-    runs = sorted(Path("runs").glob(f"{s.preset}-[0-9]*-[0-9]*/settings.json"), reverse=True)
+    if folder:
+        return Path(folder)
+    runs = sorted(Path("runs").glob(f"{preset}-[0-9]*-[0-9]*/settings.json"), reverse=True)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         by = [json.loads(file.read_text())["about"].get("launcher") for file in runs]
         runs = [file for file, who in zip(runs, by, strict=True) if who == launcher()]
-    if s.resume and runs:
+    if resume and runs:
         return runs[0].parent
-    return Path(f"runs/{s.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return Path(f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def samplers(
@@ -546,9 +564,12 @@ def dry_run(s: Settings) -> None:
         name, config = "the toy", shape_of(recipe, make_tokenizer(Languages(s.seed)))
     else:
         name, config = s.model, plan.shape_of(s.model)
-    G = s.gpus or (torch.cuda.device_count() if here else 1)
+    G = s.gpus or (torch.cuda.device_count() if here else 8 if cuda else 1)
     shared = min(G, 8) if s.shard == "node" else G
-    print(plan.report(plan.Work(s, config, G, shared, judge_template(s), cuda), machine, name))
+    work = plan.Work(s, config, G, shared, judge_template(s), cuda)
+    print(plan.report(work, machine, name))
+    if plan.missing(work, machine) > 0:
+        sys.exit(1)
 
 
 def compare(s: Settings) -> None:
@@ -591,7 +612,8 @@ def main(words: list[str]) -> None:
         leave(f"ssr.py: {error}: the weights have diverged; lower --lr, or go on from best/")
     except (OSError, ValueError, RuntimeError) as error:
         if is_lost(error):
-            leave("ssr.py: another rank has gone: killed, or crashed? Go on with --resume")
+            leave("ssr.py: another rank has gone, killed or crashed. torchrun starts all of them "
+                  "again if --max-restarts allows it; else go on with --resume")  # fmt: skip
         leave(f"ssr.py: {error}")
     except Exception:  # a bug: its rank must not wait for its threads while the others wait for it
         if ranks_here() == 1:
@@ -601,6 +623,11 @@ def main(words: list[str]) -> None:
         dist.destroy_process_group()
 
 
+def interrupted(*_):
+    """SIGTERM like Ctrl-C; raised here, as a shell's background jobs ignore SIGINT."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, interrupted)
     main(sys.argv[1:])

@@ -13,6 +13,7 @@ while its translations get worse. That is what `Evaluation` looks for, and calls
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
@@ -211,6 +212,7 @@ class Watch:
         self.state: dict = {}  # as it was before `step` was recorded
 
     def restore(self) -> grpo.Step | None:
+        self.ranks.on_first("lock the folder", self.folder.lock)
         about = self.kept.restore()
         if about is None:
             return None
@@ -265,7 +267,8 @@ class Watch:
             self.evaluate(step.number, step.metrics)
         else:
             self.folder.add("metrics.jsonl", [{"step": step.number} | step.metrics])
-        self.tell(step, last)
+        if last or step.number > self.first:
+            self.tell(step, last)
 
     def evaluate(self, number: int, metrics: dict[str, float]) -> None:
         begun = time.perf_counter()
@@ -346,7 +349,9 @@ class Watch:
             f"\n{self.s.steps} steps in {seconds:.0f} s; the best weights are those of step",
             end=" ",
         )
-        print(f"{self.best_step}\n{self.folder.path}/: metrics.jsonl, samples.jsonl, best/, last/")
+        print(
+            f"{self.best_step}\n{self.folder.path}/: best/, last/, metrics.jsonl, samples.jsonl, …"
+        )
         if not self.evaluation.problem.measures:
             print(
                 "best by the judge's own score: nothing independent was measured, no alarm can ring"
@@ -406,6 +411,7 @@ class RunFolder:
 
     def __init__(self, path: Path, mine: bool):
         self.path, self.mine = path, mine
+        self.locked = None
 
     def begin(self, s, needed: int, step: int | None) -> None:
         """A new folder, or (`step`) the logs cut back to before that step, which comes again."""
@@ -414,7 +420,11 @@ class RunFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         held = [f for x in ("checkpoints", "best", "last") for f in (self.path / x).rglob("*")]
         check_space(self.path.parent, needed - sum(f.stat().st_size for f in held if f.is_file()))
-        self.path.mkdir(exist_ok=s.resume)
+        try:
+            self.path.mkdir(exist_ok=s.resume)
+        except FileExistsError:
+            raise ValueError(f"{self.path} exists already: another run was faster") from None
+        self.lock()
         about = {
             "commit": commit(),
             "command": sys.argv,
@@ -433,6 +443,27 @@ class RunFolder:
         self.write("settings.json", settings | {"about": about})
         for name in ("metrics.jsonl", "samples.jsonl"):
             self.cut(name, -1 if step is None else step)
+
+    def lock(self) -> None:
+        """Against a second run in the same folder; the system lets go of it when we end."""
+        if self.locked or not (self.mine and self.path.is_dir()):
+            return
+        self.locked = open(self.path / "lock", "a+")  # noqa: SIM115 (open as long as we live)
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.locked.seek(0)
+            raise ValueError(
+                f"{self.path} is being written by another run ({self.locked.read().strip()}): wait "
+                "for its end, or stop it"
+            ) from None
+        self.locked.truncate(0)
+        self.locked.write(f"process {os.getpid()} on {platform.node()}\n")
+        self.locked.flush()
+
+    def close(self) -> None:
+        if self.locked:
+            self.locked.close()
 
     def check_unfinished(self, kept: Checkpoints) -> None:
         """A run that begins anew in its folder must be the same, and not yet at its end."""

@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_said(tmp_path, state, capsys, dam
     assert opened(tmp_path, state).restore()["step"] == 2
     assert (state["model.norm.weight"] == 2).all()
     out = capsys.readouterr().out
-    assert "step-000003 is not whole (" in out and words in out and "put aside" in out
+    assert "step-000003 is not whole (" in out and words in out and "put aside as" in out
     assert not (tmp_path / "step-000003").exists()  # its step will be made again
     assert (tmp_path / "step-000003.damaged").is_dir()
 
@@ -279,6 +279,44 @@ def test_a_run_without_a_checkpoint_is_not_written_over_unless_it_is_the_same(to
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
     ssr.main([*words, "--steps=2", "--resume"])
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+def test_a_run_goes_on_with_its_own_settings_and_says_what_is_new(toy, tmp_path, capsys):
+    run = tmp_path / "run"
+    ssr.main([*SMALL, f"--model={toy}", f"--folder={run}", "--steps=2", "--kl=0.1"])
+    capsys.readouterr()
+    ssr.main([f"--folder={run}", "--resume", "--steps=3", "--save-every=7"])
+    out = capsys.readouterr().out
+    assert (
+        "Going on with other settings: --steps was 2 and is 3; --save-every was 25 and is 7" in out
+    )
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["kl"] == 0.1 and settings["prompts_per_step"] == 5
+    assert len(lines(run / "metrics.jsonl")) == 4
+
+
+def test_two_runs_cannot_write_one_folder(toy, tmp_path):
+    words = [*SMALL, f"--model={toy}", f"--folder={tmp_path / 'run'}", "--steps=100000"]
+    first = processes.start(tmp_path / "said", 1, train, words)
+    wait_for(lambda: len(lines(tmp_path / "run" / "metrics.jsonl")) > 2)
+    with pytest.raises(SystemExit, match=rf"written by another run \(process {first[0].pid} on"):
+        ssr.main([*words, "--resume"])
+    first[0].kill()
+    first[0].join()
+    go(tmp_path / "run", 1, f"--model={toy}", "--steps=3", "--resume")
+
+
+def test_sigterm_ends_what_comes_before_the_first_step_also_in_the_background(tmp_path):
+    """A shell lets its background jobs ignore SIGINT."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "ssr.py"), "--preset=toy"], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    assert "SSR-Zero" in process.stdout.readline() and "Making" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and "ssr.py: stopped" in err
 
 
 def test_a_longer_run_knows_that_its_old_last_step_was_the_best(toy, tmp_path, monkeypatch):
