@@ -21,6 +21,7 @@ import grpo
 import ssr
 from judge import TOY, Judge, Reward, Texts
 from model import load
+from ranks import Ranks
 from sampler import Sampler
 from toy.pretrain import Recipe, make
 
@@ -68,7 +69,7 @@ def main() -> None:
     sampler, start = Sampler(model, s.slots, 96), Sampler(load(folder), s.slots, 96)
     judge = Judge(sampler, texts, TOY, s.reading)
     reward = Reward(texts, TOY, {"self": (1.0, judge)})
-    problem = ssr.toy_problem(ssr.parse(["--preset=toy", f"--model={folder}"]))
+    problem = ssr.toy_problem(ssr.parse(["--preset=toy", f"--model={folder}"]), Ranks())
 
     def batch(number):
         tasks = [problem.task(number * s.prompts_per_step + i) for i in range(s.prompts_per_step)]

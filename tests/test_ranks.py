@@ -181,6 +181,14 @@ def test_ranks_that_disagree_are_told(toy, tmp_path):
     assert said.count("disagree on --kl: rank 0 has 0.0, rank 1 0.5") == 1
 
 
+def test_nodes_of_different_size_cannot_share_within_a_node(toy, tmp_path):
+    words = [*SMALL, f"--model={toy}", f"--folder={tmp_path / 'run'}", "--shard=node"]
+    done = processes.run(tmp_path / "said", 3, train, words, per_node=2)
+    assert done.codes == [1] * 3 and not (tmp_path / "run").exists()
+    said = "".join(done.err)
+    assert said.count("--shard node needs the same number of ranks on every node") == 1
+
+
 def spoiled(rank, words):
     """At step 2 the gradient of rank 1 alone is not finite."""
     real = grpo.MicroBatch.loss
