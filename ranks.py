@@ -18,7 +18,6 @@ cannot report itself any more (a process that hangs, a machine that is gone) is 
 that looks at the clock.
 """
 
-import contextlib
 import datetime
 import os
 import socket
@@ -254,12 +253,15 @@ def leave(message: str):
     """End with an error, said by whichever rank is the first to have this to say."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(message)
-    # What is suppressed: no store, then each speaks for itself; torchrun's SIGTERM.
-    with contextlib.suppress(dist.DistError, KeyboardInterrupt):
-        which = os.environ.get("TORCHELASTIC_RESTART_COUNT"), zlib.crc32(message.encode())
+    which = os.environ.get("TORCHELASTIC_RESTART_COUNT"), zlib.crc32(message.encode())
+    try:
         if connect().add(f"said {which}", 1) > 1:
             time.sleep(1)  # torchrun ends all when one ends: the first must have spoken
             os._exit(1)
+    except KeyboardInterrupt:  # torchrun's SIGTERM: another has ended, and has spoken
+        os._exit(1)
+    except dist.DistError as error:  # no store to ask: then each speaks for itself
+        message += f" ({error.__class__.__name__})"
     who = f"rank {os.environ['RANK']} on {socket.gethostname()}"
     print(f"{message}  [{who}]", file=sys.stderr, flush=True)
     os._exit(1)  # threads that talk to ranks which are gone would never end
