@@ -313,8 +313,10 @@ def verdict(k: Work, m: Machine) -> str:
         other = other._replace(S=k.G if other.s.shard == "all" else k.S)
         if missing(other, m) <= 0:
             break
-    words = [f"--{n.replace('_', '-')} {v}" for n, v in changes.items() if v is not False]
-    words = " ".join(words + ["--no-track-kl"] * ("track_kl" in changes))
+    words = " ".join(
+        "--no-track-kl" if name == "track_kl" else f"--{name.replace('_', '-')} {value}"
+        for name, value in changes.items()
+    )
     if missing(other, m) <= 0:
         return f"{now} It would with {words}."
     left = f"{missing(other, m) / 1e9:.1f} GB"

@@ -346,10 +346,7 @@ class Watch:
             if key in self.latest:
                 print(f"{label:38}  {self.before[key]:6.3f}  {self.latest[key]:6.3f}")
         print(
-            f"\n{self.s.steps} steps in {seconds:.0f} s; the best weights are those of step",
-            end=" ",
-        )
-        print(
+            f"\n{self.s.steps} steps in {seconds:.0f} s; the best weights are those of step "
             f"{self.best_step}\n{self.folder.path}/: best/, last/, metrics.jsonl, samples.jsonl, …"
         )
         if not self.evaluation.problem.measures:
