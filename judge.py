@@ -27,7 +27,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -134,6 +134,10 @@ PAPER = Prompts(
     tags=True,
     fence="```",
 )
+# For models that were taught to translate when asked, without a show of thinking.
+PLAIN = replace(
+    PAPER, actor="Translate the following text to {target_language}:\n{source}", tags=False
+)
 # What a very small model can be taught: a few control words, and scores that are one token each.
 TOY = Prompts(
     actor="translate {source_language} {target_language} {source} =>",
@@ -147,7 +151,8 @@ TOY = Prompts(
 class Texts:
     """Between text and token ids. Control tokens come from templates alone."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, chat: bool = False):
+        """`chat`: a prompt is a user's turn in the tokenizer's chat template."""
         self.tokenizer = tokenizer
         # What "unknown" becomes is no way to say anything, so it may come from given text.
         # Some tokenizers add runs of spaces or a line's end: those control nothing.
@@ -159,8 +164,16 @@ class Texts:
         first = tokenizer("a").input_ids[:1]
         self.begin = first if first == [tokenizer.bos_token_id] else []
         self.known: dict[str, list[int]] = {}  # the template's pieces
+        self.stop_ids = [tokenizer.eos_token_id]
+        self.turn = ("", "")  # what stands before and after a prompt
+        if chat:
+            self.begin = []  # the template has it
+            self.turn, end = turns(tokenizer)
+            self.stop_ids += [i for i in self.pieces([end])[0][:1] if i in self.control_ids]
 
     def encode(self, prompts: Sequence[list[str]]) -> list[list[int]]:
+        before, after = self.turn
+        prompts = [[p for p in (before, *prompt, after) if p] for prompt in prompts]
         given = {part for prompt in prompts for part in prompt if isinstance(part, Given)}
         fixed = {p for prompt in prompts for p in prompt if not isinstance(p, Given)}
         if new := sorted(fixed - self.known.keys()):
@@ -203,6 +216,22 @@ class Texts:
                 "or unknown in this tokenizer: use reading='written'"
             )
         return ids[0]
+
+
+def turns(tokenizer) -> tuple[tuple[str, str], str]:
+    """(What a chat template sets before and after a user's words), what ends an assistant's."""
+    mark = "THE-WORDS"
+    talk = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+    asked, said = (
+        tokenizer.apply_chat_template(talk[:n], tokenize=False, add_generation_prompt=n == 1)
+        for n in (1, 2)
+    )
+    if asked.count(mark) != 1 or said.count(mark) != 2:
+        raise ValueError(
+            "the tokenizer's chat template does not set down a user's words as they are"
+        )
+    before, after = asked.split(mark)
+    return (before, after), said.rsplit(mark)[-1].strip()
 
 
 def seen(text: str) -> str:
@@ -347,6 +376,34 @@ def digest(step: int, ids: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
+class Outside:
+    """A scorer that is no language model: `score` takes rows with "src", "mt" and maybe "ref", and
+    gives a number for each (COMET does). Each distinct row is asked once."""
+
+    def __init__(
+        self, score: Callable[[list[dict]], list[float]], low=0.0, high=1.0, references=False
+    ):
+        """`low` and `high`: the numbers that are worth 0 and 1. `references`: let it see them."""
+        if not high > low:
+            raise ValueError(f"the score that is worth 1 ({high}) must be above that of 0 ({low})")
+        self.score, self.low, self.high, self.references = score, low, high, references
+
+    def __call__(self, tasks: Sequence[Task], answers: list[list[str | None]], step: int):
+        """answers (P, N) -> scores (P, N); None is not asked and scores 0."""
+        keys = [
+            [(t.text, a, t.reference if self.references else None) for a in row]
+            for t, row in zip(tasks, answers, strict=True)
+        ]
+        asked = list(dict.fromkeys(key for row in keys for key in row if key[1] is not None))
+        rows = [{"src": s, "mt": a} | ({"ref": r} if self.references else {}) for s, a, r in asked]
+        found = {
+            key: Score((raw - self.low) / (self.high - self.low), f"{raw:.4f}")
+            for key, raw in zip(asked, self.score(rows), strict=True)
+        }
+        nothing = Score(0.0, "not judged")
+        return [[found.get(key, nothing) for key in row] for row in keys]
+
+
 # -------------------------------------------------------------------------------- the reward
 
 Scorer = Callable[[Sequence[Task], list[list[str | None]], int], list[list[Score]]]
@@ -423,6 +480,15 @@ def translation_in(texts: Texts, prompts: Prompts, task: Task, sample) -> str | 
     if copied or not bare(answer) or texts.control.search(answer):
         return None
     return answer
+
+
+def shown_translation(texts: Texts, prompts: Prompts, task: Task, sample) -> tuple[str, bool]:
+    """What a reader gets, and whether it was readable: what is not is shown as it came, for to
+    leave it out of a measure would flatter."""
+    text = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
+    answer = read_answer(text) if prompts.tags else text.strip()
+    right = translation_in(texts, prompts, task, sample) is not None
+    return (text if answer is None else answer), right
 
 
 def bare(text: str) -> str:

@@ -570,6 +570,19 @@ def check_names(config: Config, tensors: dict, folder: Path) -> None:
 # --------------------------------------------------------------------------------- to the hub
 
 
+def load_tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever its parsers raise: the file is to blame
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: no tokenizer could be read there ({first})") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer names no eos_token to end a translation")
+    return tokenizer
+
+
 def save(model: Transformer, folder: str | Path) -> None:
     """Write config.json and safetensors that `load` and transformers 4.57 and 5.x read.
 

@@ -1,8 +1,8 @@
 """Self-rewarding translation, from the command line.
 
     python ssr.py                              # on a laptop: the embedded toy, in minutes
-    python ssr.py --preset ssr-zero-7b --data texts.jsonl        # the paper's recipe
-    torchrun --nproc_per_node=8 ssr.py --preset ssr-zero-7b --data texts.jsonl   # on eight GPUs
+    torchrun --nproc_per_node=8 ssr.py         # on eight GPUs: the paper's run
+    python ssr.py --preset ssr-zero-0.5b --data texts.jsonl      # your own texts
     python ssr.py --resume --folder runs/mine  # go on from the newest checkpoint, if there is one
     python ssr.py --dry-run --preset ssr-zero-7b --gpus 8        # does it fit, how long is a step
     python ssr.py --controls                   # the toy with other rewards, and their table
@@ -18,7 +18,6 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import inspect
 import itertools
 import json
@@ -34,19 +33,31 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
+from torch import Tensor
 
 import data
 import grpo
 import plan
 from checkpoint import Checkpoints, fingerprint, tensors_of
-from judge import GATES, PAPER, TOY, Judge, Reward, Task, Texts, check_reading
+from judge import GATES, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
-from model import Transformer, find_folder, load, read_config
+from model import Transformer, load, load_tokenizer, read_config
+from problem import (
+    REWARDS,
+    TEMPLATES,
+    Comets,
+    another_judge,
+    data_problem,
+    judge_of,
+    judge_template,
+    scorers_of,
+    toy_problem,
+    window_of,
+)
 from ranks import Ranks, Stopping, follow, is_lost, join, leave
 from sampler import Sampler
 from toy import controls
-from toy.languages import Languages, quality
+from toy.languages import Languages
 from toy.pretrain import Recipe, make, make_tokenizer, shape_of
 from watch import Evaluation, Problem, Stopper, Watch, commit, launcher
 
@@ -59,7 +70,20 @@ class Settings(grpo.Settings):
     model: str = ""
     """A Hugging Face folder or hub id (Qwen2, Qwen2.5, Qwen3, Llama 3). Toy: made on the spot."""
     data: str = ""
-    """JSON lines with "text", "source" and "target", the languages' names. Toy: made up."""
+    """Texts to translate: JSON lines with "text", "source" and "target", plain text, Parquet, or
+    WMT's sources; several with commas between them (see data.py). Toy: made up."""
+    source: str = ""
+    """Languages of texts that do not say theirs: codes or names, with commas between them."""
+    target: str = ""
+    """Languages to translate those into: one for each of --source, or one for all."""
+    skip_bad_lines: bool = False
+    """Leave out lines of --data that cannot be read, and count them."""
+    held_out: str = ""
+    """Test sets to watch, such as wmt22:en-zh or a file with "reference"s; --data is then trained
+    on whole, except what is in them. Without: some of --data."""
+    measures: str = ""
+    """Of held-out translations, beside the judge: "chrf" (default where there are references),
+    "none", COMET checkpoints such as "cometkiwi"; the first names the best weights."""
     folder: str = ""
     """The folder to write; it must not exist. Default: runs/PRESET-DATE-TIME."""
     resume: bool = False
@@ -70,10 +94,39 @@ class Settings(grpo.Settings):
     keep: int = 2
     """How many checkpoints to keep."""
     prompts: str = "paper"
-    """Templates: "paper" or "toy"."""
+    """Templates: "paper", "plain" (the bare question, no thinking) or "toy"."""
+    chat: bool = False
+    """Set them in the tokenizer's chat template, as a user's turn."""
     reward: str = "self"
-    """"self", or for comparison on the toy: "random", "vote", "oracle", "external",
-    "self+external"."""
+    """"self" (SSR-Zero), "self+comet" (SSR-X-Zero), "comet"; for comparison on the toy: "random",
+    "vote", "oracle", "external", "self+external"."""
+    comet: str = "cometkiwi"
+    """COMET's checkpoint in the reward: a short name (see eval/comet.py), a hub id, a folder."""
+    self_weight: float = 1.0
+    """Of the judge's score, 0 to 1, in "self+comet"."""
+    comet_weight: float = 1.0
+    """Of COMET's score."""
+    comet_low: float = 0.0
+    """COMET's number that is worth 0 …"""
+    comet_high: float = 1.0
+    """… and the one that is worth 1."""
+    comet_references: bool = False
+    """Show COMET the references of --data in training."""
+    comet_dtype: str = "float32"
+    """Of COMET's weights: "float32", "bfloat16", "float16"."""
+    comet_batch: int = 32
+    """Translations that COMET scores together."""
+    judge_model: str = ""
+    """Another model judges: a Hugging Face folder or hub id; with --judge-url its name there."""
+    judge_url: str = ""
+    """Judge through an OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key, if
+    any, in the environment variable OPENAI_API_KEY."""
+    judge_chat: bool = False
+    """Ask --judge-model in its chat template (an endpoint always does)."""
+    judge_parallel: int = 16
+    """Questions to the endpoint at once, from each rank."""
+    judge_patience: float = 120.0
+    """Seconds to wait for an answer of the endpoint, which is asked five times."""
     judge: str = "live"
     """Whose judgement: the "live" weights (paper), the "frozen" ones of the start, their "ema"."""
     ema_decay: float = 0.98
@@ -107,6 +160,8 @@ class Settings(grpo.Settings):
     """Seconds that ranks wait for one that makes no progress before the run is ended."""
     toy_tokens: float = 3.5e6
     """Tokens of the toy's pretraining: fewer make a judge that leads astray."""
+    toy_noise: float = 0.3
+    """Standard deviation of the error of the toy's "external" scorer."""
     dry_run: bool = False
     """Say what memory and time the run would take, and end."""
     gpus: int = 0
@@ -121,26 +176,33 @@ class Settings(grpo.Settings):
     """Of the controls."""
 
 
-TEMPLATES = {"paper": PAPER, "toy": TOY}
 CHOICES = {
     "advantage_scale": SCALES,
     "advantage_baseline": BASELINES,
     "loss_norm": ("token", "sequence"),
     "prompts": tuple(TEMPLATES),
-    "reward": controls.REWARDS,
+    "reward": tuple(dict.fromkeys((*REWARDS, *controls.REWARDS))),
+    "comet_dtype": ("float32", "bfloat16", "float16"),
     "judge": ("live", "frozen", "ema"),
     "reading": ("written", "expected"),
     "gate": GATES,
     "shard": ("all", "node"),
 }
+# The paper's texts, very likely; and WMT22 to watch, which neither it nor its evaluation uses.
+TEXTS = {"data": "wmt17-20", "source": "en", "target": "zh", "held_out": "wmt22"}
 PRESETS = {
     # The paper's model and loop; what is not public (batch, rates, lengths) is our choice.
     # Slots and micro-batches: so that it fits on 8 GPUs of 80 GB (see --dry-run).
-    "ssr-zero-7b": {
+    "ssr-zero-7b": TEXTS | {
         "model": "Qwen/Qwen2.5-7B", "eval_prompts": 256, "steps": 300, "slots": 64,
         "micro_batch_tokens": 8192,
     },
-    "ssr-zero-0.5b": {
+    # Which COMET the paper adds, and how it weighs, is not public either.
+    "ssr-x-zero-7b": TEXTS | {
+        "model": "Qwen/Qwen2.5-7B", "eval_prompts": 256, "steps": 300, "slots": 64,
+        "micro_batch_tokens": 8192, "reward": "self+comet", "comet_dtype": "float16",
+    },
+    "ssr-zero-0.5b": TEXTS | {
         "model": "Qwen/Qwen2.5-0.5B", "prompts_per_step": 32, "lr": 2e-6, "max_prompt_tokens": 256,
         "max_new_tokens": 512, "judge_max_new_tokens": 512, "eval_prompts": 128,
     },
@@ -153,20 +215,23 @@ PRESETS = {
 BOUNDS = [  # what must hold of the settings named, and how a refusal says it
     (lambda v: v >= 1, "must be at least 1",
      "steps prompts_per_step updates_per_batch judge_samples eval_every eval_prompts slots "
-     "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps save_every keep"),
+     "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps save_every keep "
+     "comet_batch judge_parallel"),
     (lambda v: v >= 0, "must be at least 0", "shown_prompts warmup_steps threads gpus"),
-    (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm patience"),
+    (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm patience judge_patience"),
     (lambda v: 1e-4 < v < math.inf, "must be above 0.0001", "temperature"),
     (lambda v: 1e3 < v < math.inf, "must be above 1000", "toy_tokens"),
     (lambda v: 0 <= v <= 1, "must lie in 0 … 1", "ema_decay final_lr clip_low"),
     (lambda v: 0 <= v < math.inf, "must not be negative",
-     "kl weight_decay judge_temperature clip_high"),
+     "kl weight_decay judge_temperature clip_high self_weight comet_weight toy_noise"),
+    (math.isfinite, "must be a number", "comet_low comet_high"),
     (lambda v: v == 0 or v >= 1e-4, "must be 0 or above 0.0001", "judge_temperature"),
 ]  # fmt: skip
 # A run may go on with other values of these: they change no step, or only those to come.
 FREE = (
     "folder resume save_every keep eval_every shown_prompts slots micro_batch_tokens device "
-    "threads shard patience max_bad_steps steps gpus gpu"
+    "threads shard patience max_bad_steps steps gpus gpu comet_batch judge_url judge_parallel "
+    "judge_patience"
 )
 REFUSED = {
     "top_p": "training needs log-probs of the whole distribution; set --temperature instead",
@@ -229,7 +294,10 @@ def parse(words: list[str]) -> Settings:
     preset = given.get("preset") or had.get("preset") or preset
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
-    return check(Settings(**PRESETS[preset] | had | given | {"preset": preset}))
+    usual = PRESETS[preset] | had
+    if given.get("data", usual.get("data")) != usual.get("data"):
+        usual = {k: v for k, v in usual.items() if k not in TEXTS}  # other texts, other languages
+    return check(Settings(**usual | given | {"preset": preset}))
 
 
 def remembered(given: dict, preset: str) -> dict:
@@ -274,8 +342,8 @@ def check(s: Settings) -> Settings:
     if not known_device or (s.device.startswith("cuda") and not torch.cuda.is_available()):
         raise ValueError(f"--device {s.device} is not there: use cpu, or cuda where there is one")
     check_reading(s.reading, s.judge_samples, s.judge_temperature)
-    if s.data and not Path(s.data).is_file():
-        raise ValueError(f"--data {s.data}: there is no such file")
+    check_judge(s)
+    data.pairs_of(s.source, s.target)
     longest = s.max_prompt_tokens + s.max_new_tokens
     if s.micro_batch_tokens < longest:
         raise ValueError(
@@ -300,14 +368,29 @@ def check(s: Settings) -> Settings:
     if s.preset == "toy":
         if s.data:
             raise ValueError("--data: the toy makes its own sentences; use another --preset")
-    elif s.reward != "self":
+    elif s.reward not in REWARDS:
         raise ValueError(f"--reward {s.reward} needs the truth, which only --preset toy has")
-    elif not s.data and not s.dry_run:
-        raise ValueError(
-            f'--preset {s.preset} needs --data FILE: JSON lines such as {{"text": "Good night", '
-            '"source": "English", "target": "Chinese"}; or try --preset toy'
-        )
     return s
+
+
+def check_judge(s: Settings) -> None:
+    if s.judge_url and not s.judge_model:
+        raise ValueError("--judge-url needs --judge-model, the model's name at that endpoint")
+    if s.judge_model and "self" not in s.reward:
+        raise ValueError(f"--judge-model has nothing to judge with --reward {s.reward}")
+    if s.judge_model and s.judge != "live":
+        raise ValueError(f"--judge {s.judge} is the policy's own; --judge-model names another")
+    if s.judge_url and s.reading == "expected":
+        raise ValueError("--reading expected needs log-probs, which --judge-url does not give: use "
+                         "--reading written")  # fmt: skip
+    chat = s.judge_chat if s.judge_model else s.chat
+    if chat and s.reading == "expected" and s.prompts != "toy":
+        raise ValueError("--reading expected begins the judge's answer, which a chat template does "
+                         "not allow: use --reading written")  # fmt: skip
+    if s.judge_chat and not s.judge_model:
+        raise ValueError("--judge-chat is for --judge-model; --chat sets the policy's own prompts")
+    if not s.comet_high > s.comet_low:
+        raise ValueError(f"--comet-high {s.comet_high} must be above --comet-low {s.comet_low}")
 
 
 def agree(ranks: Ranks, values: dict) -> None:
@@ -334,68 +417,6 @@ def arithmetic(s: Settings) -> str:
     )
 
 
-# ------------------------------------------------------------------------------ what is learned
-
-
-def exact_match(candidate: str, reference: str) -> float:
-    return float(candidate.split() == reference.split())
-
-
-def toy_problem(s: Settings, ranks: Ranks) -> Problem:
-    recipe = Recipe(seed=s.seed, tokens=s.toy_tokens)
-    folder = Path(s.model) if s.model else ranks.one_first("make the toy", lambda: make(recipe))
-    pair = Languages(s.seed)
-    known = load_tokenizer(folder).get_vocab().keys()
-    if foreign := {word for words in pair.vocabulary.values() for word in words} - known:
-        raise ValueError(
-            f"--model {folder} was not made for --seed {s.seed}: its tokenizer does not know "
-            f"{', '.join(sorted(foreign)[:3])} …"
-        )
-    held_out = [pair.task("held-out", i) for i in range(s.eval_prompts)]
-    measures = {"exact_match": exact_match, "quality": quality}
-    needs_truth = s.reward not in ("self", "random", "vote")
-
-    def task(number: int) -> Task:
-        task = pair.task("train", number)
-        return task if needs_truth else task._replace(reference=None)
-
-    return Problem(folder, TEMPLATES[s.prompts], task, held_out, measures, f"toy {s.seed}")
-
-
-def data_problem(s: Settings, ranks: Ranks) -> Problem:
-    tasks = data.read(Path(s.data))
-    folder = ranks.one_first("fetch the model", lambda: find_folder(s.model))
-    prompts = TEMPLATES[s.prompts]
-    read_config(folder)  # the first to say that a folder is no model's
-    lengths = map(len, Texts(load_tokenizer(folder)).encode([prompts.ask(t) for t in tasks]))
-    fit = [t for t, length in zip(tasks, lengths, strict=True) if length <= s.max_prompt_tokens]
-    if len(fit) <= s.eval_prompts:
-        raise ValueError(
-            f"{s.data} has {len(tasks)} texts, {len(fit)} of them within --max-prompt-tokens "
-            f"{s.max_prompt_tokens}, and {s.eval_prompts} are to be held out: add texts, or lower "
-            "--eval-prompts"
-        )
-    held_out, training = data.split(fit, s.eval_prompts, s.seed)
-    print(
-        f"{len(tasks)} texts: {len(tasks) - len(fit)} left out, longer than --max-prompt-tokens "
-        f"{s.max_prompt_tokens}; {len(held_out)} held out, and "
-        f"{len(fit) - len(held_out) - len(training)} that say the same; {len(training)} to train on"
-    )
-    digest = hashlib.sha256(Path(s.data).read_bytes()).hexdigest()[:16]
-    return Problem(folder, prompts, data.Order(training, s.seed).task, held_out, {}, digest)
-
-
-def load_tokenizer(folder: Path):
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever its parsers raise: the file is to blame
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder}: no tokenizer could be read there ({first})") from None
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer names no eos_token to end a translation")
-    return tokenizer
-
-
 # --------------------------------------------------------------------------------------- the run
 
 
@@ -407,8 +428,17 @@ def run(s: Settings) -> None:
     if device.type == "cuda" and ranks.size > 1:
         device = torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(s.threads or torch.get_num_threads())
-    problem = toy_problem(s, ranks) if s.preset == "toy" else data_problem(s, ranks)
+    with contextlib.closing(Comets(s, device)) as comets:
+        if "comet" in s.reward:
+            comets.start(s.comet)  # it loads while we go on
+        toy = s.preset == "toy"
+        problem = toy_problem(s, ranks) if toy else data_problem(s, ranks, comets)
+        prepare(s, ranks, problem, device, comets)
 
+
+def prepare(
+    s: Settings, ranks: Ranks, problem: Problem, device: torch.device, comets: Comets
+) -> None:
     ranks.at("load the model")
     per_node, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
     shared = per_node if s.shard == "node" else ranks.size
@@ -416,23 +446,26 @@ def run(s: Settings) -> None:
     work = plan.Work(s, config, ranks.size, shared, judge_template(s), cuda)
     plan.check_room(work, device, 1 if cuda else per_node)
     model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
-    texts = Texts(load_tokenizer(problem.folder))
+    texts = Texts(load_tokenizer(problem.folder), s.chat)
     window = window_of(s, problem, texts, config.max_length)
-    learn(s, ranks, problem, texts, model, *samplers(s, model, window, device, work.slots))
+    actor, start, judging, average = samplers(s, model, window, device, work.slots)
+    if s.judge_model:
+        judge = another_judge(s, ranks, problem, device, work.slots)
+    else:
+        judge = judge_of(s, judging, texts, problem.prompts)
+    ranks.at("load COMET")
+    scorers = scorers_of(s, judge, comets)
+    reward = Reward(texts, problem.prompts, scorers, s.gate)
+    held_out = asked(s, problem, texts, problem.held_out)
+    evaluation = Evaluation(problem, held_out, texts, actor, judge, texts.stop_ids, s, ranks)
+    learn(s, ranks, problem, texts, model, reward, evaluation, actor, start, judging, average)
 
 
 def learn(
-    s: Settings, ranks: Ranks, problem: Problem, texts: Texts, model: Transformer,
-    sampler: Sampler, start: Sampler | None, judging: Sampler, average: list,
+    s: Settings, ranks: Ranks, problem: Problem, texts: Texts, model: Transformer, reward: Reward,
+    evaluation: Evaluation, sampler: Sampler, start: Sampler | None, judging: Sampler,
+    average: list[Tensor],
 ) -> None:  # fmt: skip
-    stop_ids = [texts.tokenizer.eos_token_id]
-    judge = Judge(
-        judging, texts, problem.prompts, s.reading, s.judge_samples, s.judge_temperature,
-        s.judge_max_new_tokens, stop_ids, s.seed,
-    )  # fmt: skip
-    reward = Reward(texts, problem.prompts, controls.scorers(s.reward, judge, s.seed), s.gate)
-    held_out = asked(s, problem, texts, problem.held_out)
-    evaluation = Evaluation(problem, held_out, texts, sampler, judge, stop_ids, s, ranks)
     optimizer = grpo.make_optimizer(model, s)
 
     def batch(number: int) -> list[grpo.Prompt]:
@@ -458,7 +491,7 @@ def learn(
             print(f"{arithmetic(s)}\nwriting {path}{after}")
             watch.begin(done)
             for step in grpo.train(
-                model, sampler, reward, batch, s, optimizer, stop_ids, tracked, ranks, done
+                model, sampler, reward, batch, s, optimizer, texts.stop_ids, tracked, ranks, done
             ):
                 if average:
                     follow(average, model.parameters(), s.ema_decay)
@@ -530,28 +563,6 @@ def samplers(
         average = [p.detach().clone() for p in model.parameters()]
         judge = Sampler(copied(), slots, window)
     return actor, start, judge, average
-
-
-def window_of(s: Settings, problem: Problem, texts: Texts, positions: int) -> int:
-    """Room for a prompt and its candidate, and for both in the judge's prompt and its words."""
-    task = problem.held_out[0]._replace(text="")
-    template = len(texts.encode([problem.prompts.ask_judge(task, "", s.reading)])[0])
-    words = s.judge_max_new_tokens if s.reading == "written" else 1
-    needed = template + s.max_prompt_tokens + s.max_new_tokens + words
-    if needed > positions:
-        raise ValueError(
-            f"the judge needs room for {needed} tokens ({template} of the template, source, "
-            f"candidate, {words} of its own), the model has {positions}: lower "
-            "--max-prompt-tokens, --max-new-tokens or --judge-max-new-tokens"
-        )
-    return min(needed + 64, positions)  # a text may take more tokens than the model wrote it with
-
-
-def judge_template(s: Settings) -> int:
-    """Its tokens, about: four characters each, or (toy) a word."""
-    task = Task("", "English", "Chinese")
-    text = "".join(TEMPLATES[s.prompts].ask_judge(task, "", s.reading))
-    return len(text.split()) if s.prompts == "toy" else len(text) // 4
 
 
 def dry_run(s: Settings) -> None:

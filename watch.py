@@ -35,9 +35,12 @@ import torch
 
 import grpo
 from checkpoint import Checkpoints
-from judge import Judge, Prompts, Task, Texts, read_answer, translation_in
+from judge import Prompts, Score, Scorer, Task, Texts, shown_translation
 from model import save
 from ranks import Ranks, Stopping
+
+Measure = Callable[[list[Task], list[str]], list[float]]
+"""Of translations of these tasks; it may look at their references."""
 
 
 @dataclass
@@ -49,8 +52,8 @@ class Problem:
     task: Callable[[int], Task]
     """Training text number 0, 1, 2, …"""
     held_out: list[Task]
-    measures: dict[str, Callable[[str, str], float]]
-    """Of a translation and its reference; the first is the one that names the best weights."""
+    measures: dict[str, "Measure"]
+    """The first is the one that names the best weights."""
     digest: str
     """Of the texts: a run goes on with the same ones only."""
 
@@ -58,11 +61,22 @@ class Problem:
 # --------------------------------------------------------------------------------- the measures
 
 
+class Candidate(NamedTuple):
+    """One translation, and what is thought of it."""
+
+    text: str
+    right: bool
+    """Its form: what is not is shown and measured as it came."""
+    score: Score
+    values: dict[str, float]
+    """By measure."""
+
+
 class Evaluation:
     """Held-out texts, translated greedily and once at temperature 1, judged and measured."""
 
     def __init__(
-        self, problem: Problem, prompts: list[grpo.Prompt], texts: Texts, sampler, judge: Judge,
+        self, problem: Problem, prompts: list[grpo.Prompt], texts: Texts, sampler, judge: Scorer,
         stop_ids, s, ranks: Ranks,
     ):  # fmt: skip
         self.problem, self.texts, self.sampler, self.judge = problem, texts, sampler, judge
@@ -70,31 +84,33 @@ class Evaluation:
         self.best: Reading | None = None
         self.past: list[tuple[Reading, Reading]] = []  # of the measure and of the self-score
 
-    def candidates(self, count: int, n: int, temperature: float, number: int) -> list[list[tuple]]:
-        """(text, whether its format is right, score) of n samples of the first `count` texts."""
+    def candidates(
+        self, count: int, n: int, temperature: float, number: int
+    ) -> list[list[Candidate]]:
+        """n samples of each of the first `count` texts."""
 
-        def work(mine: Sequence[int]) -> list[list[tuple]]:
+        def work(mine: Sequence[int]) -> list[list[Candidate]]:
             prompts = [self.prompts[i] for i in mine]
             groups = self.sampler.generate(
                 [p.ids for p in prompts], n, self.s.max_new_tokens, temperature,
                 stop_ids=self.stop_ids, seed=self.s.seed + 1, keys=mine,
             )  # fmt: skip
-            read = [[self.read(p.task, x) for x in g] for p, g in zip(prompts, groups, strict=True)]
-            texts = [[text for text, _ in row] for row in read]
-            scores = self.judge([p.task for p in prompts], texts, number)
+            tasks = [p.task for p in prompts]
+            shown = [
+                [shown_translation(self.texts, self.problem.prompts, task, x) for x in group]
+                for task, group in zip(tasks, groups, strict=True)
+            ]
+            scores = self.judge(tasks, [[text for text, _ in row] for row in shown], number)
+            flat = [task for task in tasks for _ in range(n)]
+            texts = [text for row in shown for text, _ in row]
+            found = {name: f(flat, texts) for name, f in self.problem.measures.items()}
+            values = iter({name: x[i] for name, x in found.items()} for i in range(len(texts)))
             return [
-                [(*a, b) for a, b in zip(*rows, strict=True)]
-                for rows in zip(read, scores, strict=True)
+                [Candidate(*a, b, next(values)) for a, b in zip(*rows, strict=True)]
+                for rows in zip(shown, scores, strict=True)
             ]
 
         return self.ranks.share("evaluate", range(count), work)
-
-    def read(self, task: Task, sample) -> tuple[str, bool]:
-        """As the reward reads it; what the reward cannot read counts as it is."""
-        text = self.texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
-        answer = read_answer(text) if self.problem.prompts.tags else text
-        right = translation_in(self.texts, self.problem.prompts, task, sample) is not None
-        return (text if answer is None else answer), right
 
     def __call__(self, number: int) -> tuple[dict[str, float], list[dict], bool]:
         """Metrics, rows of samples.jsonl, and whether these weights are the best so far."""
@@ -123,12 +139,9 @@ class Evaluation:
         """One translation of each held-out text: its values by name."""
         tasks = self.problem.held_out
         found = [row[0] for row in self.candidates(len(tasks), 1, temperature, number)]
-        values = {"self": [score.value for *_, score in found]}
-        values["format"] = [float(right) for _, right, _ in found]
-        for name, measure in self.problem.measures.items():
-            pairs = zip(found, tasks, strict=True)
-            values[name] = [measure(text, task.reference) for (text, *_), task in pairs]
-        return values
+        values = {"self": [c.score.value for c in found]}
+        values["format"] = [float(c.right) for c in found]
+        return values | {n: [c.values[n] for c in found] for n in self.problem.measures}
 
     def alarming(self, now: "Reading", own: "Reading") -> bool:
         """The model thinks better of itself than at the start, and is worse than at its best; or
@@ -146,9 +159,9 @@ class Evaluation:
         rows = []
         for task, first, others in zip(tasks, greedy, drawn, strict=True):
             candidates = [
-                {"text": text, "greedy": i == 0, "score": score.value, "judge": score.words}
-                | {n: f(text, task.reference) for n, f in self.problem.measures.items()}
-                for i, (text, _, score) in enumerate(first + others)
+                {"text": c.text, "greedy": i == 0, "score": c.score.value, "judge": c.score.words}
+                | c.values
+                for i, c in enumerate(first + others)
             ]
             shown = {"step": number, "source": task.text, "reference": task.reference}
             rows.append(shown | {"from": task.source, "to": task.target, "candidates": candidates})
@@ -296,7 +309,9 @@ class Watch:
         done, metrics = step.number, step.metrics
         pace = (time.perf_counter() - self.begun) / max(done - self.first, 1)
         left = pace * (self.s.steps - done)
-        shown = next(f"{key[5:]} {self.latest[key]:.3f}" for key in SHOWN if key in self.latest)
+        measures = self.evaluation.problem.measures
+        key = next((f"eval/{name}" for name in measures), "eval/self")
+        shown = f"{key[5:]} {self.latest[key]:.3f}"
         alarm = f"  {ALARM}" if self.latest.get("eval/alarm") else ""
         line = (
             f"step {done}/{self.s.steps}  reward {metrics['reward/total']:.3f}  held-out "
@@ -342,7 +357,8 @@ class Watch:
         content |= {"alarms": self.alarms, "before": self.before, "after": self.latest}
         self.folder.write("result.json", content)
         print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
-        for key, label in SHOWN.items():
+        others = {f"eval/{n}": f"{n}, greedy" for n in self.evaluation.problem.measures}
+        for key, label in (others | SHOWN).items():
             if key in self.latest:
                 print(f"{label:38}  {self.before[key]:6.3f}  {self.latest[key]:6.3f}")
         print(

@@ -2,10 +2,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test waits for a network
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny models: threads would wait for each other longer than they work
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +20,23 @@ def toy(tmp_path_factory):
     from toy.pretrain import Recipe, make
 
     return make(Recipe(tokens=1.5e5), tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def comet_python(tmp_path_factory):
+    """A Python that has COMET: $SSR_COMET_PYTHON, or that of an environment made for this."""
+    if given := os.environ.get("SSR_COMET_PYTHON"):
+        return given
+    folder = tmp_path_factory.mktemp("comet") / "environment"
+    command = [sys.executable, "-m", "eval.comet", "install", "--folder", str(folder)]
+    subprocess.run(command, cwd=HERE.parent, check=True)
+    return str(folder / "bin" / "python")
+
+
+@pytest.fixture(scope="session")
+def comet_checkpoints(comet_python, tmp_path_factory):
+    """A folder with tiny random models, one of each kind in `tiny_comet.MODELS`."""
+    folder = tmp_path_factory.mktemp("tiny-comet")
+    command = [comet_python, "-W", "ignore", str(HERE / "tiny_comet.py"), "make", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder

@@ -10,19 +10,24 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {  # file -> (imported with the file, imported inside a function), standard library aside
-    "model.py": ({"torch", "safetensors"}, {"huggingface_hub"}),
+    "model.py": ({"torch", "safetensors"}, {"huggingface_hub", "transformers"}),
     "sampler.py": ({"torch"}, {"transformers", "model"}),  # its command line alone
     "judge.py": (set(), set()),
     "grpo.py": ({"torch", "kernels", "ranks"}, set()),  # sampler and judge are handed in
     "ranks.py": ({"torch"}, set()),
     "checkpoint.py": ({"torch", "ranks"}, set()),
     "plan.py": ({"torch", "kernels", "model"}, {"huggingface_hub"}),
-    "data.py": ({"judge"}, set()),
+    "data.py": ({"judge"}, {"sacrebleu", "pyarrow"}),
+    "remote.py": ({"judge"}, set()),
+    "problem.py": (
+        {"torch", "data", "eval", "judge", "model", "ranks", "remote", "sampler"}
+        | {"toy", "watch"},
+        {"sacrebleu"},
+    ),
     "watch.py": ({"torch", "checkpoint", "grpo", "judge", "model", "ranks"}, set()),
     "ssr.py": (
         {
             "torch",
-            "transformers",
             "checkpoint",
             "data",
             "grpo",
@@ -32,12 +37,21 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
             "ranks",
             "sampler",
         }
-        | {"plan", "toy", "watch"},
+        | {"plan", "problem", "toy", "watch"},
         set(),
     ),
     "toy/languages.py": ({"judge"}, set()),
     "toy/controls.py": ({"judge", "toy"}, set()),
     "toy/pretrain.py": ({"torch", "tokenizers", "transformers", "judge", "model", "toy"}, set()),
+    "eval/sets.py": ({"data", "judge", "toy"}, set()),
+    "eval/comet.py": (set(), set()),
+    "eval/score.py": ({"numpy", "sacrebleu", "data", "judge"}, set()),
+    "eval/rows.py": ({"ranks"}, set()),
+    "eval/table.py": ({"numpy", "eval"}, set()),
+    "eval/__main__.py": (
+        {"torch", "data", "eval", "judge", "model", "problem", "ranks", "sampler"},
+        set(),
+    ),
     "kernels/logprob.py": ({"torch"}, {"triton"}),  # inside a try: not every platform has it
     "kernels/advantage.py": ({"torch"}, {"triton"}),
 }
@@ -55,12 +69,13 @@ def imports(tree, inside_functions):
     return names - set(sys.stdlib_module_names)
 
 
-NEED_TRANSFORMERS = ["ssr.py", "toy/pretrain.py"]
+NEED_TRANSFORMERS = ["ssr.py", "problem.py", "toy/pretrain.py", "eval/__main__.py"]
 ALONE = [
     "model.py",
     "ranks.py",
     "sampler.py",
     "judge.py",
+    "eval/comet.py",
     "kernels/logprob.py",
     "kernels/advantage.py",
 ]
@@ -68,6 +83,7 @@ ALONE = [
 
 def core_files():
     files = [*ROOT.glob("*.py"), *ROOT.glob("kernels/[!_]*.py"), *ROOT.glob("toy/[!_]*.py")]
+    files += [f for f in ROOT.glob("eval/*.py") if f.name not in ("__init__.py", "comet_worker.py")]
     return [file.relative_to(ROOT).as_posix() for file in files]
 
 

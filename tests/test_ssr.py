@@ -10,16 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data
+import problem
 import ssr
 import watch
-from judge import PAPER, TOY, Judge, Score, Task, Texts
+from judge import TOY, Judge, Score, Texts
 from model import load, save
 from sampler import Sampler
 from tests.tiny import make_model, make_tokenizer
@@ -98,7 +97,7 @@ def test_the_best_weights_are_those_of_the_best_evaluation(toy, tmp_path, monkey
 
     def measured(self, number):
         value = next(quality)
-        self.problem.measures = {"exact_match": lambda candidate, reference: value}
+        self.problem.measures = {"exact_match": lambda tasks, texts: [value] * len(texts)}
         return judged(self, number)
 
     monkeypatch.setattr(watch.Evaluation, "__call__", measured)
@@ -212,21 +211,6 @@ def test_evaluations_are_greedy_and_sampled_as_they_say(toy, tmp_path, monkeypat
     assert seen == [*evaluation, (4, 4, 0.7), *evaluation]
 
 
-def test_what_cannot_be_read_counts_as_it_is(tmp_path):
-    make_tokenizer(tmp_path)
-    texts = Texts(AutoTokenizer.from_pretrained(tmp_path))
-    evaluation = watch.Evaluation.__new__(watch.Evaluation)
-    evaluation.texts, evaluation.problem = texts, SimpleNamespace(prompts=PAPER)
-    task = Task("Good night.", "English", "German")
-    for text, read in (
-        ("<think>a</think><answer> gute Nacht </answer>", ("gute Nacht", True)),
-        ("<answer>gute Nacht</answer>", ("gute Nacht", False)),
-        ("gute Nacht", ("gute Nacht", False)),
-    ):
-        ids = [*texts.tokenizer.encode(text), texts.tokenizer.eos_token_id]
-        assert evaluation.read(task, SimpleNamespace(ids=ids, stopped=True)) == read
-
-
 def test_the_correlation_is_pearsons_over_what_has_a_score():
     assert watch.correlation([0.1, None, 0.3, 0.2], [1.0, 9.0, 3.0, 2.0]) == pytest.approx(1.0)
     assert watch.correlation([0.3, 0.1], [0.0, 1.0]) == pytest.approx(-1.0)
@@ -242,7 +226,10 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
         (["--sampels-per-prompt=4"], "unknown option .*; did you mean --samples-per-prompt\\?"),
         (["--step=4"], "unknown option --step=4; did you mean --steps\\?"),
         (["--top-p=0.9"], "--top-p=0.9: training needs log-probs of the whole distribution"),
-        (["--preset=toys"], "--preset toys is unknown; known: ssr-zero-7b, ssr-zero-0.5b, toy"),
+        (
+            ["--preset=toys"],
+            "--preset toys is unknown; known: ssr-zero-7b, ssr-x-zero-7b, ssr-zero-0.5b, toy",
+        ),
         (["--samples-per-prompt=1"], "a sample is compared with its siblings; use at least 2"),
         (["--steps=few"], "argument --steps: invalid int value: 'few'"),
         (["--lr"], "argument --lr: expected one argument"),
@@ -254,8 +241,18 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
         (["--judge=dead"], "--judge dead: use live, frozen, ema"),
         (["--micro-batch-tokens=20"], r"cannot hold one sequence of 32 \+ 20 tokens: use .* 52"),
         (["--preset=toy", "--data=ssr.py"], "--data: the toy makes its own sentences"),
-        (["--preset=ssr-zero-7b"], "--preset ssr-zero-7b needs --data FILE"),
-        (["--preset=ssr-zero-7b", "--data=x.jsonl"], "--data x.jsonl: there is no such file"),
+        (["--preset=ssr-zero-7b", "--data=x.jsonl"], "x.jsonl: there is no such file"),
+        (["--preset=ssr-zero-7b", "--data=x.txt", "--source=en"], "--source and --target go toge"),
+        (["--preset=ssr-zero-7b", "--target=zz"], "unknown language 'zz'"),
+        (["--preset=ssr-zero-7b", "--source=zh"], "Chinese would be translated into itself"),
+        (["--judge-url=http://x"], "--judge-url needs --judge-model, the model's name at that"),
+        (["--judge-model=x/y", "--judge=ema"], "--judge ema is the policy's own; --judge-model"),
+        (["--judge-model=x/y", "--reward=random"], "--judge-model has nothing to judge with"),
+        (["--judge-model=x/y", "--judge-url=http://x"], "--reading expected needs log-probs"),
+        (["--preset=ssr-zero-7b", "--chat", "--reading=expected"], "a chat template does not"),
+        (["--judge-chat"], "--judge-chat is for --judge-model; --chat sets"),
+        (["--comet-low=1"], "--comet-high 1.0 must be above --comet-low 1.0"),
+        (["--reward=commet"], "--reward commet: use self, comet, self\\+comet, random"),
         (
             ["--preset=ssr-zero-7b", "--data=ssr.py", "--reward=oracle"],
             "needs the truth, which only",
@@ -281,7 +278,7 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
 )
 def test_what_cannot_work_is_refused_in_one_line(words, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(ssr, "make", None)  # nothing may be made before all is checked
+    monkeypatch.setattr(problem, "make", None)  # nothing may be made before all is checked
     with pytest.raises(SystemExit, match=f"(?s)^ssr.py: .*{message}") as error:
         ssr.main(words)
     assert str(error.value).count("\n") <= 1
@@ -438,7 +435,7 @@ def write(path, rows):
 
 def test_the_papers_preset_runs_on_a_tiny_model_and_a_few_texts(tmp_path, capsys):
     """Byte-level BPE, the paper's prompts; an untrained model earns nothing, and that is logged."""
-    make_model(tmp_path / "model", vocab=300, positions=4096)
+    make_model(tmp_path / "model", vocab=400, positions=4096)
     make_tokenizer(tmp_path / "model")
     texts = [{"text": f"Sentence {i}.", "source": "English", "target": "Chinese"} for i in range(9)]
     long = {"text": "long " * 900, "source": "English", "target": "Chinese"}
@@ -457,48 +454,11 @@ def test_the_papers_preset_runs_on_a_tiny_model_and_a_few_texts(tmp_path, capsys
         ]
     )
     out = capsys.readouterr().out
-    assert "10 texts: 1 left out, longer than --max-prompt-tokens 900; 3 held out" in out
+    assert "data.jsonl: 10 texts read, 10 kept\n10 texts: 1 left out, longer than" in out
+    assert "--max-prompt-tokens 900; 3 held out, and 0 that say the same; 6 to train on" in out
     rows = rows_of(tmp_path / "run" / "metrics.jsonl")
     assert [row["reward/format"] for row in rows[1:]] == [0.0, 0.0]
     assert [row["groups/zero_variance"] for row in rows[1:]] == [1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{'text': 1}", "line 2: not JSON .*column 2"),
-        ('{"text": "a", "source": "English"}', "line 2: 'target' missing"),
-        ('{"text": "", "source": "English", "target": "Chinese"}', "line 2: 'text' missing"),
-        ('{"text": 3, "source": "English", "target": "Chinese"}', "line 2: text, .* strings"),
-        ("[1]", "line 2: 'text', 'source', 'target' missing"),
-        ('{"text": "a\\ud800", "source": "English", "target": "Chinese"}', "line 2: 'utf-8' codec"),
-        ("[" * 100_000, "line 2: maximum recursion depth"),
-        ('{"text": "a", "source": "English", "target": "<|im_end|>"}', "line 2: .* no name of a"),
-        ('{"text": "a", "source": "English", "target": "Chinese", "reference": 3}', "line 2: text"),
-    ],
-)
-def test_a_bad_line_of_data_is_named(tmp_path, line, message):
-    good = '{"text": "a", "source": "English", "target": "Chinese"}'
-    file = tmp_path / "data.jsonl"
-    file.write_text(f"{good}\n{line}\n")
-    with pytest.raises(ValueError, match=rf"data\.jsonl, {message}"):
-        data.read(file)
-
-
-def test_data_comes_in_shuffled_epochs_that_depend_on_the_seed_alone(tmp_path):
-    rows = [{"text": f"t{i % 40}", "source": "English", "target": "Chinese"} for i in range(50)]
-    tasks = data.read(write(tmp_path / "d.jsonl", rows))
-    held_out, training = data.split(tasks, 10, seed=0)
-    assert len(held_out) == 10 and not {t.text for t in held_out} & {t.text for t in training}
-    n = len(training)
-    order = data.Order(training, 0)
-    first, second = ([order.task(e * n + i) for i in range(n)] for e in (0, 1))
-    assert sorted(first) == sorted(second) == sorted(training) and first != second
-    again = data.Order(training, 0)
-    assert [again.task(n + 3), again.task(2)] == [second[3], first[2]]
-    assert [data.Order(training, 1).task(i) for i in range(n)] != first
-    with pytest.raises(ValueError, match="no texts are left to train on"):
-        data.Order([], 0)
 
 
 # --------------------------------------------------------------------------------- slow proofs

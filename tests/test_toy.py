@@ -190,15 +190,17 @@ def test_other_rewards_are_what_they_say():
     assert values(controls.majority_vote) == [0.5, 0.25, 0.5, 0.0]
     noise = controls.random_scores(0)
     assert values(noise) == values(noise) != values(noise, 2) and len(set(values(noise))) == 4
-    many = [controls.external(0)([task], answers, step)[0][0].value for step in range(2000)]
+    many = [controls.external(0, 0.3)([task], answers, step)[0][0].value for step in range(2000)]
     assert max(many) == 1.0 and 0.8 < sum(many) / 2000 < 0.95  # noisy and cut off at 1
 
 
 def test_self_and_external_weigh_the_same():
     judge = object()
-    both = controls.scorers("self+external", judge, 0)
+    both = controls.scorers("self+external", judge, 0, 0.3)
     assert {name: weight for name, (weight, _) in both.items()} == {"self": 0.5, "external": 0.5}
-    assert both["self"][1] is judge and controls.scorers("self", judge, 0) == {"self": (1.0, judge)}
+    assert both["self"][1] is judge and controls.scorers("self", judge, 0, 0.3) == {
+        "self": (1.0, judge)
+    }
 
 
 @pytest.fixture

@@ -54,17 +54,29 @@ def make_model(
     return model
 
 
+QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN_CHAT = (  # as Qwen2.5's: a system's turn, then the others, then the begin of an answer
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
 def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer of Qwen2's kind, of fewer than 400 tokens."""
+    """A byte-level BPE tokenizer with Qwen2.5's special tokens and turns, of fewer than 400 tokens;
+    it cuts texts as Qwen's does, whose pattern transformers sets for this type of model."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=QWEN_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(["a small test of some letters, nothing more"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", chat_template=QWEN_CHAT
+    )
     fast.save_pretrained(folder)

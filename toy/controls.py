@@ -19,8 +19,6 @@ from random import Random
 from judge import Score, Task
 from toy.languages import quality
 
-NOISE = 0.3  # standard deviation of the external scorer's error
-
 Answers = list[list[str | None]]
 
 
@@ -53,26 +51,28 @@ def oracle(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
     return [[Score(value, "truth") for value in row] for row in values]
 
 
-def external(seed: int):
+def external(seed: int, noise: float):
+    """The truth with an error of that standard deviation."""
+
     def score(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
         streams = [Random(f"external scorer {seed} {step} {task.text}") for task in tasks]
         return [
-            [Score(min(1.0, max(0.0, s.value + rng.gauss(0, NOISE))), "external") for s in row]
+            [Score(min(1.0, max(0.0, s.value + rng.gauss(0, noise))), "external") for s in row]
             for rng, row in zip(streams, oracle(tasks, answers, step), strict=True)
         ]
 
     return score
 
 
-def scorers(reward: str, judge, seed: int) -> dict:
+def scorers(reward: str, judge, seed: int, noise: float) -> dict:
     """name -> (weight, scorer) for judge.Reward."""
     return {
         "self": {"self": (1.0, judge)},
         "random": {"random": (1.0, random_scores(seed))},
         "vote": {"vote": (1.0, majority_vote)},
         "oracle": {"oracle": (1.0, oracle)},
-        "external": {"external": (1.0, external(seed))},
-        "self+external": {"self": (0.5, judge), "external": (0.5, external(seed))},
+        "external": {"external": (1.0, external(seed, noise))},
+        "self+external": {"self": (0.5, judge), "external": (0.5, external(seed, noise))},
     }[reward]
 
 

@@ -1,0 +1,475 @@
+"""The paper's table: translate test sets, score them, print a row for each system.
+
+    python -m eval --model runs/7b/best --sets wmt23:zh-en,flores200:en-zh --metrics bleu,chrf
+    torchrun --nproc_per_node=8 -m eval --model base=Qwen/Qwen2.5-7B --model ours=runs/7b/best
+    python -m eval --translations theirs=a.txt,b.txt --sets wmt23:zh-en,mine.jsonl
+    python -m eval --help
+
+Sets, by default the paper's six: see eval/sets.py. Metrics: bleu, chrf, and COMET checkpoints by a
+short name (eval/comet.py), a hub id or a folder; NAME=CHECKPOINT names its column, and :no-ref
+behind it hides the references from one that could use them. Each system is a row; the first is the
+one that the others are compared with.
+
+Translations are greedy, and read as the reward reads them. What cannot be read is scored as it is
+and counted: to leave it out would flatter. All of it lies under --out, and what is there is not
+done again: the same command goes on after an interruption, or adds a set, a metric or a system.
+
+    OUT/SYSTEM/SET.jsonl            a row a segment, as it was translated
+    OUT/SYSTEM/SET.METRIC.jsonl     COMET's scores
+    OUT/SYSTEM/SET.segments.jsonl   both beside each other, with sentence BLEU and chrF
+    OUT/table.md, .csv, .json       the table
+"""
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import code_pair
+from eval import sets, table
+from eval.comet import NAMES, Comet, python_of
+from eval.rows import Rows, in_rounds
+from eval.score import SACREBLEU, Found, mean_of
+from judge import Task, Texts, shown_translation
+from model import find_folder, load, load_tokenizer
+from problem import TEMPLATES
+from ranks import Ranks, is_lost, join, leave
+from sampler import Sampler
+
+PAPER_SETS = "wmt23:zh-en,wmt24:zh-en,flores200:zh-en,wmt23:en-zh,wmt24:en-zh,flores200:en-zh"
+NEED_REFERENCES = ("bleu", "chrf", "comet22")
+ROUND = 8  # times the slots: segments between two writes
+
+
+class Set(NamedTuple):
+    entry: str
+    label: str
+    direction: str
+    tasks: list[Task]
+    file: str
+    """Begins the names of its files."""
+
+
+class Metric(NamedTuple):
+    name: str
+    checkpoint: str
+    """Empty: it is sacreBLEU's."""
+    references: bool
+
+
+class System(NamedTuple):
+    name: str
+    model: str
+    """A folder or hub id, or empty: `files` hold its translations."""
+    files: list[str]
+
+
+# ------------------------------------------------------------------------------ what is asked
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    option = parser.add_argument
+    option("--model", action="append", default=[], help="[NAME=]folder or hub id; once a system")
+    option(
+        "--translations",
+        action="append",
+        default=[],
+        help="[NAME=]FILE,…: somebody's, one for each set, a line or JSON row a segment",
+    )
+    option("--sets", default=PAPER_SETS, help="with commas between them (default: the paper's)")
+    option("--metrics", default="cometkiwi-xxl,xcomet-xxl", help="default: the paper's")
+    option("--out", default="runs/eval", help="folder of all that is written")
+    option("--compare", action="store_true", help="add the paper's rows to the table")
+    option("--first", type=int, default=0, help="only this many segments of each set, to try it")
+    option("--prompts", choices=list(TEMPLATES), default="paper")
+    option("--chat", action="store_true", help="set them in the tokenizer's chat template")
+    option("--max-new-tokens", type=int, default=1024)
+    option("--slots", type=int, default=64, help="sequences that are decoded together")
+    option("--device", default="", help="cpu or cuda; default: a GPU if there is one")
+    option("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    option("--comet-dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    option("--comet-batch", type=int, default=16, help="translations that COMET scores together")
+    option("--patience", type=float, default=1800.0, help="seconds to wait for a rank that hangs")
+    args = parser.parse_args(words)
+    if not args.model and not args.translations:
+        raise ValueError("nothing to evaluate: give --model or --translations (--help shows how)")
+    for name in ("max_new_tokens", "slots", "comet_batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.first < 0:
+        raise ValueError(f"--first {args.first} must be at least 1")
+    return args
+
+
+def systems_of(args: argparse.Namespace, count: int) -> list[System]:
+    found = []
+    for words in args.model:
+        name, model = named(words)
+        found.append(System(name or Path(model).name, model, []))
+    for words in args.translations:
+        name, files = named(words)
+        files = files.split(",")
+        if len(files) != count:
+            raise ValueError(f"--translations {words}: {len(files)} files for {count} sets; give "
+                             "one for each, in the order of --sets")  # fmt: skip
+        found.append(System(name or Path(files[0]).stem, "", files))
+    names = [re.sub(r"[^\w.-]+", "_", system.name) for system in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two systems are called {name}: name them, --model NAME=FOLDER")
+    return [s._replace(name=name) for s, name in zip(found, names, strict=True)]
+
+
+def named(words: str) -> tuple[str, str]:
+    name, equals, rest = words.partition("=")
+    return (name, rest) if equals and "/" not in name else ("", words)
+
+
+def sets_of(args: argparse.Namespace) -> list[Set]:
+    found = []
+    for entry in filter(None, (w.strip() for w in args.sets.split(","))):
+        tasks = sets.load(entry)
+        tasks = tasks[: args.first] if args.first else tasks
+        direction = code_pair((tasks[0].source, tasks[0].target))
+        label = sets.label(entry)
+        file = re.sub(r"[^\w.-]+", "_", f"{label}.{direction}")
+        file += f".first{args.first}" if args.first else ""
+        found.append(Set(entry, label, direction, tasks, file))
+    if not found:
+        raise ValueError("--sets names none")
+    for one in found:
+        if [(s.label, s.direction) for s in found].count((one.label, one.direction)) > 1:
+            raise ValueError(f"--sets has {one.label} {one.direction} twice: rename a file")
+    return found
+
+
+def metrics_of(args: argparse.Namespace, chosen: list[Set]) -> list[Metric]:
+    found = []
+    for words in filter(None, (w.strip() for w in args.metrics.split(","))):
+        shown = not words.endswith(":no-ref")
+        name, checkpoint = named(words.removesuffix(":no-ref"))
+        plain = checkpoint in SACREBLEU
+        if not plain and checkpoint not in NAMES and "/" not in checkpoint:
+            known = ", ".join([*SACREBLEU, *NAMES])
+            raise ValueError(
+                f"--metrics {checkpoint} is unknown: use {known}, a hub id or a folder"
+            )
+        label = checkpoint.rstrip("/").rpartition("/")[2] + ("" if shown else "-no-ref")
+        found.append(Metric(name or label, "" if plain else checkpoint, shown))
+    if not found:
+        raise ValueError("--metrics names none")
+    for metric in found:
+        if [m.name for m in found].count(metric.name) > 1:
+            raise ValueError(f"two metrics are called {metric.name}: name them NAME=CHECKPOINT")
+        needy = (metric.checkpoint or metric.name) in NEED_REFERENCES
+        for one in chosen if needy else []:
+            lacking = [i for i, task in enumerate(one.tasks, 1) if not task.reference]
+            if lacking:
+                raise ValueError(
+                    f"{metric.name} needs references, and {one.entry} has none for segment "
+                    f"{lacking[0]} ({len(lacking)} in all lack one)"
+                )
+    if any(metric.checkpoint for metric in found):
+        python_of()  # before hours of translating: says how to install it
+    return found
+
+
+# --------------------------------------------------------------------------------- translating
+
+
+def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) -> dict[str, list]:
+    """Rows by set. The model is loaded when there is something left to translate."""
+    device = device_of(args)
+    folder = ranks.one_first("fetch the model", lambda: find_folder(system.model))
+    texts = Texts(load_tokenizer(folder), args.chat)
+    prompts = TEMPLATES[args.prompts]
+    key = {"model": weights_of(folder), "prompts": args.prompts, "chat": args.chat}
+    key |= {"max_new_tokens": args.max_new_tokens}
+    asked = {one.file: texts.encode([prompts.ask(task) for task in one.tasks]) for one in chosen}
+    loaded: list[Sampler] = []
+
+    def sampler() -> Sampler:
+        if not loaded:
+            dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+            model = load(folder, dtype=getattr(torch, dtype), device=device)
+            longest = max(len(p) for prompts in asked.values() for p in prompts)
+            window = longest + args.max_new_tokens
+            if window > model.config.max_length:
+                raise ValueError(
+                    f"{system.name}: the longest prompt has {longest} tokens, and with "
+                    f"--max-new-tokens {args.max_new_tokens} it does not fit the model's "
+                    f"{model.config.max_length} positions"
+                )
+            loaded.append(Sampler(model, args.slots, window))
+        return loaded[0]
+
+    found = {}
+    for one in chosen:
+
+        def work(numbers, one=one) -> list[dict]:
+            groups = sampler().generate(
+                [asked[one.file][i] for i in numbers], 1, args.max_new_tokens, 0.0,
+                stop_ids=texts.stop_ids, keys=numbers,
+            )  # fmt: skip
+            rows = []
+            for i, (sample,) in zip(numbers, groups, strict=True):
+                text, right = shown_translation(texts, prompts, one.tasks[i], sample)
+                output = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
+                rows.append({"segment": i, "translation": text, "readable": right} | {
+                    "output": output, "tokens": len(sample.ids)})  # fmt: skip
+            return rows
+
+        file = out / system.name / f"{one.file}.jsonl"
+        of = key | {"set": digest([t.text for t in one.tasks])}
+        found[one.file] = in_rounds(
+            ranks, lambda file=file, of=of: Rows(file, of), f"{system.name} {one.entry}",
+            len(one.tasks), ROUND * args.slots * ranks.size, work,
+        )  # fmt: skip
+    return found
+
+
+def read_translations(system: System, chosen: list[Set]) -> dict[str, list]:
+    """Somebody else's: a line a segment, or JSON rows with "translation"."""
+    found = {}
+    for one, name in zip(chosen, system.files, strict=True):
+        path = Path(name).expanduser()
+        try:
+            lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--translations {name}: cannot be read ({error})") from None
+        if path.suffix == ".jsonl":
+            lines = [line_in(path, n, line) for n, line in enumerate(lines, 1)]
+        lines = [line for line in lines if line is not None]
+        if len(lines) != len(one.tasks):
+            raise ValueError(
+                f"--translations {name}: {len(lines)} translations, and {one.entry} has "
+                f"{len(one.tasks)} segments"
+            )
+        found[one.file] = [
+            {"segment": i, "translation": text, "readable": None} for i, text in enumerate(lines)
+        ]
+    return found
+
+
+def line_in(path: Path, number: int, line: str) -> str | None:
+    """The translation in a row; None in the first line of a file that we wrote."""
+    try:
+        row = json.loads(line)
+        if number == 1 and "of" in row:
+            return None
+        if not isinstance(row["translation"], str):
+            raise ValueError('"translation" is no string')
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path}, line {number}: not a JSON row with "translation" ({error})'
+        ) from None
+    return row["translation"]
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name} is not there: use cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def weights_of(folder: Path) -> str:
+    """Which weights, without reading them: names and sizes of files, and the config's text."""
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json"))
+    parts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return f"{folder} {digest(parts)}"
+
+
+def digest(parts: list) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------- scoring
+
+
+def score(
+    args, ranks: Ranks, metric: Metric, systems: list[System], chosen: list[Set], done: dict,
+    out: Path,
+) -> dict[tuple[str, str], Found]:  # fmt: skip
+    """By system and set."""
+    if not metric.checkpoint:
+        return {
+            (system.name, one.file): SACREBLEU[metric.name](
+                one.tasks, [row["translation"] for row in done[system.name][one.file]]
+            )
+            for system in systems
+            for one in chosen
+        }
+    started: list[Comet] = []
+
+    def comet() -> Comet:
+        if not started:
+            started.append(Comet(metric.checkpoint, str(device_of(args)), args.comet_dtype,
+                                 args.comet_batch))  # fmt: skip
+            started[0].ready()
+        return started[0]
+
+    found = {}
+    with contextlib.ExitStack() as closing:
+        closing.callback(lambda: [worker.close() for worker in started])
+        for system in systems:
+            for one in chosen:
+                texts = [row["translation"] for row in done[system.name][one.file]]
+                shown = metric.references and all(task.reference for task in one.tasks)
+
+                def work(numbers, one=one, texts=texts, shown=shown) -> list[dict]:
+                    rows = [
+                        {"src": one.tasks[i].text, "mt": texts[i]}
+                        | ({"ref": one.tasks[i].reference} if shown else {})
+                        for i in numbers
+                    ]
+                    scores = comet().score(rows)
+                    return [
+                        {"segment": i, "score": x} for i, x in zip(numbers, scores, strict=True)
+                    ]
+
+                def about(shown=shown) -> dict:
+                    known = comet().about
+                    return known | {"references": shown and known["takes_reference"]}
+
+                key = {"checkpoint": metric.checkpoint, "dtype": args.comet_dtype, "shown": shown}
+                key |= {"translations": digest(texts)}
+                file = out / system.name / f"{one.file}.{metric.name}.jsonl"
+                opened: list[Rows] = []
+
+                def open_it(file=file, key=key, opened=opened) -> Rows:
+                    opened.append(Rows(file, key, anew=True))
+                    return opened[0]
+
+                rows = in_rounds(
+                    ranks, open_it, f"{metric.name} of {system.name} {one.entry}", len(texts),
+                    512 * ranks.size, work, about,
+                )  # fmt: skip
+                said = ranks.on_first("read", lambda opened=opened: opened[0].about)
+                found[system.name, one.file] = mean_of(
+                    [row["score"] for row in rows], words_about(said)
+                )
+    return found
+
+
+def words_about(about: dict) -> str:
+    revision = f" at {about['revision'][:12]}" if about.get("revision") else ""
+    refs = "with references" if about["references"] else "without references"
+    return (
+        f"{about['checkpoint']}{revision} ({about['class']}), unbabel-comet {about['comet']}, "
+        f"{about['dtype']}, {refs}"
+    )
+
+
+# -------------------------------------------------------------------------------------- the end
+
+
+def report(args, systems, chosen: list[Set], metrics: list[Metric], done: dict, found: dict,
+           out: Path) -> None:  # fmt: skip
+    columns: dict[str, dict] = {}
+    shares: dict[str, dict] = {}
+    for system in systems:
+        columns[system.name] = {
+            table.Column(one.direction, one.label, m.name): found[m.name][system.name, one.file]
+            for one in chosen
+            for m in metrics
+        }
+        shares[system.name] = {}
+        for one in chosen:
+            rows = done[system.name][one.file]
+            known = [row["readable"] for row in rows if row["readable"] is not None]
+            share = 1 - sum(known) / len(known) if known else None
+            shares[system.name][one.direction, one.label] = share
+            write_segments(system, one, rows, found, out)
+    rows = table.rows_of(columns, shares)
+    if args.compare:
+        rows = table.published([c for c in rows[0].cells]) + rows
+    told = {}
+    for m in metrics:
+        for words in dict.fromkeys(x.about for x in found[m.name].values()):
+            told.setdefault(m.name, []).append(words)
+    notes = [f"- {name}: {'; '.join(words)}" for name, words in told.items()]
+    notes.append(
+        f"- Avg: the plain mean of the direction's columns of {', '.join(table.averaged(told))}. "
+        "±: half of the 95% bootstrap interval. unreadable: outputs without a readable answer, "
+        "scored as they are."
+    )
+    if len(systems) > 1:
+        notes.append(f"- *: differs from {systems[0].name} with p < 0.05 (paired bootstrap)")
+    if args.first:
+        notes.append(f"- Only the first {args.first} segments of each set")
+    text = table.markdown(rows) + "\n\n" + "\n".join(notes) + "\n"
+    (out / "table.md").write_text(text, encoding="utf-8")
+    table.as_csv(rows, out / "table.csv")
+    about = {"metrics": told, "sets": {one.entry: len(one.tasks) for one in chosen}}
+    table.as_json(rows, about | {"command": sys.argv}, out / "table.json")
+    print(f"\n{text}\n{out}/: table.md, table.csv, table.json, and a folder a system")
+
+
+def write_segments(system: System, one: Set, rows: list[dict], found: dict, out: Path) -> None:
+    path = out / system.name / f"{one.file}.segments.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for i, (task, row) in enumerate(zip(one.tasks, rows, strict=True)):
+            scores = {m: x[system.name, one.file].segments[i] for m, x in found.items()}
+            line = {"segment": i, "source": task.text, "reference": task.reference}
+            line |= {k: row[k] for k in ("translation", "readable")} | {"scores": scores}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    ranks = join(device_of(args).type, args.patience)
+    chosen = ranks.on_first("read the sets", lambda: sets_of(args))
+    metrics = metrics_of(args, chosen)
+    systems = systems_of(args, len(chosen))
+    out = Path(args.out)
+    print(f"{len(systems)} systems, {sum(len(one.tasks) for one in chosen):,} segments in "
+          f"{len(chosen)} sets, {len(metrics)} metrics; writing {out}", flush=True)  # fmt: skip
+    done = {}
+    for system in systems:
+        if system.model:
+            done[system.name] = translate(args, ranks, system, chosen, out)
+            gc.collect()  # the model, to make room for COMET
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        else:
+            done[system.name] = read_translations(system, chosen)
+    found = {m.name: score(args, ranks, m, systems, chosen, done, out) for m in metrics}
+    if ranks.rank == 0:
+        report(args, systems, chosen, metrics, done, found, out)
+
+
+def main(words: list[str]) -> None:
+    try:
+        evaluate(parse(words))
+    except KeyboardInterrupt:
+        leave("\npython -m eval: stopped; the same command goes on")
+    except (OSError, ValueError, RuntimeError) as error:
+        lost = "another rank has gone; the same command goes on"
+        leave(f"python -m eval: {lost if is_lost(error) else error}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupted)
+    main(sys.argv[1:])

@@ -1,0 +1,175 @@
+"""The table: a row a system, a column a set and metric, in the paper's order; Markdown, CSV, JSON.
+
+Avg is the plain mean of a direction's columns, as in the paper. Its columns are COMET's; with BLEU
+and chrF beside them, which measure on other scales, it is still COMET's alone, and without COMET
+that of the first metric.
+"""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from eval.score import SACREBLEU, Found, interval, p_value, replicates
+
+PUBLISHED = Path(__file__).with_name("published.csv")
+NEURAL = {"cometkiwi-xxl": "cometkiwi", "xcomet-xxl": "xcomet"}  # as the published table says
+
+
+class Cell(NamedTuple):
+    value: float
+    draws: ndarray
+    """Of the bootstrap; empty for a published number."""
+    p: float | None = None
+    """Against the first system; None for that one itself."""
+
+
+class Column(NamedTuple):
+    direction: str  # zh-en
+    set: str  # wmt23
+    metric: str
+
+    def __str__(self) -> str:
+        return "/".join(part for part in self if part)
+
+
+class Row(NamedTuple):
+    name: str
+    cells: dict[Column, Cell]
+    unreadable: dict[tuple[str, str], float | None]
+    """By direction and set: the share of outputs without a readable answer; None: not known."""
+
+
+def averaged(metrics: Iterable[str]) -> list[str]:
+    """Those that Avg is made of."""
+    metrics = list(metrics)
+    return [name for name in metrics if name not in SACREBLEU] or metrics[:1]
+
+
+def rows_of(found: dict[str, dict[Column, Found]], unreadable: dict[str, dict]) -> list[Row]:
+    """Of each system, with averages, and chances against the first one."""
+    rows: list[Row] = []
+    for name, columns in found.items():
+        cells = {c: Cell(x.value, replicates(x)) for c, x in columns.items()}
+        cells |= averages(cells)
+        if rows:
+            first = rows[0].cells
+            cells = {
+                c: x._replace(p=p_value(x.value, x.draws, first[c].value, first[c].draws))
+                for c, x in cells.items()
+            }
+        rows.append(Row(name, cells, unreadable[name]))
+    return rows
+
+
+def averages(cells: dict[Column, Cell]) -> dict[Column, Cell]:
+    """One for each direction. Its draws are means of the columns' draws: sets are independent, and
+    metrics of one set were drawn with the same segments."""
+    made = {}
+    for direction in dict.fromkeys(c.direction for c in cells):
+        mine = [c for c in cells if c.direction == direction]
+        of = averaged(dict.fromkeys(c.metric for c in mine))
+        chosen = [cells[c] for c in mine if c.metric in of]
+        value = sum(cell.value for cell in chosen) / len(chosen)
+        draws = np.mean([cell.draws for cell in chosen], axis=0)
+        made[Column(direction, "avg", "")] = Cell(value, draws)
+    return made
+
+
+def published(columns: Iterable[Column]) -> list[Row]:
+    """The paper's rows, in those of our columns that they have."""
+    rows = []
+    with open(PUBLISHED, encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            cells = {}
+            for column in columns:
+                name = column._replace(metric=NEURAL.get(column.metric, column.metric))
+                if value := line.get(str(name)):
+                    cells[column] = Cell(float(value), np.zeros(0))
+            if cells:
+                rows.append(Row(f"{line['model']} (published)", cells, {}))
+    return rows
+
+
+def complete(rows: list[Row]) -> list[Column]:
+    """Directions in their order, each with its sets, its metrics and its average last."""
+    columns = dict.fromkeys(column for row in rows for column in row.cells)
+    return sorted(columns, key=lambda c: list(dict.fromkeys(x.direction for x in columns)).index(
+        c.direction))  # fmt: skip
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table for each direction. ± is half of the 95% interval; * differs from the first system
+    with p < 0.05."""
+    blocks = []
+    columns = complete(rows)
+    for direction in dict.fromkeys(c.direction for c in columns):
+        mine = [c for c in columns if c.direction == direction]
+        sets = list(dict.fromkeys(c.set for c in mine if c.metric))
+        heads = [f"{c.set} {c.metric}" if c.metric else "Avg" for c in mine]
+        heads += [f"{s} unreadable" for s in sets]
+        lines = [
+            f"| {direction.replace('-', '→')} | {' | '.join(heads)} |",
+            "|---|" + "---:|" * len(heads),
+        ]
+        for row in rows:
+            if not any(c in row.cells for c in mine):
+                continue
+            words = [shown(row.cells.get(c)) for c in mine]
+            shares = [row.unreadable.get((direction, s)) for s in sets]
+            words += ["–" if share is None else f"{share:.1%}" for share in shares]
+            lines.append(f"| {row.name} | {' | '.join(words)} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def shown(cell: Cell | None) -> str:
+    if cell is None:
+        return "–"
+    if not len(cell.draws):
+        return f"{cell.value:.2f}"
+    low, high = interval(cell.draws)
+    star = "*" if cell.p is not None and cell.p < 0.05 else ""
+    return f"{cell.value:.2f}{star} ± {(high - low) / 2:.2f}"
+
+
+def as_csv(rows: list[Row], path: Path) -> None:
+    """Named like the published table, with the ends of each interval and p beside each value."""
+    columns = complete(rows)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        parts = ("", "/low", "/high", "/p")
+        shares = list(dict.fromkeys(key for row in rows for key in row.unreadable))
+        writer.writerow(
+            ["model", *(f"{c}{part}" for c in columns for part in parts)]
+            + ["/".join((*key, "unreadable")) for key in shares]
+        )
+        for row in rows:
+            words = [row.name]
+            for column in columns:
+                words += numbers(row.cells.get(column))
+            words += [row.unreadable.get(key, "") for key in shares]
+            writer.writerow(["" if word is None else word for word in words])
+
+
+def numbers(cell: Cell | None) -> list[float | None]:
+    if cell is None:
+        return [None] * 4
+    ends = interval(cell.draws) if len(cell.draws) else (None, None)
+    return [round(x, 4) if x is not None else None for x in (cell.value, *ends, cell.p)]
+
+
+def as_json(rows: list[Row], about: dict, path: Path) -> None:
+    systems = {}
+    for row in rows:
+        cells = {
+            str(c): dict(zip(("value", "low", "high", "p"), numbers(x), strict=True))
+            for c, x in row.cells.items()
+        }
+        shares = {"/".join(key): share for key, share in row.unreadable.items()}
+        systems[row.name] = {"scores": cells, "unreadable": shares}
+    path.write_text(json.dumps(about | {"systems": systems}, indent=1, ensure_ascii=False) + "\n")

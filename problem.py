@@ -1,0 +1,219 @@
+"""What is learned and who says how well: texts, templates, measures, judges.
+
+    with closing(Comets(settings, device)) as comets:
+        problem = data_problem(settings, ranks, comets)        # or toy_problem(settings, ranks)
+        scorers = scorers_of(settings, judge, comets)           # name -> (weight, scorer)
+
+Nothing here changes weights. The settings are ssr.py's.
+"""
+
+from pathlib import Path
+
+import torch
+
+import data
+from eval import sets
+from eval.comet import Comet
+from judge import PAPER, PLAIN, TOY, Judge, Outside, Prompts, Task, Texts
+from model import find_folder, load, load_tokenizer, read_config
+from ranks import Ranks
+from remote import RemoteJudge
+from sampler import Sampler
+from toy import controls
+from toy.languages import Languages, quality
+from toy.pretrain import Recipe, make
+from watch import Measure, Problem
+
+TEMPLATES = {"paper": PAPER, "plain": PLAIN, "toy": TOY}
+REWARDS = ("self", "comet", "self+comet")
+
+
+class Comets:
+    """COMET's workers of this rank, one for each checkpoint; they load while we go on."""
+
+    def __init__(self, s, device: torch.device):
+        self.s, self.device = s, device
+        self.started: dict[str, Comet] = {}
+
+    def start(self, checkpoint: str) -> Comet:
+        if checkpoint not in self.started:
+            self.started[checkpoint] = Comet(
+                checkpoint, str(self.device), self.s.comet_dtype, self.s.comet_batch
+            )
+        return self.started[checkpoint]
+
+    def measure(self, checkpoint: str) -> Measure:
+        comet = self.start(checkpoint)
+
+        def measure(tasks: list[Task], texts: list[str]) -> list[float]:
+            shown = comet.about["takes_reference"] and all(t.reference for t in tasks)
+            return comet.score([
+                {"src": task.text, "mt": text} | ({"ref": task.reference} if shown else {})
+                for task, text in zip(tasks, texts, strict=True)
+            ])  # fmt: skip
+
+        return measure
+
+    def close(self) -> None:
+        for comet in self.started.values():
+            comet.close()
+
+
+# ---------------------------------------------------------------------------------- the texts
+
+
+def exact_match(candidate: str, reference: str) -> float:
+    return float(candidate.split() == reference.split())
+
+
+def each(measure) -> Measure:
+    """Of one translation and its reference -> of many."""
+    return lambda tasks, texts: [
+        measure(text, task.reference) for text, task in zip(texts, tasks, strict=True)
+    ]
+
+
+def toy_problem(s, ranks: Ranks) -> Problem:
+    recipe = Recipe(seed=s.seed, tokens=s.toy_tokens)
+    folder = Path(s.model) if s.model else ranks.one_first("make the toy", lambda: make(recipe))
+    pair = Languages(s.seed)
+    known = load_tokenizer(folder).get_vocab().keys()
+    if foreign := {word for words in pair.vocabulary.values() for word in words} - known:
+        raise ValueError(
+            f"--model {folder} was not made for --seed {s.seed}: its tokenizer does not know "
+            f"{', '.join(sorted(foreign)[:3])} …"
+        )
+    held_out = [pair.task("held-out", i) for i in range(s.eval_prompts)]
+    measures = {"exact_match": each(exact_match), "quality": each(quality)}
+    needs_truth = s.reward not in ("self", "random", "vote")
+
+    def task(number: int) -> Task:
+        task = pair.task("train", number)
+        return task if needs_truth else task._replace(reference=None)
+
+    return Problem(folder, TEMPLATES[s.prompts], task, held_out, measures, f"toy {s.seed}")
+
+
+def data_problem(s, ranks: Ranks, comets: Comets) -> Problem:
+    def read() -> tuple:
+        corpus = data.gather(s.data, s.source, s.target, s.skip_bad_lines)
+        pairs = data.pairs_of(s.source, s.target)
+        return corpus, sets.held_out(s.held_out, pairs) if s.held_out else []
+
+    corpus, apart = ranks.on_first("read the texts", read)
+    folder = ranks.one_first("fetch the model", lambda: find_folder(s.model))
+    prompts = TEMPLATES[s.prompts]
+    read_config(folder)  # the first to say that a folder is no model's
+    texts = Texts(load_tokenizer(folder), s.chat)
+
+    def fitting(tasks: list[Task]) -> list[Task]:
+        lengths = map(len, texts.encode([prompts.ask(task) for task in tasks]))
+        return [t for t, n in zip(tasks, lengths, strict=True) if n <= s.max_prompt_tokens]
+
+    fit, apart = fitting(corpus.tasks), fitting(apart)
+    if len(apart or fit) < s.eval_prompts + (not apart):
+        raise ValueError(
+            f"{s.held_out or s.data}: {len(apart or fit)} texts have a prompt within "
+            f"--max-prompt-tokens {s.max_prompt_tokens}, and {s.eval_prompts} are to be held out: "
+            "add texts, or lower --eval-prompts"
+        )
+    held_out, _ = data.split(apart or fit, s.eval_prompts, s.seed)
+    training = data.without(fit, apart or held_out)
+    same = len(fit) - len(training) - (0 if apart else len(held_out))
+    print(
+        f"{corpus.report()}\n{len(corpus.tasks):,} texts: {len(corpus.tasks) - len(fit):,} left "
+        f"out, longer than --max-prompt-tokens {s.max_prompt_tokens}; {len(held_out)} held out"
+        f"{f' from {s.held_out}' if apart else ''}, and {same} that say the same; "
+        f"{len(training):,} to train on"
+    )
+    if s.comet_references and any(task.reference is None for task in training):
+        raise ValueError(f'--comet-references: not all texts of {s.data} have a "reference"')
+    measures = measures_of(s, held_out, comets)
+    digest = data.digest(training + held_out)
+    return Problem(folder, prompts, data.Order(training, s.seed).task, held_out, measures, digest)
+
+
+def measures_of(s, held_out: list[Task], comets: Comets) -> dict[str, Measure]:
+    referenced = all(task.reference for task in held_out)
+    names = s.measures or ("chrf" if referenced else "none")
+    found: dict[str, Measure] = {}
+    for name in [w.strip() for w in names.split(",") if w.strip() != "none"]:
+        if name == "chrf":
+            if not referenced:
+                raise ValueError("--measures chrf needs a reference of every held-out text")
+            found[name] = each(chrf)
+        else:
+            found[name.rstrip("/").rpartition("/")[2]] = comets.measure(name)
+    return found
+
+
+def chrf(candidate: str, reference: str) -> float:
+    from sacrebleu import sentence_chrf
+
+    return sentence_chrf(candidate, [reference]).score / 100
+
+
+def scorers_of(s, judge, comets: Comets) -> dict:
+    """name -> (weight, scorer) for judge.Reward; `judge` is the policy, or another."""
+    if s.reward not in REWARDS:
+        return controls.scorers(s.reward, judge, s.seed, s.toy_noise)
+    weigh = s.self_weight if s.reward == "self+comet" else 1.0
+    scorers = {"self": (weigh, judge)} if "self" in s.reward else {}
+    if "comet" in s.reward:
+        comet = comets.start(s.comet)
+        comet.ready()
+        if comet.about["needs_reference"] and not s.comet_references:
+            raise ValueError(
+                f"--comet {s.comet} cannot score without a reference: use one that can, such as "
+                "cometkiwi, or --comet-references"
+            )
+        outside = Outside(comet.score, s.comet_low, s.comet_high, s.comet_references)
+        scorers["comet"] = (s.comet_weight if scorers else 1.0, outside)
+    return scorers
+
+
+def another_judge(s, ranks: Ranks, problem: Problem, device: torch.device, slots: int):
+    """A model of somebody else's, asked as the policy would ask itself."""
+    if s.judge_url:
+        judge = RemoteJudge(
+            s.judge_url, s.judge_model, problem.prompts, s.judge_samples, s.judge_temperature,
+            s.judge_max_new_tokens, s.seed, s.judge_parallel, limit=s.judge_patience,
+        )  # fmt: skip
+        ranks.on_first("ask the judge", judge.check)
+        return judge
+    folder = ranks.one_first("fetch the judge", lambda: find_folder(s.judge_model))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load(folder, dtype=dtype, device=device)
+    texts = Texts(load_tokenizer(folder), s.judge_chat)
+    # Its tokenizer may need more tokens for the same text.
+    window = window_of(s, problem, texts, model.config.max_length, 1.5)
+    return judge_of(s, Sampler(model, slots, window), texts, problem.prompts)
+
+
+def judge_of(s, sampler: Sampler, texts: Texts, prompts: Prompts) -> Judge:
+    return Judge(
+        sampler, texts, prompts, s.reading, s.judge_samples, s.judge_temperature,
+        s.judge_max_new_tokens, texts.stop_ids, s.seed,
+    )  # fmt: skip
+
+
+def window_of(s, problem: Problem, texts: Texts, positions: int, more: float = 1.0) -> int:
+    """Room for a prompt and its candidate, and for both in the judge's prompt and its words."""
+    task = problem.held_out[0]._replace(text="")
+    template = len(texts.encode([problem.prompts.ask_judge(task, "", s.reading)])[0])
+    words = s.judge_max_new_tokens if s.reading == "written" else 1
+    needed = template + int(more * (s.max_prompt_tokens + s.max_new_tokens)) + words
+    if needed > positions:
+        raise ValueError(
+            f"the judge needs room for {needed} tokens ({template} of the template, source, "
+            f"candidate, {words} of its own), the model has {positions}: lower "
+            "--max-prompt-tokens, --max-new-tokens or --judge-max-new-tokens"
+        )
+    return min(needed + 64, positions)  # a text may take more tokens than the model wrote it with
+
+
+def judge_template(s) -> int:
+    """Its tokens, about: four characters each, or (toy) a word."""
+    task = Task("", "English", "Chinese")
+    text = "".join(TEMPLATES[s.prompts].ask_judge(task, "", s.reading))
+    return len(text.split()) if s.prompts == "toy" else len(text) // 4

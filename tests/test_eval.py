@@ -1,0 +1,383 @@
+"""The table of the evaluation: scores, chances, what is kept, what is refused."""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
+
+from eval import score, table
+from eval.__main__ import main
+from eval.table import Column
+from judge import Task
+from tests.test_data import write
+from tests.tiny import make_model, make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """Two tiny models and two sets."""
+    folder = tmp_path_factory.mktemp("eval")
+    for seed, name in enumerate(("one", "two")):
+        make_model(folder / name, vocab=400, positions=4096, seed=seed)
+        make_tokenizer(folder / name)
+    pairs = [(f"Sentence {i} is here.", f"这是第{i}句话。") for i in range(20)]
+    write(folder / "there.jsonl", [
+        {"text": a, "source": "en", "target": "zh", "reference": b} for a, b in pairs])  # fmt: skip
+    write(folder / "back.jsonl", [
+        {"text": b, "source": "zh", "target": "en", "reference": a} for a, b in pairs])  # fmt: skip
+    return folder
+
+
+def go(here, out, *words):
+    main(["--sets", f"{here}/there.jsonl,{here}/back.jsonl", "--metrics=bleu,chrf",
+          "--max-new-tokens=12", "--slots=4", f"--out={out}", *words])  # fmt: skip
+    return json.loads((out / "table.json").read_text())
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------- scores
+
+ENGLISH = [
+    "The cat sat on the mat, and it purred.",
+    "Nobody knows what will happen tomorrow.",
+    "Prices rose by 3.5 % in May.",
+    "She didn't say anything.",
+]
+
+
+def noisy(lines, share, seed):
+    draw = random.Random(seed)
+    return [" ".join(w for w in line.split() if draw.random() > share) for line in lines]
+
+
+@pytest.mark.parametrize(("target", "code"), [("English", "en"), ("Chinese", "zh")])
+def test_bleu_and_chrf_are_those_of_sacrebleus_command_line(tmp_path, target, code):
+    lines = ENGLISH * 5 if code == "en" else [f"这是第{i}句话，很短。" for i in range(20)]
+    texts = [x[: len(x) - i % 4] for i, x in enumerate(lines)]
+    (tmp_path / "ref").write_text("\n".join(lines) + "\n")
+    (tmp_path / "hyp").write_text("\n".join(texts) + "\n")
+    command = [sys.executable, "-m", "sacrebleu", "ref", "-i", "hyp", "-l", f"xx-{code}"]
+    command += ["-m", "bleu", "chrf", "-w", "12", "--force"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    theirs = {x["name"].lower().replace("2", ""): x for x in json.loads(run.stdout)}
+    tasks = [Task("x", "German", target, line) for line in lines]
+    for name, metric in score.SACREBLEU.items():
+        ours = metric(tasks, texts)
+        assert 20 < ours.value < 99
+        assert round(ours.value, 12) == theirs[name]["score"]
+        assert ours.about == theirs[name]["signature"]
+        assert len(ours.segments) == 20
+
+
+def test_the_total_of_the_whole_table_is_the_value():
+    tasks = [Task("x", "German", "English", line) for line in ENGLISH * 4]
+    texts = noisy(ENGLISH * 4, 0.3, 0)
+    for metric in score.SACREBLEU.values():
+        found = metric(tasks, texts)
+        assert found.total(found.table.sum(0)) == pytest.approx(found.value, abs=1e-12)
+    mean = score.mean_of([0.25, 0.5, 1.0], "")
+    assert mean.value == mean.total(mean.table.sum(0)) == pytest.approx(175 / 3)
+
+
+def test_chances_are_as_sacrebleu_draws_them():
+    """Its own paired bootstrap on the same draws: the same mean and interval."""
+    tasks = [Task("x", "German", "English", line) for line in ENGLISH * 10]
+    systems = [noisy(ENGLISH * 10, share, seed) for share, seed in ((0.3, 1), (0.25, 2))]
+    (ours, theirs) = (score.bleu(tasks, texts) for texts in systems)
+    a, b = score.replicates(ours), score.replicates(theirs)
+    test = PairedTest([("a", systems[0]), ("b", systems[1])], {"BLEU": BLEU()},
+                      [[t.reference for t in tasks]], "bs", 1000)  # fmt: skip
+    _, found = test()
+    assert a.mean() == pytest.approx(found["BLEU"][0].mean, abs=1e-3)
+    low, high = score.interval(a)
+    assert (high - low) / 2 == pytest.approx(found["BLEU"][0].ci, abs=0.02)
+    assert b.mean() == pytest.approx(found["BLEU"][1].mean, abs=1e-3)
+
+
+def test_the_interval_of_a_mean_is_that_of_statistics():
+    draw = random.Random(0)
+    values = [draw.gauss(0.5, 0.1) for _ in range(400)]
+    found = score.mean_of(values, "")
+    low, high = score.interval(score.replicates(found))
+    error = 100 * statistics.stdev(values) / 20
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    assert (high + low) / 2 == pytest.approx(found.value, abs=0.3 * error)
+
+
+def test_p_is_right_about_chance_and_about_a_difference():
+    draw = random.Random(1)
+    below = 0
+    for _ in range(200):  # two systems of the same worth
+        pair = [score.mean_of([draw.gauss(0.5, 0.1) for _ in range(50)], "") for _ in range(2)]
+        a, b = (score.replicates(x, 200) for x in pair)
+        below += score.p_value(pair[0].value, a, pair[1].value, b) < 0.1
+    assert 8 <= below <= 36  # 20 of 200 expected
+    base = [draw.gauss(0.5, 0.1) for _ in range(50)]
+    better = score.mean_of([x + draw.gauss(0.01, 0.01) for x in base], "")
+    a, b = score.replicates(better), score.replicates(score.mean_of(base, ""))
+    # Unpaired it would be lost in the noise: 1 point, where one mean's error is 1.4.
+    assert score.p_value(better.value, a, 100 * statistics.fmean(base), b) < 0.01
+    assert score.p_value(better.value, a, better.value, a) == 1.0
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+def test_the_published_averages_are_plain_means():
+    """Of every row and direction, from the published columns: as Avg is computed here."""
+    with open(table.PUBLISHED, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    checked = 0
+    columns = [
+        Column(d, s, m)
+        for d in ("zh-en", "en-zh")
+        for s in ("wmt23", "wmt24", "flores200")
+        for m in ("cometkiwi-xxl", "xcomet-xxl")
+    ]
+    for row, line in zip(table.published(columns), lines, strict=True):
+        assert row.name == f"{line['model']} (published)"
+        for column, cell in table.averages(
+            {c: x._replace(draws=np.zeros(1)) for c, x in row.cells.items()}
+        ).items():
+            assert cell.value == pytest.approx(float(line[str(column)]), abs=0.0051)
+            checked += 1
+    assert len(lines) == 20 and checked == 39  # one model was published in one direction alone
+
+
+def found_of(values, metrics=("cometkiwi-xxl", "xcomet-xxl")):
+    """values by (direction, set, metric number), each a list of segments."""
+    return {
+        Column(d, s, metrics[m]): score.mean_of(segments, "")
+        for (d, s, m), segments in values.items()
+    }
+
+
+def test_the_average_is_the_mean_of_comets_columns():
+    draw = random.Random(0)
+    values = {
+        (d, s, m): [draw.random() for _ in range(10)]
+        for d in ("zh-en", "en-zh") for s in ("wmt23", "wmt24", "flores200") for m in (0, 1)
+    }  # fmt: skip
+    columns = found_of(values) | {Column("zh-en", "wmt23", "bleu"): score.mean_of([0.3] * 10, "")}
+    (row,) = table.rows_of({"ours": columns}, {"ours": {}})
+    for direction in ("zh-en", "en-zh"):
+        by_hand = sum(10 * sum(x) for (d, _, _), x in values.items() if d == direction) / 6
+        assert row.cells[Column(direction, "avg", "")].value == pytest.approx(by_hand)
+    assert table.averaged(["bleu", "chrf"]) == ["bleu"]
+    text = table.markdown([row])
+    head = text.splitlines()[0]
+    assert head.startswith("| zh→en | wmt23 cometkiwi-xxl | wmt23 xcomet-xxl | wmt24 cometkiwi-xxl")
+    assert "| Avg |" in head and "en→zh" in text
+
+
+def test_what_differs_from_the_first_system_has_a_star():
+    draw = random.Random(0)
+    base = [draw.random() for _ in range(100)]
+    systems = {"base": base, "same": base[::-1], "better": [x + 0.1 for x in base]}
+    found = {name: found_of({("zh-en", "x", 0): v}) for name, v in systems.items()}
+    text = table.markdown(table.rows_of(found, {name: {} for name in found}))
+    assert [row.count("*") for row in text.splitlines()[2:]] == [0, 0, 2]
+
+
+# ------------------------------------------------------------------------- a whole evaluation
+
+
+def test_an_evaluation_writes_what_it_says(here, tmp_path, capsys):
+    out = tmp_path / "out"
+    found = go(here, out, f"--model={here}/one", f"--model=other={here}/two")
+    assert list(found["systems"]) == ["one", "other"]
+    said = capsys.readouterr().out
+    assert "one " in said and "20/20 segments" in said and "0:00 left" in said
+    assert (out / "table.md").read_text() in said
+    rows = rows_of(out / "one" / "there.en-zh.jsonl")
+    assert rows[0]["of"]["prompts"] == "paper" and [r["segment"] for r in rows[1:]] == [*range(20)]
+    segments = rows_of(out / "other" / "back.zh-en.segments.jsonl")
+    assert segments[3]["source"] == "这是第3句话。" and segments[3]["scores"].keys() == {
+        "bleu",
+        "chrf",
+    }
+    with open(out / "table.csv", newline="") as file:
+        lines = {line["model"]: line for line in csv.DictReader(file)}
+    cell = found["systems"]["other"]["scores"]["en-zh/there/chrf"]
+    assert float(lines["other"]["en-zh/there/chrf"]) == cell["value"]
+    assert float(lines["other"]["en-zh/there/chrf/low"]) == cell["low"] <= cell["value"]
+    assert lines["one"]["en-zh/there/unreadable"] == "1.0"
+    assert "tok:zh" in found["metrics"]["bleu"][0] and "tok:13a" in found["metrics"]["bleu"][1]
+
+
+def test_what_is_done_is_not_done_again(here, tmp_path, monkeypatch):
+    from sampler import Sampler
+
+    out, asked = tmp_path / "out", []
+    real = Sampler.generate
+
+    def generate(self, prompts, *rest, **more):
+        asked.append(len(prompts))
+        return real(self, prompts, *rest, **more)
+
+    monkeypatch.setattr(Sampler, "generate", generate)
+    first = go(here, out, f"--model={here}/one")
+    assert asked == [20, 20]
+    file = out / "one" / "back.zh-en.jsonl"
+    whole = file.read_bytes()
+    lines = whole.split(b"\n")
+    file.write_bytes(b"\n".join(lines[:8]) + b"\n" + lines[8][:20])  # a kill in the middle of a row
+    again = go(here, out, f"--model={here}/one")
+    assert asked == [20, 20, 13] and file.read_bytes() == whole
+    assert again["systems"] == first["systems"]
+    go(here, out, f"--model={here}/one", f"--model={here}/two")
+    assert asked[3:] == [20, 20]
+
+
+def test_an_interrupted_evaluation_goes_on(here, tmp_path):
+    """Real processes: stopped by a signal or killed, then run to the end as if nothing had been."""
+    words = [sys.executable, "-m", "eval", "--sets", f"{here}/there.jsonl", "--metrics=chrf",
+             "--max-new-tokens=150", "--slots=1", f"--model={here}/one"]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = tmp_path / "whole"
+    subprocess.run([*words, f"--out={whole}"], cwd=ROOT, env=env, check=True, capture_output=True,
+                   timeout=100)  # fmt: skip
+    out = tmp_path / "out"
+    file = out / "one" / "there.en-zh.jsonl"
+    for name in (signal.SIGTERM, signal.SIGKILL):
+        before = file.stat().st_size if file.exists() else 0
+        process = subprocess.Popen([*words, f"--out={out}"], cwd=ROOT, env=env, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        while process.poll() is None and (not file.exists() or file.stat().st_size <= before):
+            time.sleep(0.005)
+        process.send_signal(name)
+        _, error = process.communicate(timeout=60)
+        if name == signal.SIGTERM:
+            assert process.returncode == 1 and "stopped; the same command goes on" in error
+    done = len(rows_of(file)) - 1
+    assert 8 <= done < 20
+    subprocess.run([*words, f"--out={out}"], cwd=ROOT, env=env, check=True, capture_output=True,
+                   timeout=100)  # fmt: skip
+    assert file.read_bytes() == (whole / "one" / "there.en-zh.jsonl").read_bytes()
+    assert (out / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
+
+
+def test_somebody_elses_translations_are_scored(here, tmp_path):
+    reference = [row["reference"] for row in rows_of(here / "there.jsonl")]
+    (tmp_path / "good.txt").write_text("\n".join(reference) + "\n")
+    (tmp_path / "bad.txt").write_text("x\n" * 19 + "\n")  # an empty translation is one, too
+    ours = tmp_path / "out"
+    back = ours / "one" / "back.zh-en.jsonl"
+    go(here, ours, f"--model={here}/one")
+    found = go(
+        here, ours, f"--translations=a={tmp_path}/good.txt,{tmp_path}/bad.txt",
+        f"--translations=b={tmp_path}/bad.txt,{back}",
+    )  # fmt: skip
+    scores = {name: x["scores"] for name, x in found["systems"].items()}
+    assert scores["a"]["en-zh/there/bleu"]["value"] == pytest.approx(100)
+    assert scores["b"]["en-zh/there/bleu"]["value"] < 1
+    own = go(here, ours, f"--model={here}/one")["systems"]["one"]["scores"]
+    assert scores["b"]["zh-en/back/chrf"] | {"p": None} == own["zh-en/back/chrf"]
+    assert found["systems"]["a"]["unreadable"] == {"en-zh/there": None, "zh-en/back": None}
+
+
+def test_two_ranks_translate_as_one(here, tmp_path):
+    words = [f"--sets={here}/there.jsonl", "--metrics=chrf", "--max-new-tokens=12", "--slots=4"]
+    words += [f"--model={here}/one"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    main([*words, f"--out={tmp_path / 'one'}"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    torchrun += ["--standalone", "-m", "eval", *words, f"--out={tmp_path / 'two'}"]
+    run = subprocess.run(torchrun, cwd=ROOT, env=env, capture_output=True, text=True,
+                         timeout=100)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    one, two = ((tmp_path / n / "one/there.en-zh.jsonl").read_text() for n in ("one", "two"))
+    assert one == two
+
+
+def test_the_toys_models_are_evaluated_on_its_own_sets(toy, tmp_path):
+    main([f"--model={toy}", "--prompts=toy", "--sets=toy:kasu-bevo,toy:bevo-kasu", "--first=20",
+          "--metrics=chrf", "--max-new-tokens=20", f"--out={tmp_path}/out"])  # fmt: skip
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    (system,) = found["systems"].values()
+    assert system["scores"]["Kasu-Bevo/toy/chrf"]["value"] > 5
+    assert "Only the first 20 segments" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to evaluate: give --model or --translations"),
+        (["--model=x", "--metrics=blue"], "--metrics blue is unknown: use bleu, chrf, comet22"),
+        (["--model=x", "--metrics=bleu,bleu"], "two metrics are called bleu"),
+        (["--model=a/x", "--model=b/x", "--metrics=bleu"], "two systems are called x: name them"),
+        (["--model=nowhere/at/all", "--metrics=bleu"], "nowhere/at/all"),
+        (["--model=x", "--sets=gone.jsonl"], "gone.jsonl: there is no such file"),
+        (["--model=x", "--sets=,"], "--sets names none"),
+        (["--translations=a,b", "--metrics=bleu"], "2 files for 1 sets; give one for each"),
+        (["--translations=gone.txt", "--metrics=bleu"], "--translations gone.txt: cannot be read"),
+        (["--model=x", "--first=-1"], "--first -1 must be at least 1"),
+        (["--model=x", "--slots=0"], "--slots must be at least 1"),
+        (["--model=x", "--device=cuda", "--metrics=bleu"], "--device cuda is not there: use cpu"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(here, tmp_path, words, message, capsys):
+    sets = [] if any("--sets" in w for w in words) else [f"--sets={here}/there.jsonl"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, *sets, f"--out={tmp_path}/out"])
+    said = f"{stop.value}{capsys.readouterr().err}"
+    assert re.search(message, said) and said.count("\n") <= 1
+    assert not list((tmp_path / "out").glob("*/*.jsonl")) if (tmp_path / "out").exists() else True
+
+
+def test_a_missing_reference_is_named(here, tmp_path):
+    rows = [{"text": "a", "source": "en", "target": "zh", "reference": "b"}]
+    file = write(
+        tmp_path / "x.jsonl", [*rows, {k: v for k, v in rows[0].items() if k != "reference"}]
+    )
+    with pytest.raises(
+        SystemExit, match=r"bleu needs references, and .*x\.jsonl has none for segment 2"
+    ):
+        main([f"--model={here}/one", f"--sets={file}", "--metrics=bleu", f"--out={tmp_path}/out"])
+
+
+def test_translations_of_another_length_are_refused(here, tmp_path):
+    (tmp_path / "short.txt").write_text("x\n" * 19)
+    (tmp_path / "bad.jsonl").write_text('{"translation": "x"}\n' * 4 + '{"translation": 3}\n')
+    for file, message in {
+        "short.txt": "19 translations, and .* has 20 segments",
+        "bad.jsonl": r"bad.jsonl, line 5: not a JSON row with \"translation\"",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main([f"--translations={tmp_path}/{file}", f"--sets={here}/there.jsonl",
+                  "--metrics=bleu", f"--out={tmp_path}/out"])  # fmt: skip
+
+
+def test_translations_made_otherwise_are_not_mixed(here, tmp_path):
+    out = tmp_path / "out"
+    go(here, out, f"--model={here}/one")
+    before = (out / "one" / "there.en-zh.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="was made with another max_new_tokens: 12, now 13"):
+        go(here, out, f"--model={here}/one", "--max-new-tokens=13")
+    with pytest.raises(SystemExit, match=r"was made with another model: .*/one .*, now .*/two"):
+        go(here, out, f"--model=one={here}/two")
+    assert (out / "one" / "there.en-zh.jsonl").read_bytes() == before
+
+
+def test_a_window_that_is_too_small_is_said(here, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"the longest prompt has .* does not fit the model's 4096"
+    ):
+        go(here, tmp_path / "out", f"--model={here}/one", "--max-new-tokens=4000")
