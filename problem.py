@@ -46,7 +46,7 @@ class Comets:
         comet = self.start(checkpoint)
 
         def measure(tasks: list[Task], texts: list[str]) -> list[float]:
-            shown = comet.about["takes_reference"] and all(t.reference for t in tasks)
+            shown = comet.ready()["takes_reference"] and all(t.reference for t in tasks)
             return comet.score([
                 {"src": task.text, "mt": text} | ({"ref": task.reference} if shown else {})
                 for task, text in zip(tasks, texts, strict=True)
@@ -161,8 +161,7 @@ def scorers_of(s, judge, comets: Comets) -> dict:
     scorers = {"self": (weigh, judge)} if "self" in s.reward else {}
     if "comet" in s.reward:
         comet = comets.start(s.comet)
-        comet.ready()
-        if comet.about["needs_reference"] and not s.comet_references:
+        if comet.ready()["needs_reference"] and not s.comet_references:
             raise ValueError(
                 f"--comet {s.comet} cannot score without a reference: use one that can, such as "
                 "cometkiwi, or --comet-references"

@@ -18,6 +18,7 @@ cannot report itself any more (a process that hangs, a machine that is gone) is 
 that looks at the clock.
 """
 
+import atexit
 import datetime
 import os
 import socket
@@ -60,6 +61,7 @@ class Ranks:
         self.stop = False  # set by a signal's handler; `share` acts on it
         self.stoppable = False  # true while the handler may raise Stopping itself: see `attempt`
         self.ending = False  # the last things are being kept: no signal interrupts that
+        self.over = threading.Event()  # nobody needs to be watched any more
 
     # ------------------------------------------------------------------------------ exchange
 
@@ -169,12 +171,13 @@ class Ranks:
         changed: dict[str, tuple[bytes, float]] = {}
         names = [f"{x} {rank}" for rank in range(self.size) for x in ("at", "alive")]
         every = min(10.0, patience / 5)
-        while True:
-            time.sleep(every)
+        while not self.over.wait(every):
             try:
                 store.set(f"alive {self.rank}", str(time.monotonic()))
                 values = store.multi_get(names)
             except dist.DistError:
+                if self.ending:
+                    return  # whoever had the store has come to its end
                 leave("ssr.py: torchrun does not answer: it, or the machine of rank 0, is gone")
             now = time.monotonic()
             for name, value in zip(names, values, strict=True):
@@ -236,7 +239,15 @@ def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> R
     ranks.at("start")
     store.set(f"alive {rank}", "")
     ranks.gather(None)  # all keys are there before a watchdog looks
-    threading.Thread(target=ranks.watch, args=(patience,), daemon=True).start()
+    watchdog = threading.Thread(target=ranks.watch, args=(patience,), daemon=True)
+    watchdog.start()
+
+    def part() -> None:
+        """A thread that is still in C++ when the interpreter goes would abort the process."""
+        ranks.over.set()
+        watchdog.join()
+
+    atexit.register(part)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what is to be said is said once)
     return ranks

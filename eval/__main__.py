@@ -35,7 +35,7 @@ import torch
 
 from data import code_pair
 from eval import sets, table
-from eval.comet import NAMES, Comet, python_of
+from eval.comet import Comet, python_of, where
 from eval.rows import Rows, in_rounds
 from eval.score import SACREBLEU, Found, mean_of
 from judge import Task, Texts, shown_translation
@@ -161,11 +161,8 @@ def metrics_of(args: argparse.Namespace, chosen: list[Set]) -> list[Metric]:
         shown = not words.endswith(":no-ref")
         name, checkpoint = named(words.removesuffix(":no-ref"))
         plain = checkpoint in SACREBLEU
-        if not plain and checkpoint not in NAMES and "/" not in checkpoint:
-            known = ", ".join([*SACREBLEU, *NAMES])
-            raise ValueError(
-                f"--metrics {checkpoint} is unknown: use {known}, a hub id or a folder"
-            )
+        if not plain:
+            where(checkpoint)  # refuses what is none
         label = checkpoint.rstrip("/").rpartition("/")[2] + ("" if shown else "-no-ref")
         found.append(Metric(name or label, "" if plain else checkpoint, shown))
     if not found:
@@ -450,8 +447,8 @@ def evaluate(args: argparse.Namespace) -> None:
         else:
             done[system.name] = read_translations(system, chosen)
     found = {m.name: score(args, ranks, m, systems, chosen, done, out) for m in metrics}
-    if ranks.rank == 0:
-        report(args, systems, chosen, metrics, done, found, out)
+    ranks.ending = True
+    ranks.on_first("report", lambda: report(args, systems, chosen, metrics, done, found, out))
 
 
 def main(words: list[str]) -> None:

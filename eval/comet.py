@@ -71,7 +71,7 @@ class Comet:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.checkpoint, self.device = checkpoint, device
         self.start_limit, self.silence_limit = start_limit, silence_limit
-        settings = {"checkpoint": NAMES.get(checkpoint, checkpoint), "device": device}
+        settings = {"checkpoint": where(checkpoint), "device": device}
         settings |= {"dtype": dtype, "batch_size": batch_size}
         self.command = [python_of(python), "-W", "ignore", str(WORKER), json.dumps(settings)]
         self.lock = threading.Lock()
@@ -223,6 +223,16 @@ class Comet:
     def reported(self, message: dict) -> Exception:
         kind = ValueError if message["kind"] == "ValueError" else RuntimeError
         return kind(f"{self.checkpoint} on {self.device}: {message['error']}")
+
+
+def where(checkpoint: str) -> str:
+    """The hub id of a short name; what is neither that nor a path nor an id is refused."""
+    if checkpoint not in NAMES and "/" not in checkpoint and not os.path.exists(checkpoint):
+        raise ValueError(
+            f"{checkpoint!r} is no checkpoint of COMET's: use {', '.join(NAMES)}, an id of the hub "
+            "or a path"
+        )
+    return NAMES.get(checkpoint, checkpoint)
 
 
 def hear(process: subprocess.Popen, inbox: queue.SimpleQueue, said: deque[str]) -> None:

@@ -17,7 +17,17 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
-from data import CODES, FLORES, code_pair, gather, lines_of, pair_of, pairs_in, split_entry
+from data import (
+    CODES,
+    FLORES,
+    SUFFIXES,
+    code_pair,
+    gather,
+    lines_of,
+    pair_of,
+    pairs_in,
+    split_entry,
+)
 from judge import Task
 from toy.languages import Languages
 
@@ -45,9 +55,12 @@ def held_out(words: str, pairs: list[tuple[str, str]]) -> list[Task]:
     tasks = []
     for entry in filter(None, (w.strip() for w in words.split(","))):
         name, pair = split_entry(entry)
-        if pair or Path(name).expanduser().is_file():
-            tasks += gather(entry, twice=True).tasks if not pair else load(entry)
+        if pair or Path(name).expanduser().is_file() or Path(name).suffix in SUFFIXES:
+            tasks += load(entry) if pair else gather(entry, twice=True).tasks
             continue
+        if not pairs:
+            raise ValueError(f"{entry}: of which languages? Write it like {name}:en-zh, or give "
+                             "--source and --target")  # fmt: skip
         both = dict.fromkeys(d for pair in pairs for d in (pair, pair[::-1]))
         tasks += [task for direction in both for task in test_set(name, direction)]
     return tasks

@@ -40,3 +40,14 @@ def comet_checkpoints(comet_python, tmp_path_factory):
     command = [comet_python, "-W", "ignore", str(HERE / "tiny_comet.py"), "make", str(folder)]
     subprocess.run(command, check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pupil(tmp_path_factory):
+    """A tiny Qwen2 that answers the paper's prompts in their form."""
+    from tests.corpora import lessons
+    from tests.tiny import make_pupil
+
+    folder = tmp_path_factory.mktemp("pupil") / "model"
+    make_pupil(folder, lessons("news"), steps=80)
+    return folder

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from sacrebleu.dataset import DATASETS
 
+from judge import PAPER, Task
+
 SGM = '<refset setid="t" srclang="any" trglang="any">\n<doc docid="d" origlang="en">\n%s</doc>\n'
 XML = '<?xml version="1.0" encoding="utf-8"?>\n<dataset id="t"><doc origlang="en" id="d">%s</doc>'
 
@@ -58,3 +60,17 @@ def flores(folder: Path, count: int = 12) -> None:
         for file, language in (("eng_Latn", "en"), ("zho_Hans", "zh")):
             lines = side(f"flores {part}", language, count)
             (folder / part / f"{file}.{part}").write_text("\n".join(lines) + "\n")
+
+
+def lessons(name: str) -> list[tuple[str, str]]:
+    """Prompts as the paper asks them, and answers in their form."""
+    found = []
+    for i in range(12):
+        sides = (english(name, i), "English"), (chinese(name, i), "Chinese")
+        for (text, source), (answer, target) in (sides, sides[::-1]):
+            task = Task(text, source, target)
+            said = f"<think> ok </think> <answer> {answer} </answer>"
+            found.append(("".join(PAPER.ask(task)), said))
+            score = f"<think> ok </think> <answer> {50 + 5 * (i % 9)} </answer>"
+            found.append(("".join(PAPER.ask_judge(task, answer)), score))
+    return found

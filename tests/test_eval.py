@@ -320,7 +320,7 @@ def test_the_toys_models_are_evaluated_on_its_own_sets(toy, tmp_path):
     ("words", "message"),
     [
         ([], "nothing to evaluate: give --model or --translations"),
-        (["--model=x", "--metrics=blue"], "--metrics blue is unknown: use bleu, chrf, comet22"),
+        (["--model=x", "--metrics=blue"], "'blue' is no checkpoint of COMET's: use comet22, "),
         (["--model=x", "--metrics=bleu,bleu"], "two metrics are called bleu"),
         (["--model=a/x", "--model=b/x", "--metrics=bleu"], "two systems are called x: name them"),
         (["--model=nowhere/at/all", "--metrics=bleu"], "nowhere/at/all"),

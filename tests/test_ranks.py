@@ -13,7 +13,7 @@ import torch
 
 import grpo
 import ssr
-from judge import Score
+from judge import Judge, Score
 from model import load
 from ranks import Ranks, Stopping, is_lost, join
 from tests import golden, processes
@@ -157,7 +157,7 @@ def test_another_number_of_ranks_can_go_on(toy, tmp_path):
 def failing(rank, words):
     """The judge of rank 1 cannot do its work."""
     if rank == 1:
-        ssr.Judge.judge = lambda *_: int("not a number")
+        Judge.judge = lambda *_: int("not a number")
     ssr.main(words)
 
 
@@ -219,7 +219,7 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(toy, tmp_path):
 
 def never_scored(rank, words, folder):
     """No score at all: the run stops itself; rank 0 is slow to keep what there is."""
-    ssr.Judge.judge = lambda self, pairs, step: dict.fromkeys(pairs, Score(None, "hm"))
+    Judge.judge = lambda self, pairs, step: dict.fromkeys(pairs, Score(None, "hm"))
     keep = ssr.Watch.keep
 
     def slowly(self, name):

@@ -21,7 +21,6 @@ import watch
 from judge import TOY, Judge, Score, Texts
 from model import load, save
 from sampler import Sampler
-from tests.tiny import make_model, make_tokenizer
 from toy.languages import Languages
 from toy.pretrain import Recipe, make
 
@@ -423,42 +422,6 @@ def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
     assert evaluation.alarming(R(0.6, 0.01), R(0.7, 0.01))  # worse than just now, and prouder
     assert not evaluation.alarming(R(0.78, 0.01), R(0.7, 0.01))
     assert R.of([1.0, 0.0, None, 1.0, 0.0]) == (0.5, 0.25)
-
-
-# ----------------------------------------------------------------------- the other presets' path
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
-
-
-def test_the_papers_preset_runs_on_a_tiny_model_and_a_few_texts(tmp_path, capsys):
-    """Byte-level BPE, the paper's prompts; an untrained model earns nothing, and that is logged."""
-    make_model(tmp_path / "model", vocab=400, positions=4096)
-    make_tokenizer(tmp_path / "model")
-    texts = [{"text": f"Sentence {i}.", "source": "English", "target": "Chinese"} for i in range(9)]
-    long = {"text": "long " * 900, "source": "English", "target": "Chinese"}
-    file = write(tmp_path / "data.jsonl", [*texts, long])
-    ssr.main(
-        [
-            *(
-                "--preset=ssr-zero-7b",
-                f"--model={tmp_path / 'model'}",
-                f"--data={file}",
-                "--steps=2",
-            ),
-            *(f"--folder={tmp_path / 'run'}", "--prompts-per-step=2", "--samples-per-prompt=2"),
-            *("--max-new-tokens=8", "--judge-max-new-tokens=8", "--max-prompt-tokens=900"),
-            *("--eval-prompts=3", "--eval-every=1", "--shown-prompts=1", "--slots=8"),
-        ]
-    )
-    out = capsys.readouterr().out
-    assert "data.jsonl: 10 texts read, 10 kept\n10 texts: 1 left out, longer than" in out
-    assert "--max-prompt-tokens 900; 3 held out, and 0 that say the same; 6 to train on" in out
-    rows = rows_of(tmp_path / "run" / "metrics.jsonl")
-    assert [row["reward/format"] for row in rows[1:]] == [0.0, 0.0]
-    assert [row["groups/zero_variance"] for row in rows[1:]] == [1.0, 1.0]
 
 
 # --------------------------------------------------------------------------------- slow proofs

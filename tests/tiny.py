@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 from transformers import Qwen3Config as Qwen3
 
 LLAMA3_ROPE = {
@@ -63,20 +69,43 @@ QWEN_CHAT = (  # as Qwen2.5's: a system's turn, then the others, then the begin 
 )
 
 
-def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer with Qwen2.5's special tokens and turns, of fewer than 400 tokens;
-    it cuts texts as Qwen's does, whose pattern transformers sets for this type of model."""
+def make_tokenizer(folder: Path, texts=("a small test of some letters, nothing more",), size=400):
+    """A byte-level BPE tokenizer with Qwen2.5's special tokens and turns. It cuts texts as Qwen's
+    does: transformers sets that pattern for every model of this type."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=size,
         special_tokens=QWEN_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(["a small test of some letters, nothing more"], trainer)
+    bpe.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|endoftext|>", chat_template=QWEN_CHAT
     )
     fast.save_pretrained(folder)
+
+
+def make_pupil(folder: Path, lessons: list[tuple[str, str]], steps: int, seed=0) -> None:
+    """A tiny Qwen2 with a tokenizer of its own that has heard answers to some prompts: what it says
+    mostly ends, in the right form, and means little."""
+    make_tokenizer(folder, [a + b for a, b in lessons], 700)
+    model = make_model(folder, vocab=700, positions=4096, seed=seed, head_dim=16).train()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [tokenizer.encode(a) for a, _ in lessons]
+    ends = [[*tokenizer.encode(b), tokenizer.eos_token_id] for _, b in lessons]
+    longest = max(len(a) + len(b) for a, b in zip(rows, ends, strict=True))
+    ids = torch.tensor([a + b + [0] * (longest - len(a + b))
+                        for a, b in zip(rows, ends, strict=True)])  # fmt: skip
+    labels = torch.tensor([[-100] * len(a) + b + [-100] * (longest - len(a + b))
+                           for a, b in zip(rows, ends, strict=True)])  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        some = torch.randperm(len(ids), generator=torch.Generator().manual_seed(step))[:16]
+        loss = model(input_ids=ids[some], labels=labels[some]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)

@@ -1,0 +1,253 @@
+"""What is learned and who judges, on the way that your own model and texts take."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import ssr
+from tests import corpora
+from tests.test_data import wmt  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--preset=ssr-zero-7b", "--steps=1", "--prompts-per-step=4", "--samples-per-prompt=4"),
+    *("--max-new-tokens=60", "--judge-max-new-tokens=40", "--max-prompt-tokens=400"),
+    *("--eval-prompts=4", "--eval-every=1", "--shown-prompts=1", "--slots=16", "--threads=1"),
+]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A file in both directions, with references."""
+    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    rows = []
+    for i in range(12):
+        sides = (corpora.english("news", i), "en"), (corpora.chinese("news", i), "zh")
+        for (text, source), (reference, target) in (sides, sides[::-1]):
+            rows.append({"text": text, "source": source, "target": target, "reference": reference})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def go(pupil, texts, run, *words):
+    ssr.main([*SMALL, f"--model={pupil}", f"--data={texts}", f"--folder={run}", *words])
+    return rows_of(run / "metrics.jsonl")
+
+
+def test_the_papers_prompts_earn_a_reward(pupil, texts, tmp_path, capsys):
+    rows = go(pupil, texts, tmp_path / "run", "--steps=2")
+    assert rows[1]["reward/format"] > 0.3 and 0 < rows[1]["reward/self"] < 1
+    assert rows[1]["groups/zero_variance"] < 1 and rows[1]["train/grad_norm"] > 0
+    out = capsys.readouterr().out
+    assert "texts.jsonl: 24 texts read, 24 kept\n24 texts: 0 left out, longer than" in out
+    assert "--max-prompt-tokens 400; 4 held out, and 0 that say the same; 20 to train on" in out
+
+
+def test_references_are_measured_with_chrf_and_best_goes_by_it(pupil, texts, tmp_path, capsys):
+    rows = go(pupil, texts, tmp_path / "run")
+    assert 0 < rows[0]["eval/sampled_chrf"] < 1 and "eval/alarm" in rows[0]
+    assert "chrf, greedy" in capsys.readouterr().out
+    sample = rows_of(tmp_path / "run" / "samples.jsonl")[0]
+    from sacrebleu import sentence_chrf
+
+    for candidate in sample["candidates"]:
+        theirs = sentence_chrf(candidate["text"], [sample["reference"]]).score / 100
+        assert candidate["chrf"] == pytest.approx(theirs)
+    rows = go(pupil, texts, tmp_path / "none", "--measures=none")
+    assert "eval/chrf" not in rows[0] and "eval/alarm" not in rows[0]
+
+
+def test_the_reward_does_not_see_references(pupil, texts, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(texts.read_text().replace('"reference": "', '"reference": "X'))
+    names = ("reward/total", "reward/self", "train/loss", "policy/entropy", "eval/self")
+    first, second = (go(pupil, file, tmp_path / file.stem)[1] for file in (texts, other))
+    assert [first[k] for k in names] == [second[k] for k in names]
+    assert first["eval/sampled_chrf"] != second["eval/sampled_chrf"]
+
+
+def test_held_out_sets_are_watched_and_kept_out_of_training(pupil, texts, tmp_path, capsys):
+    lines = texts.read_text().splitlines()
+    (tmp_path / "held.jsonl").write_text("\n".join(lines[:6]) + "\n")
+    go(pupil, texts, tmp_path / "run", f"--held-out={tmp_path / 'held.jsonl'}")
+    out = capsys.readouterr().out
+    assert "held.jsonl, and 6 that say the same; 18 to train on" in out
+    shown = {row["source"] for row in rows_of(tmp_path / "run" / "samples.jsonl")}
+    assert shown <= {json.loads(line)["text"] for line in lines[:6]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--chat"], ["--prompts=plain"], ["--reading=expected"], ["--prompts=plain", "--chat"]],
+)
+def test_prompts_are_asked_otherwise_when_told(pupil, texts, tmp_path, words):
+    rows = go(pupil, texts, tmp_path / "run", *words)
+    assert [row["step"] for row in rows] == [0, 1]
+
+
+def test_a_chat_template_changes_what_is_asked(pupil, texts, tmp_path):
+    plain, chat = (go(pupil, texts, tmp_path / f"run{len(w)}", *w) for w in ([], ["--chat"]))
+    assert plain[0]["eval/self"] != chat[0]["eval/self"]
+
+
+def test_other_texts_bring_other_languages_than_the_presets():
+    s = ssr.parse(["--preset=ssr-zero-7b"])
+    assert (s.data, s.source, s.target, s.held_out) == ("wmt17-20", "en", "zh", "wmt22")
+    s = ssr.parse(["--preset=ssr-zero-7b", "--target=de"])
+    assert (s.data, s.source, s.target, s.held_out) == ("wmt17-20", "en", "de", "wmt22")
+    s = ssr.parse(["--preset=ssr-zero-7b", "--data=mine.jsonl"])
+    assert (s.data, s.source, s.target, s.held_out) == ("mine.jsonl", "", "", "")
+
+
+def test_the_presets_texts_come_from_wmt(pupil, tmp_path, wmt):  # noqa: F811
+    """Nothing but sizes and the model is changed: texts and held-out texts are the preset's."""
+    words = [w for w in SMALL if "--eval-every" not in w] + [f"--model={pupil}"]
+    command = [sys.executable, "ssr.py", *words, f"--folder={tmp_path / 'run'}"]
+    env = wmt | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    assert "wmt17-20: 96 texts read, 96 kept" in run.stdout
+    assert "4 held out from wmt22, and 0 that say the same; 96 to train on" in run.stdout
+    assert "held-out chrf" in run.stdout
+
+
+# ------------------------------------------------------------------------------ other judges
+
+
+def test_another_model_judges(pupil, texts, tmp_path):
+    """The policy itself as another model judges as itself at the start; another says otherwise."""
+    own = go(pupil, texts, tmp_path / "own")
+    same = go(pupil, texts, tmp_path / "same", f"--judge-model={pupil}")
+    assert same[1]["reward/self"] == own[1]["reward/self"]
+    assert same[0]["eval/self"] == own[0]["eval/self"]
+    chat = go(pupil, texts, tmp_path / "chat", f"--judge-model={pupil}", "--judge-chat")
+    assert chat[0]["eval/self"] != own[0]["eval/self"]
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    asked = []  # noqa: RUF012 (all requests have one)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body | {"path": self.path})
+        score = 10 + len(body["messages"][0]["content"]) % 80
+        choice = {"message": {"content": f"<answer>{score}</answer>"}, "finish_reason": "stop"}
+        text = json.dumps({"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_endpoint_judges(pupil, texts, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        rows = go(pupil, texts, tmp_path / "run", f"--judge-url={url}", "--judge-model=big")
+        server.shutdown()
+    assert {(x["model"], x["path"]) for x in Endpoint.asked} == {("big", "/v1/chat/completions")}
+    assert 0.1 <= rows[0]["eval/self"] <= 0.9 and rows[1]["reward/self"] > 0
+    assert rows[1]["judge/invalid"] == 0
+    with pytest.raises(SystemExit, match=r"no answer from model 'big' in 5 tries"):
+        go(pupil, texts, tmp_path / "gone", f"--judge-url={url}", "--judge-model=big")
+    assert not (tmp_path / "gone").exists()
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--measures=chrf,blue"], "'blue' is no checkpoint of COMET's: use comet22"),
+        (["--reward=comet", "--comet=blue"], "'blue' is no checkpoint of COMET's"),
+        (["--held-out=wmt22"], "wmt22: of which languages\\? Write it like wmt22:en-zh"),
+        (["--held-out=gone.jsonl"], "gone.jsonl: there is no such file"),
+        (["--eval-prompts=30"], "24 texts have a prompt within .*30 are to be held out"),
+        (["--max-prompt-tokens=20"], "0 texts have a prompt within --max-prompt-tokens 20"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_anything_is_written(
+    pupil, texts, tmp_path, words, message, monkeypatch
+):
+    monkeypatch.setenv("SSR_COMET_PYTHON", sys.executable)  # a Python without COMET
+    with pytest.raises(SystemExit, match=f"(?s)^ssr.py: .*{message}"):
+        go(pupil, texts, tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_references_and_a_missing_comet_are_said(pupil, texts, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps(r | {"reference": None}) + "\n" for r in rows))
+    with pytest.raises(SystemExit, match="--measures chrf needs a reference of every held-out"):
+        go(pupil, bare, tmp_path / "run", "--measures=chrf")
+    monkeypatch.setenv("SSR_COMET_PYTHON", sys.executable)
+    with pytest.raises(
+        SystemExit, match=r'--comet-references: not all texts .* have a "reference"'
+    ):
+        go(pupil, bare, tmp_path / "run", "--reward=comet", "--comet-references")
+    with pytest.raises(SystemExit, match=r"has no COMET: .*python -m eval.comet install"):
+        go(pupil, texts, tmp_path / "run", "--reward=self+comet")
+    monkeypatch.setenv("SSR_COMET_PYTHON", "/no/python")
+    with pytest.raises(SystemExit, match="/no/python is no program: name COMET's Python"):
+        go(pupil, texts, tmp_path / "run", "--reward=self+comet")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_lines_stop_a_run_or_are_counted(pupil, texts, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(texts.read_text() + "{broken\n")
+    with pytest.raises(SystemExit, match=r"bad\.jsonl, line 25: not JSON .*--skip-bad-lines"):
+        go(pupil, bad, tmp_path / "run")
+    go(pupil, bad, tmp_path / "run", "--skip-bad-lines")
+    assert "25 texts read, 24 kept; left out: 1 that cannot be read" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------- slow proofs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_papers_preset_steps_with_nothing_replaced_but_model_and_data(
+    pupil, texts, tmp_path, ranks
+):
+    """128 prompts × 8 samples of up to 1,024 tokens, 64 slots, 256 held-out texts; asked to stop
+    after its first step, it keeps that."""
+    lines = [json.loads(line) for line in texts.read_text().splitlines()]
+    many = [r | {"text": r["text"].replace("news", f"news {n}")} for n in range(20) for r in lines]
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in many))
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={ranks}"] if ranks > 1 else [])]  # fmt: skip
+    command += ["ssr.py", "--preset=ssr-zero-7b", f"--model={pupil}", f"--data={file}"]
+    run, env = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, f"--folder={run}"], cwd=ROOT, env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 400
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and '"step": 1,' in log.read_text():
+            break
+        time.sleep(0.1)
+    process.terminate()
+    out, error = process.communicate(timeout=100)
+    assert "128 prompts × 8 samples = 1024 translations" in out, error
+    assert "stopped after step" in out
+    rows = rows_of(log)
+    assert rows[1]["reward/self"] > 0 and rows[1]["train/grad_norm"] > 0
+    assert (run / "checkpoints" / "newest").exists() and (run / "last" / "config.json").exists()
