@@ -222,6 +222,8 @@ def turns(tokenizer) -> tuple[tuple[str, str], str]:
     """(What a chat template sets before and after a user's words), what ends an assistant's."""
     mark = "THE-WORDS"
     talk = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+    if not tokenizer.chat_template:
+        raise ValueError("this tokenizer has no chat template: leave the chat option out")
     asked, said = (
         tokenizer.apply_chat_template(talk[:n], tokenize=False, add_generation_prompt=n == 1)
         for n in (1, 2)

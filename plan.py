@@ -30,6 +30,9 @@ SHAPES = {  # so that a question about them needs no network: Config's numbers, 
     "Qwen/Qwen2.5-32B": (152_064, 5_120, 27_648, 64, 40, 8, False),
     "Qwen/Qwen2.5-72B": (152_064, 8_192, 29_568, 80, 64, 8, False),
 }
+COMETS = {"comet22": 0.58, "cometkiwi": 0.57}  # billions of parameters, of eval/comet.py's names
+COMETS |= dict.fromkeys(("cometkiwi-xl", "xcomet-xl"), 3.5)
+COMETS |= dict.fromkeys(("cometkiwi-xxl", "xcomet-xxl"), 10.7)
 REACHED = {"products": 0.45, "bytes": 0.65}
 SAMPLING, TRAINING = "while sampling, or", "while training"
 
@@ -127,14 +130,19 @@ class Work(NamedTuple):
     S: int  # of them share one set of weights
     template: int  # tokens of the judge's prompt without source and translation
     cuda: bool
+    judge: Config | None = None
+    """Of another model that judges here."""
 
     @property
     def params(self) -> tuple[int, int, int]:
-        """All, those of a block, those outside the blocks."""
-        with torch.device("meta"):
-            model = Transformer(self.c)
-        count = [sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0])]
-        return *count, count[0] - self.c.layers * count[1]
+        return params_of(self.c)
+
+    @property
+    def comets(self) -> list[str]:
+        """The checkpoints that a rank has a worker for."""
+        named = [w.strip() for w in self.s.measures.split(",")] if self.s.measures else []
+        named += [self.s.comet] if "comet" in self.s.reward else []
+        return [name for name in dict.fromkeys(named) if name not in ("chrf", "none")]
 
     @property
     def wide(self) -> int:
@@ -169,8 +177,19 @@ class Work(NamedTuple):
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of one token."""
-        return 2 * self.c.layers * self.c.kv_heads * self.c.head_dim * self.wide
+        return self.cache_of(self.c)
+
+    def cache_of(self, c: Config) -> int:
+        """Bytes of one token's keys and values."""
+        return 2 * c.layers * c.kv_heads * c.head_dim * self.wide
+
+
+def params_of(c: Config) -> tuple[int, int, int]:
+    """All parameters, those of a block, those outside the blocks."""
+    with torch.device("meta"):
+        model = Transformer(c)
+    count = [sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0])]
+    return *count, count[0] - c.layers * count[1]
 
 
 def memory(k: Work) -> dict[str, float]:
@@ -189,6 +208,12 @@ def memory(k: Work) -> dict[str, float]:
         parts["the starting weights"] = wide * N + (k.slots if writes else 1) * slot
     if s.judge == "ema":
         parts["the EMA and its judge"] = 4 * N / k.S + wide * N + k.slots * slot
+    if k.judge:
+        room = k.slots * window * (k.cache_of(k.judge) + 20)
+        parts["the judge"] = wide * params_of(k.judge)[0] + room
+    for name in k.comets:  # a process of its own; what it needs for a batch is guessed
+        each = 2e9 * COMETS.get(name, 0.6) * (2 if s.comet_dtype == "float32" else 1)
+        parts[f"COMET ({Path(name).name})"] = each + 2.5e9 * k.cuda
     if k.cuda:
         parts["CUDA and its libraries"] = 1.5e9
     prefill = 8192 * wide * (2 * c.hidden_size + 3 * (H + 2 * K) * E + 3 * c.intermediate_size)
@@ -286,7 +311,7 @@ def report(k: Work, m: Machine, name: str) -> str:
         f"{k.s.steps * sum(quick.values()) / 3600:7.3g}",
         "",
         f"Estimates: {REACHED['products']:.0%} of the products' and {REACHED['bytes']:.0%} of the "
-        "memory's rate; evaluations are not in it.",
+        f"memory's rate; evaluations{' and COMET' * bool(k.comets)} are not in it.",
         verdict(k, m),
     ]
     return "\n".join(lines)

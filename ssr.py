@@ -366,8 +366,11 @@ def check(s: Settings) -> Settings:
     if s.controls and s.preset != "toy":
         raise ValueError("--controls needs --preset toy: only there the truth is known")
     if s.preset == "toy":
-        if s.data:
-            raise ValueError("--data: the toy makes its own sentences; use another --preset")
+        for name in (*TEXTS, "measures", "skip_bad_lines"):
+            if getattr(s, name):
+                raise ValueError(
+                    f"{option(name)}: the toy makes its own sentences; use another --preset"
+                )
     elif s.reward not in REWARDS:
         raise ValueError(f"--reward {s.reward} needs the truth, which only --preset toy has")
     return s
@@ -389,6 +392,13 @@ def check_judge(s: Settings) -> None:
                          "not allow: use --reading written")  # fmt: skip
     if s.judge_chat and not s.judge_model:
         raise ValueError("--judge-chat is for --judge-model; --chat sets the policy's own prompts")
+    for name in ("comet", "comet_weight", "self_weight", "comet_low", "comet_high",
+                 "comet_references"):  # fmt: skip
+        usual = Settings.__dataclass_fields__[name].default
+        if "comet" not in s.reward and getattr(s, name) != usual:
+            raise ValueError(
+                f"{option(name)} has no effect with --reward {s.reward}: use self+comet"
+            )
     if not s.comet_high > s.comet_low:
         raise ValueError(f"--comet-high {s.comet_high} must be above --comet-low {s.comet_low}")
 
@@ -443,7 +453,7 @@ def prepare(
     per_node, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
     shared = per_node if s.shard == "node" else ranks.size
     config = read_config(problem.folder)
-    work = plan.Work(s, config, ranks.size, shared, judge_template(s), cuda)
+    work = plan.Work(s, config, ranks.size, shared, judge_template(s), cuda, judge_shape(s))
     plan.check_room(work, device, 1 if cuda else per_node)
     model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
     texts = Texts(load_tokenizer(problem.folder), s.chat)
@@ -565,6 +575,10 @@ def samplers(
     return actor, start, judge, average
 
 
+def judge_shape(s: Settings):
+    return plan.shape_of(s.judge_model) if s.judge_model and not s.judge_url else None
+
+
 def dry_run(s: Settings) -> None:
     here = torch.cuda.is_available() and s.device != "cpu"
     cuda = here or bool(s.gpu) or (s.preset != "toy" and s.device != "cpu")
@@ -577,7 +591,7 @@ def dry_run(s: Settings) -> None:
         name, config = s.model, plan.shape_of(s.model)
     G = s.gpus or (torch.cuda.device_count() if here else 8 if cuda else 1)
     shared = min(G, 8) if s.shard == "node" else G
-    work = plan.Work(s, config, G, shared, judge_template(s), cuda)
+    work = plan.Work(s, config, G, shared, judge_template(s), cuda, judge_shape(s))
     print(plan.report(work, machine, name))
     if plan.missing(work, machine) > 0:
         sys.exit(1)

@@ -113,18 +113,22 @@ def parse(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def systems_of(args: argparse.Namespace, count: int) -> list[System]:
+def systems_of(args: argparse.Namespace, chosen: list[Set]) -> list[System]:
     found = []
     for words in args.model:
         name, model = named(words)
         found.append(System(name or Path(model).name, model, []))
     for words in args.translations:
         name, files = named(words)
-        files = files.split(",")
-        if len(files) != count:
-            raise ValueError(f"--translations {words}: {len(files)} files for {count} sets; give "
-                             "one for each, in the order of --sets")  # fmt: skip
-        found.append(System(name or Path(files[0]).stem, "", files))
+        name, files = name or Path(files.split(",")[0]).stem, files.split(",")
+        if Path(files[0]).is_dir():
+            files = [str(Path(files[0]) / f"{one.file}.jsonl") for one in chosen]
+        if len(files) != len(chosen):
+            raise ValueError(
+                f"--translations {words}: {len(files)} files for {len(chosen)} sets; give one for "
+                "each, in the order of --sets, or a folder that an evaluation wrote"
+            )
+        found.append(System(name, "", files))
     names = [re.sub(r"[^\w.-]+", "_", system.name) for system in found]
     for name in names:
         if names.count(name) > 1:
@@ -246,33 +250,35 @@ def read_translations(system: System, chosen: list[Set]) -> dict[str, list]:
             lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--translations {name}: cannot be read ({error})") from None
+        rows = [{"translation": line} for line in lines]
         if path.suffix == ".jsonl":
-            lines = [line_in(path, n, line) for n, line in enumerate(lines, 1)]
-        lines = [line for line in lines if line is not None]
-        if len(lines) != len(one.tasks):
+            rows = [row_in(path, n, line) for n, line in enumerate(lines, 1)]
+            rows = rows[1:] if "of" in rows[0] else rows
+        if len(rows) != len(one.tasks):
             raise ValueError(
-                f"--translations {name}: {len(lines)} translations, and {one.entry} has "
+                f"--translations {name}: {len(rows)} translations, and {one.entry} has "
                 f"{len(one.tasks)} segments"
             )
+        if "segment" in rows[0]:  # one of our files, in which rounds may stand in any order
+            rows.sort(key=lambda row: row["segment"])
         found[one.file] = [
-            {"segment": i, "translation": text, "readable": None} for i, text in enumerate(lines)
+            {"segment": i, "translation": row["translation"], "readable": row.get("readable")}
+            for i, row in enumerate(rows)
         ]
     return found
 
 
-def line_in(path: Path, number: int, line: str) -> str | None:
-    """The translation in a row; None in the first line of a file that we wrote."""
+def row_in(path: Path, number: int, line: str) -> dict:
+    """With a "translation"; or the first line of a file that an evaluation wrote."""
     try:
         row = json.loads(line)
-        if number == 1 and "of" in row:
-            return None
-        if not isinstance(row["translation"], str):
-            raise ValueError('"translation" is no string')
+        if not (number == 1 and "of" in row) and not isinstance(row["translation"], str):
+            raise ValueError("it is no string")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{path}, line {number}: not a JSON row with "translation" ({error})'
         ) from None
-    return row["translation"]
+    return row
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -433,7 +439,7 @@ def evaluate(args: argparse.Namespace) -> None:
     ranks = join(device_of(args).type, args.patience)
     chosen = ranks.on_first("read the sets", lambda: sets_of(args))
     metrics = metrics_of(args, chosen)
-    systems = systems_of(args, len(chosen))
+    systems = systems_of(args, chosen)
     out = Path(args.out)
     print(f"{len(systems)} systems, {sum(len(one.tasks) for one in chosen):,} segments in "
           f"{len(chosen)} sets, {len(metrics)} metrics; writing {out}", flush=True)  # fmt: skip

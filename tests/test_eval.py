@@ -290,7 +290,10 @@ def test_somebody_elses_translations_are_scored(here, tmp_path):
     assert scores["b"]["en-zh/there/bleu"]["value"] < 1
     own = go(here, ours, f"--model={here}/one")["systems"]["one"]["scores"]
     assert scores["b"]["zh-en/back/chrf"] | {"p": None} == own["zh-en/back/chrf"]
+    assert found["systems"]["b"]["unreadable"]["zh-en/back"] == 1.0
     assert found["systems"]["a"]["unreadable"] == {"en-zh/there": None, "zh-en/back": None}
+    again = go(here, tmp_path / "again", f"--translations={ours}/one")  # a folder of ours
+    assert again["systems"]["one"] == go(here, ours, f"--model={here}/one")["systems"]["one"]
 
 
 def test_two_ranks_translate_as_one(here, tmp_path):

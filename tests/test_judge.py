@@ -484,7 +484,7 @@ def test_a_template_that_says_its_begin_has_it_once(tokenizer):
 def test_a_chat_template_that_changes_words_is_refused(tokenizer):
     broken = SimpleNamespace(
         get_added_vocab=dict, unk_token_id=None, eos_token_id=1, bos_token_id=None,
-        apply_chat_template=lambda *_, **__: "the words",
+        apply_chat_template=lambda *_, **__: "the words", chat_template="",
     )  # fmt: skip
 
     class Broken:
@@ -494,6 +494,9 @@ def test_a_chat_template_that_changes_words_is_refused(tokenizer):
         def __call__(self, *args, **more):
             return tokenizer(*args, **more)
 
+    with pytest.raises(ValueError, match="this tokenizer has no chat template"):
+        Texts(Broken(), chat=True)
+    broken.chat_template = "the words"
     with pytest.raises(ValueError, match="does not set down a user's words as they are"):
         Texts(Broken(), chat=True)
 

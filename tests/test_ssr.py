@@ -250,7 +250,9 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
         (["--judge-model=x/y", "--judge-url=http://x"], "--reading expected needs log-probs"),
         (["--preset=ssr-zero-7b", "--chat", "--reading=expected"], "a chat template does not"),
         (["--judge-chat"], "--judge-chat is for --judge-model; --chat sets"),
-        (["--comet-low=1"], "--comet-high 1.0 must be above --comet-low 1.0"),
+        (["--comet-weight=2"], "--comet-weight has no effect with --reward self: use self"),
+        (["--held-out=wmt22"], "--held-out: the toy makes its own sentences"),
+        (["--comet-low=1", "--reward=comet"], "--comet-high 1.0 must be above --comet-low 1.0"),
         (["--reward=commet"], "--reward commet: use self, comet, self\\+comet, random"),
         (
             ["--preset=ssr-zero-7b", "--data=ssr.py", "--reward=oracle"],
