@@ -613,7 +613,7 @@ def compare(s: Settings) -> None:
     if not s.model:
         for seed in seeds:
             make(Recipe(seed=seed, tokens=s.toy_tokens))
-    controls.run_all(seeds, Path(s.folder or "runs/controls"), usual, own)
+    controls.run_all(seeds, Path(s.folder or "runs/controls"), usual, own, controls.ROWS)
 
 
 def main(words: list[str]) -> None:

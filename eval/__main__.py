@@ -208,10 +208,11 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
             longest = max(len(p) for prompts in asked.values() for p in prompts)
             window = longest + args.max_new_tokens
             if window > model.config.max_length:
+                room = model.config.max_length - longest
                 raise ValueError(
-                    f"{system.name}: the longest prompt has {longest} tokens, and with "
-                    f"--max-new-tokens {args.max_new_tokens} it does not fit the model's "
-                    f"{model.config.max_length} positions"
+                    f"{system.name} has {model.config.max_length} positions, {longest} of them for "
+                    f"the longest prompt: --max-new-tokens {args.max_new_tokens} does not fit, at "
+                    f"most {room} does"
                 )
             loaded.append(Sampler(model, args.slots, window))
         return loaded[0]

@@ -110,21 +110,28 @@ def markdown(rows: list[Row]) -> str:
     for direction in dict.fromkeys(c.direction for c in columns):
         mine = [c for c in columns if c.direction == direction]
         sets = list(dict.fromkeys(c.set for c in mine if c.metric))
-        heads = [f"{c.set} {c.metric}" if c.metric else "Avg" for c in mine]
-        heads += [f"{s} unreadable" for s in sets]
-        lines = [
-            f"| {direction.replace('-', '→')} | {' | '.join(heads)} |",
-            "|---|" + "---:|" * len(heads),
-        ]
+        heads = [direction.replace("-", "→")]
+        heads += [f"{c.set} {c.metric}" if c.metric else "Avg" for c in mine]
+        lines = [heads + [f"{s} unreadable" for s in sets]]
         for row in rows:
-            if not any(c in row.cells for c in mine):
-                continue
-            words = [shown(row.cells.get(c)) for c in mine]
-            shares = [row.unreadable.get((direction, s)) for s in sets]
-            words += ["–" if share is None else f"{share:.1%}" for share in shares]
-            lines.append(f"| {row.name} | {' | '.join(words)} |")
-        blocks.append("\n".join(lines))
+            if any(c in row.cells for c in mine):
+                shares = [row.unreadable.get((direction, s)) for s in sets]
+                words = ["–" if share is None else f"{share:.1%}" for share in shares]
+                name = row.name.replace("|", "\\|")
+                lines.append([name, *(shown(row.cells.get(c)) for c in mine), *words])
+        blocks.append("\n".join(aligned(lines)))
     return "\n\n".join(blocks)
+
+
+def aligned(lines: list[list[str]]) -> list[str]:
+    """A Markdown table that is one for the eye, too."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [line[0].ljust(widths[0]), *(w.rjust(n) for w, n in zip(line[1:], widths[1:], strict=True))]
+        for line in (lines[0], rule, *lines[1:])
+    ]
+    return [f"| {' | '.join(line)} |" for line in padded]
 
 
 def shown(cell: Cell | None) -> str:

@@ -183,8 +183,9 @@ def test_the_average_is_the_mean_of_comets_columns():
     assert table.averaged(["bleu", "chrf"]) == ["bleu"]
     text = table.markdown([row])
     head = text.splitlines()[0]
-    assert head.startswith("| zh→en | wmt23 cometkiwi-xxl | wmt23 xcomet-xxl | wmt24 cometkiwi-xxl")
-    assert "| Avg |" in head and "en→zh" in text
+    heads = [word.strip() for word in head.split("|")]
+    assert heads[1:4] == ["zh→en", "wmt23 cometkiwi-xxl", "wmt23 xcomet-xxl"]
+    assert "Avg" in heads and "en→zh" in text and len(set(map(len, text.splitlines()[:3]))) == 1
 
 
 def test_what_differs_from_the_first_system_has_a_star():
@@ -380,7 +381,5 @@ def test_translations_made_otherwise_are_not_mixed(here, tmp_path):
 
 
 def test_a_window_that_is_too_small_is_said(here, tmp_path):
-    with pytest.raises(
-        SystemExit, match=r"the longest prompt has .* does not fit the model's 4096"
-    ):
+    with pytest.raises(SystemExit, match=r"one has 4096 positions, .*--max-new-tokens 4000 does"):
         go(here, tmp_path / "out", f"--model={here}/one", "--max-new-tokens=4000")

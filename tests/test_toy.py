@@ -235,7 +235,7 @@ def test_the_table_is_mean_and_spread_over_seeds(tmp_path):
             before = {"eval/exact_match": 0.2, "eval/sampled_exact_match": 0.1}
             result = {"before": before, "after": dict.fromkeys(before, after)}
             (path / "result.json").write_text(json.dumps(result))
-    lines = controls.table([0, 1], tmp_path).splitlines()
+    lines = controls.table([0, 1], tmp_path, controls.ROWS).splitlines()
     assert len(lines) == 2 + len(controls.ROWS)
     assert lines[2] == (
         "| self, live judge | 0.200 ± 0.000 | 0.800 ± 0.141 | 0.700 | 0.800 ± 0.141 |"

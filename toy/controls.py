@@ -90,25 +90,25 @@ ROWS = {  # of the table: name -> options of ssr.py
 }
 
 
-def run_all(seeds: list[int], folder: Path, usual: dict, own: dict) -> None:
+def run_all(seeds: list[int], folder: Path, usual: dict, own: dict, rows: dict[str, dict]) -> None:
     """Every row and seed in a process of its own, a core each; what is done is not done again.
 
     `usual`: the toy's settings; `own`: those of them that are changed for all runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(row, seed, folder / f"{slug(row)}-seed{seed}") for seed in seeds for row in ROWS]
-    waiting = [job for job in jobs if not is_done(*job, usual | own)]
+    jobs = [(row, seed, folder / f"{slug(row)}-seed{seed}") for seed in seeds for row in rows]
+    waiting = [job for job in jobs if not is_done(*job, usual | own, rows)]
     print(f"{len(jobs)} runs under {folder}, {len(jobs) - len(waiting)} of them done already")
     todo, running, done, start = len(waiting), [], 0, time.perf_counter()
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 job = waiting.pop(0)
-                running.append((launch(*job, own), job))
+                running.append((launch(*job, own | rows[job[0]]), job))
             time.sleep(0.2)
             for process, job in [r for r in running if r[0].poll() is not None]:
                 running.remove((process, job))
-                if not is_done(*job, usual | own):
+                if not is_done(*job, usual | own, rows):
                     words = (folder / f"{job[2].name}.log").read_text()[-1500:]
                     raise RuntimeError(f"{job[0]}, seed {job[1]} failed:\n{words}")
                 done += 1
@@ -117,15 +117,15 @@ def run_all(seeds: list[int], folder: Path, usual: dict, own: dict) -> None:
     finally:
         for process, _ in running:
             process.terminate()
-    print("\n" + table(seeds, folder))
+    print("\n" + table(seeds, folder, rows))
 
 
-def is_done(row: str, seed: int, folder: Path, settings: dict) -> bool:
+def is_done(row: str, seed: int, folder: Path, settings: dict, rows: dict) -> bool:
     """Ended at its last step, with the settings that are asked for now."""
     if not (folder / "result.json").is_file():
         return False
     had = json.loads((folder / "settings.json").read_text())
-    asked = settings | ROWS[row] | {"seed": seed}
+    asked = settings | rows[row] | {"seed": seed}
     free = ("folder", "threads", "controls", "seeds")
     same = all(had.get(k) == v for k, v in asked.items() if k not in free)
     return same and result(folder)["steps"] == asked["steps"]
@@ -136,7 +136,7 @@ def launch(row: str, seed: int, folder: Path, own: dict):
         folder.rename(folder.with_name(f"{folder.name}.old-{time.time_ns()}"))
     command = [sys.executable, str(Path(__file__).parent.parent / "ssr.py"), "--preset=toy"]
     command += [f"--seed={seed}", f"--folder={folder}"]
-    for name, value in (own | ROWS[row]).items():
+    for name, value in own.items():
         option = name.replace("_", "-")
         command.append(f"--no-{option}" if value is False else f"--{option}={value}")
     with open(folder.parent / f"{folder.name}.log", "w") as log:
@@ -157,13 +157,13 @@ def summary(row: str, seed: int, folder: Path) -> str:
     return f"{row}, seed {seed}: {before:.3f} -> {after:.3f}"
 
 
-def table(seeds: list[int], folder: Path) -> str:
+def table(seeds: list[int], folder: Path, rows: dict) -> str:
     """Markdown: mean ± standard deviation over the seeds."""
     lines = [
         "| reward | before | after | lowest seed | sampled at T 1, after |",
         "|---|---|---|---|---|",
     ]
-    for row in ROWS:
+    for row in rows:
         results = [result(folder / f"{slug(row)}-seed{seed}") for seed in seeds]
         before = [r["before"]["eval/exact_match"] for r in results]
         after = [r["after"]["eval/exact_match"] for r in results]
