@@ -37,9 +37,11 @@ class Comets:
 
     def start(self, checkpoint: str) -> Comet:
         if checkpoint not in self.started:
+            patience = 0.9 * self.s.patience  # before a rank that waits for it is given up
             self.started[checkpoint] = Comet(
-                checkpoint, str(self.device), self.s.comet_dtype, self.s.comet_batch
-            )
+                checkpoint, str(self.device), self.s.comet_dtype, self.s.comet_batch,
+                start_limit=patience, silence_limit=min(600.0, patience),
+            )  # fmt: skip
         return self.started[checkpoint]
 
     def measure(self, checkpoint: str) -> Measure:

@@ -12,4 +12,7 @@ python3 -m bench.logprob --shape 8192 3584 152064 --out "$out/logprob-7b.json" 2
 python3 -m bench.logprob --shape 2048 896 151936 --out "$out/logprob-0.5b.json" 2>&1 | tee "$out/logprob-0.5b.txt"
 python3 -m bench.sampler --pairs 3 --out "$out/sampler.json" 2>&1 | tee "$out/sampler.txt"
 python3 -m bench.memory --out "$out/memory.json" 2>&1 | tee "$out/memory.txt"
-python3 ssr.py --preset toy --device cuda --folder "runs/gpu-$(date +%s)" 2>&1 | tee "$out/toy.txt"
+run="runs/gpu-$(date +%s)"
+python3 ssr.py --preset toy --device cuda --folder "$run" 2>&1 | tee "$out/toy.txt"
+python3 -m eval --prompts toy --max-new-tokens 20 --sets toy:kasu-bevo,toy:bevo-kasu --metrics bleu,chrf \
+  --model "$run/best" --out "$run/eval" 2>&1 | tee "$out/eval.txt"

@@ -101,7 +101,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     option("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     option("--comet-dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     option("--comet-batch", type=int, default=16, help="translations that COMET scores together")
-    option("--patience", type=float, default=1800.0, help="seconds to wait for a rank that hangs")
+    option("--patience", type=float, default=7200.0, help="seconds to wait for a rank or COMET")
     args = parser.parse_args(words)
     if not args.model and not args.translations:
         raise ValueError("nothing to evaluate: give --model or --translations (--help shows how)")
@@ -197,13 +197,13 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
     texts = Texts(load_tokenizer(folder), args.chat)
     prompts = TEMPLATES[args.prompts]
     key = {"model": weights_of(folder), "prompts": args.prompts, "chat": args.chat}
-    key |= {"max_new_tokens": args.max_new_tokens}
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    key |= {"max_new_tokens": args.max_new_tokens, "dtype": dtype}
     asked = {one.file: texts.encode([prompts.ask(task) for task in one.tasks]) for one in chosen}
     loaded: list[Sampler] = []
 
     def sampler() -> Sampler:
         if not loaded:
-            dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
             model = load(folder, dtype=getattr(torch, dtype), device=device)
             longest = max(len(p) for prompts in asked.values() for p in prompts)
             window = longest + args.max_new_tokens
@@ -234,7 +234,7 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
             return rows
 
         file = out / system.name / f"{one.file}.jsonl"
-        of = key | {"set": digest([t.text for t in one.tasks])}
+        of = key | {"set": digest([task[:3] for task in one.tasks])}
         found[one.file] = in_rounds(
             ranks, lambda file=file, of=of: Rows(file, of), f"{system.name} {one.entry}",
             len(one.tasks), ROUND * args.slots * ranks.size, work,
@@ -323,8 +323,9 @@ def score(
 
     def comet() -> Comet:
         if not started:
+            limit = 0.9 * args.patience  # before a rank that waits for it is given up
             started.append(Comet(metric.checkpoint, str(device_of(args)), args.comet_dtype,
-                                 args.comet_batch))  # fmt: skip
+                                 args.comet_batch, start_limit=limit))  # fmt: skip
             started[0].ready()
         return started[0]
 
@@ -352,7 +353,8 @@ def score(
                     return known | {"references": shown and known["takes_reference"]}
 
                 key = {"checkpoint": metric.checkpoint, "dtype": args.comet_dtype, "shown": shown}
-                key |= {"translations": digest(texts)}
+                seen = [(t.text, x, t.reference) for t, x in zip(one.tasks, texts, strict=True)]
+                key |= {"translations": digest(seen if shown else [row[:2] for row in seen])}
                 file = out / system.name / f"{one.file}.{metric.name}.jsonl"
                 opened: list[Rows] = []
 

@@ -380,6 +380,38 @@ def test_translations_made_otherwise_are_not_mixed(here, tmp_path):
     assert (out / "one" / "there.en-zh.jsonl").read_bytes() == before
 
 
+def test_scores_of_other_references_are_not_taken_for_these(here, tmp_path, monkeypatch):
+    """COMET is a counter here: what it is asked again is what has changed."""
+    from eval import __main__ as program
+
+    asked = []
+
+    class Counter:
+        about = {"checkpoint": "x/y", "class": "C", "comet": "2", "dtype": "float32",
+                 "takes_reference": True}  # fmt: skip
+
+        def __init__(self, *_, **__):
+            pass
+
+        def score(self, rows):
+            asked.append(rows)
+            return [0.5] * len(rows)
+
+        ready = close = lambda self: None
+
+    monkeypatch.setattr(program, "Comet", Counter)
+    monkeypatch.setenv("SSR_COMET_PYTHON", sys.executable)
+    (tmp_path / "hyp.txt").write_text("x\n" * 20)
+    rows = rows_of(here / "there.jsonl")
+    words = [f"--translations=t={tmp_path}/hyp.txt", f"--sets={tmp_path}/set.jsonl",
+             "--metrics=m=x/y,n=x/y:no-ref", f"--out={tmp_path}/out"]  # fmt: skip
+    for change in ({}, {"reference": "other"}, {"text": "other"}):
+        write(tmp_path / "set.jsonl", [row | change for row in rows])
+        main(words)
+    assert [len(x) for x in asked] == [20, 20, 20, 20, 20]  # n does not see the references
+    assert asked[2][0]["ref"] == "other" and "ref" not in asked[1][0]
+
+
 def test_a_window_that_is_too_small_is_said(here, tmp_path):
     with pytest.raises(SystemExit, match=r"one has 4096 positions, .*--max-new-tokens 4000 does"):
         go(here, tmp_path / "out", f"--model={here}/one", "--max-new-tokens=4000")

@@ -104,3 +104,21 @@ def test_gpu_the_toy_learns_in_bf16(tmp_path):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(row["policy/sampler_gap"] for row in rows[1:]) < 0.02
     assert rows[-1]["reward/total"] > rows[1]["reward/total"] + 0.1
+
+
+def test_gpu_an_evaluation_translates_as_on_the_cpu(tmp_path):
+    """In fp32 the same words but for rounding, in bf16 nearly the same scores."""
+    from eval.__main__ import main
+    from toy.pretrain import Recipe, make
+
+    folder, scores = make(Recipe(tokens=1.5e6), tmp_path), {}
+    for name, words in {
+        "cpu": ["--device=cpu"],
+        "fp32": ["--device=cuda", "--dtype=float32"],
+        "bf16": ["--device=cuda"],
+    }.items():
+        main([f"--model={name}={folder}", "--prompts=toy", "--sets=toy:kasu-bevo",
+              "--metrics=chrf", "--max-new-tokens=20", f"--out={tmp_path / name}", *words])  # fmt: skip
+        table = json.loads((tmp_path / name / "table.json").read_text())
+        scores[name] = table["systems"][name]["scores"]["Kasu-Bevo/toy/chrf"]["value"]
+    assert abs(scores["cpu"] - scores["fp32"]) < 0.2 and abs(scores["cpu"] - scores["bf16"]) < 2
