@@ -387,11 +387,9 @@ def test_scores_of_other_references_are_not_taken_for_these(here, tmp_path, monk
     asked = []
 
     class Counter:
-        about = {"checkpoint": "x/y", "class": "C", "comet": "2", "dtype": "float32",
-                 "takes_reference": True}  # fmt: skip
-
         def __init__(self, *_, **__):
-            pass
+            self.about = dict.fromkeys(("checkpoint", "class", "comet", "dtype"), "x")
+            self.about["takes_reference"] = True
 
         def score(self, rows):
             asked.append(rows)

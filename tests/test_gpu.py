@@ -117,8 +117,9 @@ def test_gpu_an_evaluation_translates_as_on_the_cpu(tmp_path):
         "fp32": ["--device=cuda", "--dtype=float32"],
         "bf16": ["--device=cuda"],
     }.items():
-        main([f"--model={name}={folder}", "--prompts=toy", "--sets=toy:kasu-bevo",
-              "--metrics=chrf", "--max-new-tokens=20", f"--out={tmp_path / name}", *words])  # fmt: skip
+        words += ["--prompts=toy", "--sets=toy:kasu-bevo", "--metrics=chrf"]
+        words += ["--max-new-tokens=20", f"--model={name}={folder}", f"--out={tmp_path / name}"]
+        main(words)
         table = json.loads((tmp_path / name / "table.json").read_text())
         scores[name] = table["systems"][name]["scores"]["Kasu-Bevo/toy/chrf"]["value"]
     assert abs(scores["cpu"] - scores["fp32"]) < 0.2 and abs(scores["cpu"] - scores["bf16"]) < 2
