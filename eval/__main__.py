@@ -21,13 +21,13 @@ done again: the same command goes on after an interruption, or adds a set, a met
 """
 
 import argparse
-import contextlib
 import gc
 import hashlib
 import json
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -217,29 +217,28 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
             loaded.append(Sampler(model, args.slots, window))
         return loaded[0]
 
-    found = {}
-    for one in chosen:
-
-        def work(numbers, one=one) -> list[dict]:
-            groups = sampler().generate(
-                [asked[one.file][i] for i in numbers], 1, args.max_new_tokens, 0.0,
-                stop_ids=texts.stop_ids, keys=numbers,
-            )  # fmt: skip
-            rows = []
-            for i, (sample,) in zip(numbers, groups, strict=True):
-                text, right = shown_translation(texts, prompts, one.tasks[i], sample)
-                output = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
-                rows.append({"segment": i, "translation": text, "readable": right} | {
-                    "output": output, "tokens": len(sample.ids)})  # fmt: skip
-            return rows
-
-        file = out / system.name / f"{one.file}.jsonl"
-        of = key | {"set": digest([task[:3] for task in one.tasks])}
-        found[one.file] = in_rounds(
-            ranks, lambda file=file, of=of: Rows(file, of), f"{system.name} {one.entry}",
-            len(one.tasks), ROUND * args.slots * ranks.size, work,
+    def translated(one: Set, numbers: list[int]) -> list[dict]:
+        groups = sampler().generate(
+            [asked[one.file][i] for i in numbers], 1, args.max_new_tokens, 0.0,
+            stop_ids=texts.stop_ids, keys=numbers,
         )  # fmt: skip
-    return found
+        rows = []
+        for i, (sample,) in zip(numbers, groups, strict=True):
+            text, right = shown_translation(texts, prompts, one.tasks[i], sample)
+            output = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
+            row = {"segment": i, "translation": text, "readable": right}
+            rows.append(row | {"output": output, "tokens": len(sample.ids)})
+        return rows
+
+    return {
+        one.file: in_rounds(
+            ranks, lambda one=one: Rows(out / system.name / f"{one.file}.jsonl",
+                                        key | {"set": digest([task[:3] for task in one.tasks])}),
+            f"{system.name} {one.entry}", len(one.tasks), ROUND * args.slots * ranks.size,
+            lambda numbers, one=one: translated(one, numbers),
+        )
+        for one in chosen
+    }  # fmt: skip
 
 
 def read_translations(system: System, chosen: list[Set]) -> dict[str, list]:
@@ -311,17 +310,10 @@ def score(
     out: Path,
 ) -> dict[tuple[str, str], Found]:  # fmt: skip
     """By system and set."""
-    if not metric.checkpoint:
-        return {
-            (system.name, one.file): SACREBLEU[metric.name](
-                one.tasks, [row["translation"] for row in done[system.name][one.file]]
-            )
-            for system in systems
-            for one in chosen
-        }
     started: list[Comet] = []
 
     def comet() -> Comet:
+        """Started when there is something left to score."""
         if not started:
             limit = 0.9 * args.patience  # before a rank that waits for it is given up
             started.append(Comet(metric.checkpoint, str(device_of(args)), args.comet_dtype,
@@ -330,47 +322,50 @@ def score(
         return started[0]
 
     found = {}
-    with contextlib.ExitStack() as closing:
-        closing.callback(lambda: [worker.close() for worker in started])
+    try:
         for system in systems:
             for one in chosen:
                 texts = [row["translation"] for row in done[system.name][one.file]]
-                shown = metric.references and all(task.reference for task in one.tasks)
-
-                def work(numbers, one=one, texts=texts, shown=shown) -> list[dict]:
-                    rows = [
-                        {"src": one.tasks[i].text, "mt": texts[i]}
-                        | ({"ref": one.tasks[i].reference} if shown else {})
-                        for i in numbers
-                    ]
-                    scores = comet().score(rows)
-                    return [
-                        {"segment": i, "score": x} for i, x in zip(numbers, scores, strict=True)
-                    ]
-
-                def about(shown=shown) -> dict:
-                    known = comet().about
-                    return known | {"references": shown and known["takes_reference"]}
-
-                key = {"checkpoint": metric.checkpoint, "dtype": args.comet_dtype, "shown": shown}
-                seen = [(t.text, x, t.reference) for t, x in zip(one.tasks, texts, strict=True)]
-                key |= {"translations": digest(seen if shown else [row[:2] for row in seen])}
-                file = out / system.name / f"{one.file}.{metric.name}.jsonl"
-                opened: list[Rows] = []
-
-                def open_it(file=file, key=key, opened=opened) -> Rows:
-                    opened.append(Rows(file, key, anew=True))
-                    return opened[0]
-
-                rows = in_rounds(
-                    ranks, open_it, f"{metric.name} of {system.name} {one.entry}", len(texts),
-                    512 * ranks.size, work, about,
-                )  # fmt: skip
-                said = ranks.on_first("read", lambda opened=opened: opened[0].about)
-                found[system.name, one.file] = mean_of(
-                    [row["score"] for row in rows], words_about(said)
-                )
+                if not metric.checkpoint:
+                    scores = SACREBLEU[metric.name](one.tasks, texts)
+                else:
+                    file = out / system.name / f"{one.file}.{metric.name}.jsonl"
+                    what = f"{metric.name} of {system.name} {one.entry}"
+                    scores = with_comet(args, ranks, metric, one.tasks, texts, comet, file, what)
+                found[system.name, one.file] = scores
+    finally:
+        for worker in started:
+            worker.close()
     return found
+
+
+def with_comet(
+    args, ranks: Ranks, metric: Metric, tasks: list[Task], texts: list[str],
+    comet: Callable[[], Comet], file: Path, what: str,
+) -> Found:  # fmt: skip
+    shown = metric.references and all(task.reference for task in tasks)
+    rows = [
+        {"src": task.text, "mt": text} | ({"ref": task.reference} if shown else {})
+        for task, text in zip(tasks, texts, strict=True)
+    ]
+    key = {"checkpoint": metric.checkpoint, "dtype": args.comet_dtype, "translations": digest(rows)}
+    opened: list[Rows] = []
+
+    def open_file() -> Rows:
+        opened.append(Rows(file, key, anew=True))
+        return opened[0]
+
+    def work(numbers: list[int]) -> list[dict]:
+        scores = comet().score([rows[i] for i in numbers])
+        return [{"segment": i, "score": x} for i, x in zip(numbers, scores, strict=True)]
+
+    def about() -> dict:
+        known = comet().about
+        return known | {"references": shown and known["takes_reference"]}
+
+    scored = in_rounds(ranks, open_file, what, len(rows), 512 * ranks.size, work, about)
+    said = ranks.on_first("read", lambda: opened[0].about)
+    return mean_of([row["score"] for row in scored], words_about(said))
 
 
 def words_about(about: dict) -> str:
