@@ -155,6 +155,16 @@ class Work(NamedTuple):
         return not self.cuda and self.G == 1
 
     @property
+    def keeps_start(self) -> bool:
+        """The starting weights, for the KL or as the judge."""
+        return bool(self.s.track_kl or self.s.kl or self.s.judge == "frozen")
+
+    @property
+    def start_slots(self) -> int:
+        """To read takes one slot."""
+        return self.slots if self.s.judge == "frozen" and self.s.reading == "written" else 1
+
+    @property
     def judge_words(self) -> int:
         return self.s.judge_max_new_tokens if self.s.reading == "written" else 1
 
@@ -203,9 +213,8 @@ def memory(k: Work) -> dict[str, float]:
     if not k.alone:
         parts["the sampler's copy"] = wide * N
     parts["its KV cache"] = k.slots * slot
-    if s.track_kl or s.kl or s.judge == "frozen":
-        writes = s.judge == "frozen" and s.reading == "written"
-        parts["the starting weights"] = wide * N + (k.slots if writes else 1) * slot
+    if k.keeps_start:
+        parts["the starting weights"] = wide * N + k.start_slots * slot
     if s.judge == "ema":
         parts["the EMA and its judge"] = 4 * N / k.S + wide * N + k.slots * slot
     if k.judge:

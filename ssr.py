@@ -458,7 +458,7 @@ def prepare(
     model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
     texts = Texts(load_tokenizer(problem.folder), s.chat)
     window = window_of(s, problem, texts, config.max_length)
-    actor, start, judging, average = samplers(s, model, window, device, work.slots)
+    actor, start, judging, average = samplers(s, model, window, device, work)
     if s.judge_model:
         judge = another_judge(s, ranks, problem, device, work.slots)
     else:
@@ -546,7 +546,7 @@ def folder_of(preset: str, folder: str, resume: bool) -> Path:
 
 
 def samplers(
-    s: Settings, model: Transformer, window: int, device: torch.device, slots: int
+    s: Settings, model: Transformer, window: int, device: torch.device, work: plan.Work
 ) -> tuple:
     """Of the actor, of the starting weights (or None), of the judge; and the EMA's weights."""
     # On a GPU the samplers have bf16 copies of the weights, the master weights stay fp32.
@@ -560,18 +560,16 @@ def samplers(
         follow(twin.parameters(), model.parameters())
         return twin
 
-    alone = half is None and ranks_here() == 1  # whole weights, in the samplers' type
-    actor = Sampler(model if alone else copied(), slots, window)
+    actor = Sampler(model if work.alone else copied(), work.slots, window)
     start, average = None, []
-    if s.track_kl or s.kl or s.judge == "frozen":
-        writes = s.judge == "frozen" and s.reading == "written"
-        start = Sampler(copied(), slots if writes else 1, window)  # to read takes one slot
+    if work.keeps_start:
+        start = Sampler(copied(), work.start_slots, window)
     judge = start if s.judge == "frozen" else actor
     if (
         s.judge == "ema"
     ):  # fp32, spread like the weights: in bf16 a step of it would be rounded away
         average = [p.detach().clone() for p in model.parameters()]
-        judge = Sampler(copied(), slots, window)
+        judge = Sampler(copied(), work.slots, window)
     return actor, start, judge, average
 
 
