@@ -159,11 +159,11 @@ class Checkpoints:
                 f"{folder} was written by a newer version of this code (format "
                 f"{about['version']}, this one reads {VERSION}): update it"
             )
-        for name in ("model", "weights", "texts"):
-            if about[name] != self.identity[name]:
+        for name in self.identity.keys() - {"settings"}:
+            if about.get(name) != self.identity[name]:
                 raise ValueError(
-                    f"{folder} is of another run: the {name} it began with: {about[name]}, now: "
-                    f"{self.identity[name]}"
+                    f"{folder} is of another run: the {name} it began with: {about.get(name)}, "
+                    f"now: {self.identity[name]}"
                 )
         self.compare(about["settings"], folder)
 

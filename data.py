@@ -76,13 +76,16 @@ class Corpus(NamedTuple):
     tasks: list[Task]
     counts: dict[str, Counter]
     """By entry of the data, "read", "kept", and what was left out by its reason."""
+    with_references: Counter
 
     def report(self) -> str:
         lines = []
         for entry, count in self.counts.items():
             out = [f"{n:,} {why}" for why, n in count.items() if why not in ("read", "kept")]
             left = f"; left out: {', '.join(out)}" if out else ""
-            lines.append(f"{entry}: {count['read']:,} texts read, {count['kept']:,} kept{left}")
+            known = self.with_references[entry]
+            kept = f"{count['kept']:,} kept" + f", {known:,} with a reference" * bool(known)
+            lines.append(f"{entry}: {count['read']:,} texts read, {kept}{left}")
         return "\n".join(lines)
 
 
@@ -104,9 +107,9 @@ def language(word: str) -> str:
         if name.lower() == word.lower():
             return name
     near = difflib.get_close_matches(word.title(), CODES, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(
-        f"unknown language {word!r}: {hint}Use a code such as zh or a name such as Chinese; one "
+        f"unknown language {word!r}{hint}: use a code such as zh or a name such as Chinese; one "
         "that is not in data.py's table is written xx=Name"
     )
 
@@ -151,7 +154,7 @@ def gather(
     """All entries of `--data`, each text once (unless `twice`). A line that cannot be read is an
     error that names it, or (`skip_bad`) is left out and counted."""
     pairs = pairs_of(source, target)
-    tasks, before = [], set()
+    tasks, before, with_references = [], set(), Counter()
     counts: dict[str, Counter] = {}
     for entry in filter(None, (w.strip() for w in words.split(","))):
         count = counts[entry] = Counter(read=0, kept=0)
@@ -161,6 +164,8 @@ def gather(
                 if not skip_bad:
                     raise ValueError(f"{found} (--skip-bad-lines leaves such lines out)")
                 count["that cannot be read"] += 1
+                if count["that cannot be read"] <= 3:
+                    print(f"left out: {found}")
             elif isinstance(found, str):
                 count[found] += 1
             elif found[:3] in before and not twice:
@@ -169,9 +174,10 @@ def gather(
                 before.add(found[:3])
                 tasks.append(found)
                 count["kept"] += 1
+                with_references[entry] += found.reference is not None
     if not counts:
         raise ValueError("--data names nothing: give a file, or a set such as wmt17-20:en-zh")
-    return Corpus(tasks, counts)
+    return Corpus(tasks, counts, with_references)
 
 
 Found = Iterator[Task | ValueError | str]  # str: why a text is left out
@@ -183,10 +189,16 @@ def read(entry: str, pairs: list[tuple[str, str]]) -> Found:
         pairs = [pair_of(pair)]
     path = Path(name).expanduser()
     if path.is_file():
+        if path.suffix in (".csv", ".tsv", ".gz", ".zip", ".xz"):
+            raise ValueError(f"{name}: a {path.suffix} file is not read; make JSON lines of it")
         if path.suffix == ".parquet":
-            return from_parquet(path, pairs)
-        return (from_jsonl if path.suffix in (".jsonl", ".json") else from_text)(path, pairs)
-    if not re.fullmatch(r"[a-z]+[\w.-]*(/[\w./-]+)?", name) or path.suffix in SUFFIXES:
+            return from_parquet(path, pairs, bool(pair))
+        if path.suffix in (".jsonl", ".json"):
+            return from_jsonl(path, pairs, bool(pair))
+        return from_text(path, pairs)
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder; name files")
+    if not re.fullmatch(r"[a-z]+[\w.-]*(/[\w./-]+)?", name) or path.suffix[1:2].isalpha():
         raise ValueError(f"{name}: there is no such file")
     if not pairs:
         raise ValueError(f"{entry}: no file of that name; a test set needs a pair of "
@@ -205,14 +217,14 @@ def split_entry(entry: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (entry, "")
 
 
-def from_jsonl(path: Path, pairs: list[tuple[str, str]]) -> Found:
+def from_jsonl(path: Path, pairs: list[tuple[str, str]], only: bool) -> Found:
     """Lines with "text", "source", "target", maybe "reference"."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue  # an empty line holds nothing to lose
             try:
-                tasks = tasks_of(parsed(line), pairs)
+                tasks = tasks_of(parsed(line), pairs, only)
             except (ValueError, RecursionError) as error:
                 yield ValueError(f"{path}, line {number}: {error}")
                 continue
@@ -229,8 +241,9 @@ def parsed(line: bytes) -> dict:
     return row
 
 
-def tasks_of(row: dict, pairs: list[tuple[str, str]]) -> list[Task]:
-    """One task, or one for each of the pairs when the row names no languages."""
+def tasks_of(row: dict, pairs: list[tuple[str, str]], only: bool) -> list[Task]:
+    """One task, or one for each of the pairs when the row names no languages. `only`: it may name
+    no others."""
     named = [k for k in KEYS[1:] if row.get(k)]
     missing = [k for k in KEYS if not row.get(k) and (k == "text" or named or not pairs)]
     if missing:
@@ -241,13 +254,18 @@ def tasks_of(row: dict, pairs: list[tuple[str, str]]) -> list[Task]:
         raise ValueError(f"{', '.join(given)} must be strings")
     for value in given.values():
         value.encode()  # half of a surrogate pair is no text
-    if not given["text"].strip():
+    text, reference = given["text"].replace("\0", "").strip(), given.get("reference")
+    if not text:
         raise ValueError("'text' is blank")
-    text, reference = given["text"].strip(), given.get("reference")
     if named:
-        pairs = [(language(given["source"]), language(given["target"]))]
-        if pairs[0][0] == pairs[0][1]:
-            raise ValueError(f"{pairs[0][0]} would be translated into itself")
+        own = language(given["source"]), language(given["target"])
+        if own[0] == own[1]:
+            raise ValueError(f"{own[0]} would be translated into itself")
+        if only and own not in pairs:
+            raise ValueError(
+                f"{own[0]} to {own[1]}, but the pair behind the file's name says other"
+            )
+        pairs = [own]
     elif len({source for source, _ in pairs}) > 1:
         raise ValueError(AMBIGUOUS)
     return [Task(text, source, target, reference) for source, target in pairs]
@@ -278,7 +296,7 @@ def from_text(path: Path, pairs: list[tuple[str, str]]) -> Found:
                 yield from (Task(text, *pair) for pair in pairs)
 
 
-def from_parquet(path: Path, pairs: list[tuple[str, str]]) -> Found:
+def from_parquet(path: Path, pairs: list[tuple[str, str]], only: bool) -> Found:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -291,7 +309,7 @@ def from_parquet(path: Path, pairs: list[tuple[str, str]]) -> Found:
         rows = (row for part in file.iter_batches(columns=columns) for row in part.to_pylist())
         for number, row in enumerate(rows, 1):
             try:
-                tasks = tasks_of(row, pairs)
+                tasks = tasks_of(row, pairs, only)
             except ValueError as error:
                 yield ValueError(f"{path}, row {number}: {error}")
                 continue
@@ -338,7 +356,7 @@ def pairs_in(name: str) -> set[str]:
 
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, 3, 0.5)
-        hint = f"; it has {', '.join(near)}" if near else ""
+        hint = f"; similar: {', '.join(near)}" if near else ""
         raise ValueError(f"{name}: no such file, and no test set of sacreBLEU's{hint}")
     return set(DATASETS[name].langpairs)
 
@@ -391,7 +409,8 @@ def split(tasks: list[Task], held_out: int, seed: int) -> tuple[list[Task], list
 
 
 def without(tasks: list[Task], others: list[Task]) -> list[Task]:
-    texts = {task.text for task in others}
+    """Those that say nothing of what the others say, in either language."""
+    texts = {text for task in others for text in (task.text, task.reference)}
     return [task for task in tasks if task.text not in texts]
 
 

@@ -223,11 +223,15 @@ def turns(tokenizer) -> tuple[tuple[str, str], str]:
     mark = "THE-WORDS"
     talk = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
     if not tokenizer.chat_template:
-        raise ValueError("this tokenizer has no chat template: leave the chat option out")
-    asked, said = (
-        tokenizer.apply_chat_template(talk[:n], tokenize=False, add_generation_prompt=n == 1)
-        for n in (1, 2)
-    )
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template: leave the "
+                         "chat option out")  # fmt: skip
+    try:
+        asked, said = (
+            tokenizer.apply_chat_template(talk[:n], tokenize=False, add_generation_prompt=n == 1)
+            for n in (1, 2)
+        )
+    except Exception as error:  # whatever the template raises: it is a program
+        raise ValueError(f"{tokenizer.name_or_path}: the chat template fails: {error}") from None
     if asked.count(mark) != 1 or said.count(mark) != 2:
         raise ValueError(
             "the tokenizer's chat template does not set down a user's words as they are"
@@ -383,12 +387,19 @@ class Outside:
     gives a number for each (COMET does). Each distinct row is asked once."""
 
     def __init__(
-        self, score: Callable[[list[dict]], list[float]], low=0.0, high=1.0, references=False
+        self,
+        score: Callable[[list[dict]], list[float]],
+        low: float = 0.0,
+        high: float = 1.0,
+        references: bool = False,
+        control: Sequence[str] = (),
     ):
-        """`low` and `high`: the numbers that are worth 0 and 1. `references`: let it see them."""
+        """`low` and `high`: the numbers that are worth 0 and 1. `references`: let it see them.
+        `control`: what its tokenizer takes for more than letters; a space breaks it in texts."""
         if not high > low:
             raise ValueError(f"the score that is worth 1 ({high}) must be above that of 0 ({low})")
         self.score, self.low, self.high, self.references = score, low, high, references
+        self.control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
 
     def __call__(self, tasks: Sequence[Task], answers: list[list[str | None]], step: int):
         """answers (P, N) -> scores (P, N); None is not asked and scores 0."""
@@ -397,13 +408,17 @@ class Outside:
             for t, row in zip(tasks, answers, strict=True)
         ]
         asked = list(dict.fromkeys(key for row in keys for key in row if key[1] is not None))
-        rows = [{"src": s, "mt": a} | ({"ref": r} if self.references else {}) for s, a, r in asked]
+        keys_of_row = ("src", "mt", "ref")[: 3 if self.references else 2]
+        rows = [dict(zip(keys_of_row, map(self.plain, key), strict=False)) for key in asked]
         found = {
             key: Score((raw - self.low) / (self.high - self.low), f"{raw:.4f}")
             for key, raw in zip(asked, self.score(rows), strict=True)
         }
         nothing = Score(0.0, "not judged")
         return [[found.get(key, nothing) for key in row] for row in keys]
+
+    def plain(self, text: str | None) -> str | None:
+        return text and self.control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
 
 
 # -------------------------------------------------------------------------------- the reward

@@ -44,11 +44,12 @@ class Comets:
             )  # fmt: skip
         return self.started[checkpoint]
 
-    def measure(self, checkpoint: str) -> Measure:
+    def measure(self, checkpoint: str, referenced: bool) -> Measure:
+        """`referenced`: all texts that will come have a reference."""
         comet = self.start(checkpoint)
 
         def measure(tasks: list[Task], texts: list[str]) -> list[float]:
-            shown = comet.ready()["takes_reference"] and all(t.reference for t in tasks)
+            shown = comet.ready()["takes_reference"] and referenced
             return comet.score([
                 {"src": task.text, "mt": text} | ({"ref": task.reference} if shown else {})
                 for task, text in zip(tasks, texts, strict=True)
@@ -112,23 +113,24 @@ def data_problem(s, ranks: Ranks, comets: Comets) -> Problem:
         lengths = map(len, texts.encode([prompts.ask(task) for task in tasks]))
         return [t for t, n in zip(tasks, lengths, strict=True) if n <= s.max_prompt_tokens]
 
-    fit, apart = fitting(corpus.tasks), fitting(apart)
-    if len(apart or fit) < s.eval_prompts + (not apart):
+    fit = fitting(corpus.tasks)
+    some = fitting(apart) if s.held_out else fit
+    if len(some) < s.eval_prompts + (not s.held_out):
         raise ValueError(
-            f"{s.held_out or s.data}: {len(apart or fit)} texts have a prompt within "
-            f"--max-prompt-tokens {s.max_prompt_tokens}, and {s.eval_prompts} are to be held out: "
-            "add texts, or lower --eval-prompts"
+            f"{s.held_out or s.data}: {len(some)} texts have a prompt within --max-prompt-tokens "
+            f"{s.max_prompt_tokens}, and {s.eval_prompts} are to be held out: add texts, or lower "
+            "--eval-prompts"
         )
-    held_out, _ = data.split(apart or fit, s.eval_prompts, s.seed)
+    held_out, _ = data.split(some, s.eval_prompts, s.seed)
     training = data.without(fit, apart or held_out)
-    same = len(fit) - len(training) - (0 if apart else len(held_out))
+    same = len(fit) - len(training) - (0 if s.held_out else len(held_out))
     print(
         f"{corpus.report()}\n{len(corpus.tasks):,} texts: {len(corpus.tasks) - len(fit):,} left "
         f"out, longer than --max-prompt-tokens {s.max_prompt_tokens}; {len(held_out)} held out"
-        f"{f' from {s.held_out}' if apart else ''}, and {same} that say the same; "
-        f"{len(training):,} to train on"
+        f"{f' from {s.held_out}' if s.held_out else ''}, {same} left out that repeat held-out "
+        f"ones; {len(training):,} to train on"
     )
-    if s.comet_references and any(task.reference is None for task in training):
+    if s.comet_references and any(not task.reference for task in training):
         raise ValueError(f'--comet-references: not all texts of {s.data} have a "reference"')
     measures = measures_of(s, held_out, comets)
     digest = data.digest(training + held_out)
@@ -138,14 +140,20 @@ def data_problem(s, ranks: Ranks, comets: Comets) -> Problem:
 def measures_of(s, held_out: list[Task], comets: Comets) -> dict[str, Measure]:
     referenced = all(task.reference for task in held_out)
     names = s.measures or ("chrf" if referenced else "none")
+    if names == "none":
+        print("Nothing independent is measured: no alarm can ring, and best/ goes by the judge. "
+              "--held-out with references would do, or --measures cometkiwi")  # fmt: skip
     found: dict[str, Measure] = {}
     for name in [w.strip() for w in names.split(",") if w.strip() != "none"]:
-        if name == "chrf":
-            if not referenced:
-                raise ValueError("--measures chrf needs a reference of every held-out text")
-            found[name] = each(chrf)
+        label = name.rstrip("/").rpartition("/")[2]
+        if label in (*found, "self", "format"):
+            raise ValueError(f"--measures {names}: a second one is called {label}")
+        if name != "chrf":
+            found[label] = comets.measure(name, referenced)
+        elif referenced:
+            found[label] = each(chrf)
         else:
-            found[name.rstrip("/").rpartition("/")[2]] = comets.measure(name)
+            raise ValueError("--measures chrf needs a reference of every held-out text")
     return found
 
 
@@ -168,12 +176,15 @@ def scorers_of(s, judge, comets: Comets) -> dict:
                 f"--comet {s.comet} cannot score without a reference: use one that can, such as "
                 "cometkiwi, or --comet-references"
             )
-        outside = Outside(comet.score, s.comet_low, s.comet_high, s.comet_references)
+        control = comet.about["control"]
+        outside = Outside(comet.score, s.comet_low, s.comet_high, s.comet_references, control)
         scorers["comet"] = (s.comet_weight if scorers else 1.0, outside)
     return scorers
 
 
-def another_judge(s, ranks: Ranks, problem: Problem, device: torch.device, slots: int):
+def another_judge(
+    s, ranks: Ranks, problem: Problem, device: torch.device, slots: int, policy: Texts
+):
     """A model of somebody else's, asked as the policy would ask itself."""
     if s.judge_url:
         judge = RemoteJudge(
@@ -186,8 +197,11 @@ def another_judge(s, ranks: Ranks, problem: Problem, device: torch.device, slots
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load(folder, dtype=dtype, device=device)
     texts = Texts(load_tokenizer(folder), s.judge_chat)
-    # Its tokenizer may need more tokens for the same text.
-    window = window_of(s, problem, texts, model.config.max_length, 1.5)
+    # Its tokenizer may need more tokens for the same texts than the policy's.
+    asked = [problem.prompts.ask(task) for task in problem.held_out]
+    pairs = zip(texts.encode(asked), policy.encode(asked), strict=True)
+    more = 1.25 * max(len(theirs) / len(ours) for theirs, ours in pairs)
+    window = window_of(s, problem, texts, model.config.max_length, max(1.0, more))
     return judge_of(s, Sampler(model, slots, window), texts, problem.prompts)
 
 

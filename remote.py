@@ -168,7 +168,8 @@ class RemoteJudge:
             raise Again(f"no chat completion: {self.shown(text)}") from None
         if not isinstance(words, str | None):  # null: a thinker who came to no answer
             raise Again(f"no chat completion: {self.shown(text)}")
-        return Said(words or "", end == "stop")
+        words = (words or "").encode(errors="replace").decode()  # half a surrogate pair is no text
+        return Said(words, end == "stop")
 
     def refused(self, status: int, headers: Message, text: str) -> None:
         """Raises, except where it is the text's length that is refused."""

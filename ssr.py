@@ -39,9 +39,10 @@ import data
 import grpo
 import plan
 from checkpoint import Checkpoints, fingerprint, tensors_of
+from eval.comet import stamp
 from judge import GATES, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
-from model import Transformer, load, load_tokenizer, read_config
+from model import Transformer, find_folder, load, load_tokenizer, read_config
 from problem import (
     REWARDS,
     TEMPLATES,
@@ -65,8 +66,8 @@ from watch import Evaluation, Problem, Stopper, Watch, commit, launcher
 @dataclass
 class Settings(grpo.Settings):
     preset: str = ""
-    """Where the other settings start: "toy", "ssr-zero-7b", "ssr-zero-0.5b". Without one: the
-    paper's recipe where there are CUDA GPUs, the toy elsewhere."""
+    """Where the other settings start: "toy", "ssr-zero-7b", "ssr-x-zero-7b", "ssr-zero-0.5b".
+    Without one: "ssr-zero-7b" where there are CUDA GPUs, the toy elsewhere."""
     model: str = ""
     """A Hugging Face folder or hub id (Qwen2, Qwen2.5, Qwen3, Llama 3). Toy: made on the spot."""
     data: str = ""
@@ -80,7 +81,7 @@ class Settings(grpo.Settings):
     """Leave out lines of --data that cannot be read, and count them."""
     held_out: str = ""
     """Test sets to watch, such as wmt22:en-zh or a file with "reference"s; --data is then trained
-    on whole, except what is in them. Without: some of --data."""
+    on whole, except what is in them. Without: some of --data. A preset's goes with its --data."""
     measures: str = ""
     """Of held-out translations, beside the judge: "chrf" (default where there are references),
     "none", COMET checkpoints such as "cometkiwi"; the first names the best weights."""
@@ -392,13 +393,23 @@ def check_judge(s: Settings) -> None:
                          "not allow: use --reading written")  # fmt: skip
     if s.judge_chat and not s.judge_model:
         raise ValueError("--judge-chat is for --judge-model; --chat sets the policy's own prompts")
-    for name in ("comet", "comet_weight", "self_weight", "comet_low", "comet_high",
-                 "comet_references"):  # fmt: skip
-        usual = Settings.__dataclass_fields__[name].default
-        if "comet" not in s.reward and getattr(s, name) != usual:
-            raise ValueError(
-                f"{option(name)} has no effect with --reward {s.reward}: use self+comet"
-            )
+    comet = "comet" in s.reward
+    for names, holds, instead in (
+        ("comet comet_low comet_high comet_references", comet, "--reward self+comet"),
+        ("comet_weight self_weight", s.reward == "self+comet", "--reward self+comet"),
+        ("judge_parallel judge_patience", s.judge_url, "--judge-url"),
+        ("toy_noise", "external" in s.reward, "--reward external"),
+        ("toy_tokens", s.preset == "toy", "--preset toy"),
+    ):
+        for name in names.split() if not holds else []:
+            if getattr(s, name) != Settings.__dataclass_fields__[name].default:
+                raise ValueError(f"{option(name)} has no effect without {instead}")
+    if s.reward == "self+comet" and not s.self_weight + s.comet_weight:
+        raise ValueError("--self-weight and --comet-weight are both 0: nothing is rewarded")
+    if s.controls and s.judge_model:
+        raise ValueError("--controls compares the policy's own judges: leave --judge-model out")
+    if s.chat and s.prompts == "toy":
+        raise ValueError("--chat: the toy's tokenizer has no chat template")
     if not s.comet_high > s.comet_low:
         raise ValueError(f"--comet-high {s.comet_high} must be above --comet-low {s.comet_low}")
 
@@ -415,6 +426,16 @@ def agree(ranks: Ranks, values: dict) -> None:
                 )
 
 
+def said_reward(s: Settings) -> str:
+    judge = f"judge {s.judge_model or s.judge}" + (f" at {s.judge_url}" if s.judge_url else "")
+    if "comet" not in s.reward:
+        return f"{s.reward}, {judge}"
+    comet = f"COMET {s.comet}, {s.comet_dtype}"
+    if s.reward == "comet":
+        return comet
+    return f"{s.self_weight:g} × self + {s.comet_weight:g} × COMET, {judge}, {comet}"
+
+
 def arithmetic(s: Settings) -> str:
     P, N, R = s.prompts_per_step, s.samples_per_prompt, ranks_here()
     share = f", on {R} ranks {P // R}{f' or {P // R + 1}' * (P % R > 0)} prompts each" * (R > 1)
@@ -422,7 +443,7 @@ def arithmetic(s: Settings) -> str:
         f"{s.steps} steps of {P} prompts × {N} samples = {P * N} translations{share}, "
         f"{s.updates_per_batch} update{'s' * (s.updates_per_batch > 1)} each, at most "
         f"{s.micro_batch_tokens:,} tokens at a time\n"
-        f"reward {s.reward}, judge {s.judge}, score {s.reading}, lr {s.lr:g}, KL {s.kl:g}, "
+        f"reward {said_reward(s)}, score {s.reading}, lr {s.lr:g}, KL {s.kl:g}, "
         f"seed {s.seed}" + (f", model {s.model}" if s.model else "")
     )
 
@@ -460,7 +481,7 @@ def prepare(
     window = window_of(s, problem, texts, config.max_length)
     actor, start, judging, average = samplers(s, model, window, device, work)
     if s.judge_model:
-        judge = another_judge(s, ranks, problem, device, work.slots)
+        judge = another_judge(s, ranks, problem, device, work.slots, texts)
     else:
         judge = judge_of(s, judging, texts, problem.prompts)
     ranks.at("load COMET")
@@ -468,13 +489,15 @@ def prepare(
     reward = Reward(texts, problem.prompts, scorers, s.gate)
     held_out = asked(s, problem, texts, problem.held_out)
     evaluation = Evaluation(problem, held_out, texts, actor, judge, texts.stop_ids, s, ranks)
-    learn(s, ranks, problem, texts, model, reward, evaluation, actor, start, judging, average)
+    learn(
+        s, ranks, problem, texts, model, reward, evaluation, actor, start, judging, average, comets
+    )
 
 
 def learn(
     s: Settings, ranks: Ranks, problem: Problem, texts: Texts, model: Transformer, reward: Reward,
     evaluation: Evaluation, sampler: Sampler, start: Sampler | None, judging: Sampler,
-    average: list[Tensor],
+    average: list[Tensor], comets: Comets,
 ) -> None:  # fmt: skip
     optimizer = grpo.make_optimizer(model, s)
 
@@ -484,7 +507,7 @@ def learn(
         return asked(s, problem, texts, tasks)
 
     path = ranks.on_first("name the run", lambda: folder_of(s.preset, s.folder, s.resume))
-    identity = identity_of(problem, model)
+    identity = identity_of(s, problem, model, comets)
     agree(ranks, {f"the {name}": value for name, value in identity.items()})
     identity["settings"] = dataclasses.asdict(s)
     tensors = tensors_of(model, optimizer, average)
@@ -498,6 +521,8 @@ def learn(
             if average:
                 follow(judging.model.parameters(), average)
             after = f", after step {done.number}" if done else ""
+            if s.resume and not done:
+                after = ", from the beginning: there is no checkpoint to go on from"
             print(f"{arithmetic(s)}\nwriting {path}{after}")
             watch.begin(done)
             for step in grpo.train(
@@ -526,10 +551,15 @@ def asked(s: Settings, problem: Problem, texts: Texts, tasks: list[Task]) -> lis
     return [grpo.Prompt(ids, task) for ids, task in zip(encoded, tasks, strict=True)]
 
 
-def identity_of(problem: Problem, model: Transformer) -> dict:
+def identity_of(s: Settings, problem: Problem, model: Transformer, comets: Comets) -> dict:
     """What must be the same on all ranks, and when a run goes on; except its settings."""
     shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hub"}
-    return {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
+    known = {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
+    if s.judge_model and not s.judge_url:
+        known["judge's weights"] = fingerprint(find_folder(s.judge_model))
+    for name, comet in comets.started.items():
+        known[f"COMET {Path(name).name}"] = comet.ready()["revision"] or stamp(name)
+    return known
 
 
 def folder_of(preset: str, folder: str, resume: bool) -> Path:
@@ -617,10 +647,12 @@ def compare(s: Settings) -> None:
 def main(words: list[str]) -> None:
     try:
         s = parse(words)
-        chosen = f"--preset {s.preset}" if any("--preset" in w for w in words) else "no --preset"
         why = "CUDA GPUs found" if torch.cuda.is_available() else "no CUDA GPU found"
+        if any("--preset" in word for word in words):
+            why = "as asked"
         if os.environ.get("RANK", "0") == "0":
-            print(f"SSR-Zero, preset {s.preset} ({chosen}; {why})")
+            print(f"{'SSR-X-Zero' if s.reward == 'self+comet' else 'SSR-Zero'}, preset {s.preset} "
+                  f"({why})")  # fmt: skip
         if s.dry_run:
             dry_run(s)
         elif s.controls:

@@ -221,6 +221,7 @@ class Watch:
         self.latest: dict[str, float] = {}
         self.alarms: list[int] = []
         self.best_step, self.first, self.again = 0, 0, False
+        self.taught = False  # some group had a difference to learn from
         self.step: grpo.Step | None = None
         self.state: dict = {}  # as it was before `step` was recorded
 
@@ -261,11 +262,12 @@ class Watch:
 
     def after(self, step: grpo.Step) -> None:
         spent = self.spent + time.perf_counter() - self.begun
-        names = ("before", "latest", "alarms", "best_step")
+        names = ("before", "latest", "alarms", "best_step", "taught")
         self.step, self.state = step, {name: getattr(self, name) for name in names}
         self.state |= {"spent": spent, "evaluation": self.evaluation.state()}
         if step.number % self.s.save_every == 0 or step.number == self.s.steps:
             self.save()
+        self.taught |= step.metrics["groups/zero_variance"] < 1
         self.record(step)
 
     def save(self) -> None:
@@ -359,8 +361,15 @@ class Watch:
         print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
         others = {f"eval/{n}": f"{n}, greedy" for n in self.evaluation.problem.measures}
         for key, label in (others | SHOWN).items():
-            if key in self.latest:
-                print(f"{label:38}  {self.before[key]:6.3f}  {self.latest[key]:6.3f}")
+            both = [x.get(key, math.nan) for x in (self.before, self.latest)]
+            if key in self.latest and both != [USUAL.get(key)] * 2:
+                then, now = ("–" if math.isnan(x) else f"{x:.3f}" for x in both)
+                print(f"{label:38}  {then:>6}  {now:>6}")
+        if not self.taught:
+            print(
+                "No group of samples ever differed in its reward: nothing was learned. See "
+                "samples.jsonl, and reward/format and judge/invalid in metrics.jsonl"
+            )
         print(
             f"\n{self.s.steps} steps in {seconds:.0f} s; the best weights are those of step "
             f"{self.best_step}\n{self.folder.path}/: best/, last/, metrics.jsonl, samples.jsonl, …"
@@ -380,7 +389,10 @@ SHOWN = {
     "eval/self": "the judge's score, greedy",
     "eval/sampled_exact_match": "exact match, sampled at T 1",
     "eval/judge_correlation": "judge's correlation with quality, T 1",
+    "eval/format": "share in the right form, greedy",
+    "eval/invalid": "share the judge gave no score",
 }
+USUAL = {"eval/format": 1.0, "eval/invalid": 0.0}  # not worth a line
 ALARM = "ALARM: self-score up, held-out quality down"
 
 

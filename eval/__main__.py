@@ -8,7 +8,7 @@
 Sets, by default the paper's six: see eval/sets.py. Metrics: bleu, chrf, and COMET checkpoints by a
 short name (eval/comet.py), a hub id or a folder; NAME=CHECKPOINT names its column, and :no-ref
 behind it hides the references from one that could use them. Each system is a row; the first is the
-one that the others are compared with.
+one that the others are compared with. The table holds what a command names, and no more.
 
 Translations are greedy, and read as the reward reads them. What cannot be read is scored as it is
 and counted: to leave it out would flatter. All of it lies under --out, and what is there is not
@@ -21,6 +21,7 @@ done again: the same command goes on after an interruption, or adds a set, a met
 """
 
 import argparse
+import difflib
 import gc
 import hashlib
 import json
@@ -33,10 +34,11 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoint import fingerprint
 from data import code_pair
 from eval import sets, table
-from eval.comet import Comet, python_of, where
-from eval.rows import Rows, in_rounds
+from eval.comet import NAMES, Comet, python_of, stamp, where
+from eval.rows import Rows, in_rounds, whole
 from eval.score import SACREBLEU, Found, mean_of
 from judge import Task, Texts, shown_translation
 from model import find_folder, load, load_tokenizer
@@ -45,7 +47,6 @@ from ranks import Ranks, is_lost, join, leave
 from sampler import Sampler
 
 PAPER_SETS = "wmt23:zh-en,wmt24:zh-en,flores200:zh-en,wmt23:en-zh,wmt24:en-zh,flores200:en-zh"
-NEED_REFERENCES = ("bleu", "chrf", "comet22")
 ROUND = 8  # times the slots: segments between two writes
 
 
@@ -108,16 +109,30 @@ def parse(words: list[str]) -> argparse.Namespace:
     for name in ("max_new_tokens", "slots", "comet_batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.compare and args.first:
+        raise ValueError("--compare with --first: what was published is of whole sets")
     if args.first < 0:
         raise ValueError(f"--first {args.first} must be at least 1")
     return args
+
+
+def needs_references(metric: Metric) -> bool:
+    if not metric.checkpoint:
+        return True
+    hparams = Path(metric.checkpoint).expanduser() / "hparams.yaml"
+    if hparams.is_file():  # else it is found out when it is loaded
+        return bool(
+            re.search(r"class_identifier: (regression|ranking)_metric", hparams.read_text())
+        )
+    return where(metric.checkpoint) == NAMES["comet22"]
 
 
 def systems_of(args: argparse.Namespace, chosen: list[Set]) -> list[System]:
     found = []
     for words in args.model:
         name, model = named(words)
-        found.append(System(name or Path(model).name, model, []))
+        check_model(args, words, model)
+        found.append(System(name or Path(model).resolve().name, model, []))
     for words in args.translations:
         name, files = named(words)
         name, files = name or Path(files.split(",")[0]).stem, files.split(",")
@@ -129,11 +144,37 @@ def systems_of(args: argparse.Namespace, chosen: list[Set]) -> list[System]:
                 "each, in the order of --sets, or a folder that an evaluation wrote"
             )
         found.append(System(name, "", files))
-    names = [re.sub(r"[^\w.-]+", "_", system.name) for system in found]
+    names = [slug(system.name) for system in found]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two systems are called {name}: name them, --model NAME=FOLDER")
     return [s._replace(name=name) for s, name in zip(found, names, strict=True)]
+
+
+def check_model(args: argparse.Namespace, words: str, model: str) -> None:
+    """What is no model's folder is said before any other model is at work."""
+    folder = Path(model).expanduser()
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        return  # an id of the hub
+    if not (folder / "config.json").is_file():
+        best = folder / "best"
+        hint = f"; did you mean {best}?" if (best / "config.json").is_file() else ""
+        raise ValueError(f"--model {words}: there is no {folder / 'config.json'}{hint}")
+    settings = folder.parent / "settings.json"
+    if settings.is_file():
+        had = json.loads(settings.read_text())
+        for name in ("prompts", "chat"):
+            if name in had and had[name] != getattr(args, name):
+                print(f"Note: {words} was trained with {name} {had[name]}, and is asked with "
+                      f"{name} {getattr(args, name)}")  # fmt: skip
+
+
+def slug(name: str) -> str:
+    """Names become names of files."""
+    found = re.sub(r"[^\w.-]+", "_", name)
+    if not found.strip("._"):
+        raise ValueError(f"{name!r} is no name for a file: use NAME=…")
+    return found
 
 
 def named(words: str) -> tuple[str, str]:
@@ -144,18 +185,18 @@ def named(words: str) -> tuple[str, str]:
 def sets_of(args: argparse.Namespace) -> list[Set]:
     found = []
     for entry in filter(None, (w.strip() for w in args.sets.split(","))):
-        tasks = sets.load(entry)
-        tasks = tasks[: args.first] if args.first else tasks
-        direction = code_pair((tasks[0].source, tasks[0].target))
-        label = sets.label(entry)
-        file = re.sub(r"[^\w.-]+", "_", f"{label}.{direction}")
-        file += f".first{args.first}" if args.first else ""
-        found.append(Set(entry, label, direction, tasks, file))
+        segments: dict[str, list[Task]] = {}
+        for task in sets.load(entry):
+            segments.setdefault(code_pair((task.source, task.target)), []).append(task)
+        for direction, tasks in segments.items():
+            label = slug(sets.label(entry))
+            file = f"{label}.{slug(direction)}" + (f".first{args.first}" if args.first else "")
+            found.append(Set(entry, label, direction, tasks[: args.first or None], file))
     if not found:
         raise ValueError("--sets names none")
     for one in found:
-        if [(s.label, s.direction) for s in found].count((one.label, one.direction)) > 1:
-            raise ValueError(f"--sets has {one.label} {one.direction} twice: rename a file")
+        if [s.file.casefold() for s in found].count(one.file.casefold()) > 1:
+            raise ValueError(f"--sets has two called {one.label} {one.direction}: rename a file")
     return found
 
 
@@ -164,18 +205,26 @@ def metrics_of(args: argparse.Namespace, chosen: list[Set]) -> list[Metric]:
     for words in filter(None, (w.strip() for w in args.metrics.split(","))):
         shown = not words.endswith(":no-ref")
         name, checkpoint = named(words.removesuffix(":no-ref"))
-        plain = checkpoint in SACREBLEU
+        plain = words in SACREBLEU
+        if not plain and (checkpoint in SACREBLEU or name in SACREBLEU):
+            raise ValueError(f"--metrics {words}: bleu and chrf are sacreBLEU's, under these names")
+        if not plain and checkpoint not in NAMES and "/" not in checkpoint:
+            near = difflib.get_close_matches(checkpoint, [*SACREBLEU, *NAMES], 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"--metrics {checkpoint} is unknown: {hint}There are {', '.join(SACREBLEU)}, "
+                f"COMET's {', '.join(NAMES)}, its ids of the hub and its folders"
+            )
         if not plain:
-            where(checkpoint)  # refuses what is none
+            stamp(checkpoint)  # refuses a path with nothing there
         label = checkpoint.rstrip("/").rpartition("/")[2] + ("" if shown else "-no-ref")
-        found.append(Metric(name or label, "" if plain else checkpoint, shown))
+        found.append(Metric(slug(name or label), "" if plain else checkpoint, shown))
     if not found:
         raise ValueError("--metrics names none")
     for metric in found:
-        if [m.name for m in found].count(metric.name) > 1:
-            raise ValueError(f"two metrics are called {metric.name}: name them NAME=CHECKPOINT")
-        needy = (metric.checkpoint or metric.name) in NEED_REFERENCES
-        for one in chosen if needy else []:
+        if [m.name for m in found].count(metric.name) > 1 or metric.name == "segments":
+            raise ValueError(f"a metric cannot be called {metric.name}: name it NAME=CHECKPOINT")
+        for one in chosen if needs_references(metric) else []:
             lacking = [i for i, task in enumerate(one.tasks, 1) if not task.reference]
             if lacking:
                 raise ValueError(
@@ -212,7 +261,7 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
                 raise ValueError(
                     f"{system.name} has {model.config.max_length} positions, {longest} of them for "
                     f"the longest prompt: --max-new-tokens {args.max_new_tokens} does not fit, at "
-                    f"most {room} does"
+                    f"most {room} does (--prompts {args.prompts})"
                 )
             loaded.append(Sampler(model, args.slots, window))
         return loaded[0]
@@ -233,7 +282,7 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
     return {
         one.file: in_rounds(
             ranks, lambda one=one: Rows(out / system.name / f"{one.file}.jsonl",
-                                        key | {"set": digest([task[:3] for task in one.tasks])}),
+                                        key | {"set or tokenizer": digest(asked[one.file])}),
             f"{system.name} {one.entry}", len(one.tasks), ROUND * args.slots * ranks.size,
             lambda numbers, one=one: translated(one, numbers),
         )
@@ -247,9 +296,10 @@ def read_translations(system: System, chosen: list[Set]) -> dict[str, list]:
     for one, name in zip(chosen, system.files, strict=True):
         path = Path(name).expanduser()
         try:
-            lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+            content = path.read_bytes().decode("utf-8-sig").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--translations {name}: cannot be read ({error})") from None
+        lines = [line.removesuffix("\r") for line in content.split("\n")]
         rows = [{"translation": line} for line in lines]
         if path.suffix == ".jsonl":
             rows = [row_in(path, n, line) for n, line in enumerate(lines, 1)]
@@ -276,7 +326,7 @@ def row_in(path: Path, number: int, line: str) -> dict:
             raise ValueError("it is no string")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f'{path}, line {number}: not a JSON row with "translation" ({error})'
+            f'{path}, line {number}: not a JSON row with a "translation" ({error})'
         ) from None
     return row
 
@@ -292,10 +342,8 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def weights_of(folder: Path) -> str:
-    """Which weights, without reading them: names and sizes of files, and the config's text."""
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json"))
-    parts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return f"{folder} {digest(parts)}"
+    """Which model: its weights and its config, wherever they lie."""
+    return f"{fingerprint(folder)} {digest([(folder / 'config.json').read_text()])}"
 
 
 def digest(parts: list) -> str:
@@ -348,7 +396,8 @@ def with_comet(
         {"src": task.text, "mt": text} | ({"ref": task.reference} if shown else {})
         for task, text in zip(tasks, texts, strict=True)
     ]
-    key = {"checkpoint": metric.checkpoint, "dtype": args.comet_dtype, "translations": digest(rows)}
+    key = {"checkpoint": stamp(metric.checkpoint), "dtype": args.comet_dtype}
+    key |= {"translation, source or reference": digest(rows)}
     opened: list[Rows] = []
 
     def open_file() -> Rows:
@@ -361,6 +410,12 @@ def with_comet(
 
     def about() -> dict:
         known = comet().about
+        had = opened[0].about.get("revision", known["revision"])  # of a file that is continued
+        if had != known["revision"]:
+            raise ValueError(
+                f"{file}: {metric.checkpoint} was at revision {had}, the hub now gives "
+                f"{known['revision']}: remove the file, and all is scored by the new one"
+            )
         return known | {"references": shown and known["takes_reference"]}
 
     scored = in_rounds(ranks, open_file, what, len(rows), 512 * ranks.size, work, about)
@@ -399,23 +454,33 @@ def report(args, systems, chosen: list[Set], metrics: list[Metric], done: dict, 
             write_segments(system, one, rows, found, out)
     rows = table.rows_of(columns, shares)
     if args.compare:
-        rows = table.published([c for c in rows[0].cells]) + rows
+        theirs = table.published(rows[0].cells)
+        if not theirs:
+            print("--compare: nothing was published of these sets and metrics")
+        rows = theirs + rows
     told = {}
     for m in metrics:
         for words in dict.fromkeys(x.about for x in found[m.name].values()):
             told.setdefault(m.name, []).append(words)
     notes = [f"- {name}: {'; '.join(words)}" for name, words in told.items()]
+    of = table.averaged(told)
     notes.append(
-        f"- Avg: the plain mean of the direction's columns of {', '.join(table.averaged(told))}. "
-        "±: half of the 95% bootstrap interval. unreadable: outputs without a readable answer, "
+        f"- Avg: the plain mean of the direction's columns of {', '.join(of)}. "
+        * bool(of)
+        + "±: half of the 95% bootstrap interval. unreadable: outputs without a readable answer, "
         "scored as they are."
     )
     if len(systems) > 1:
-        notes.append(f"- *: differs from {systems[0].name} with p < 0.05 (paired bootstrap)")
+        notes.append(
+            f"- ↑ ↓: better or worse than {systems[0].name} with p < 0.05 (paired bootstrap)"
+        )
+        if any(len(one.tasks) < table.FEW for one in chosen):
+            notes.append(f"- No arrows: a set has fewer than {table.FEW} segments")
     if args.first:
         notes.append(f"- Only the first {args.first} segments of each set")
     text = table.markdown(rows) + "\n\n" + "\n".join(notes) + "\n"
-    (out / "table.md").write_text(text, encoding="utf-8")
+    with whole(out / "table.md") as file:
+        file.write(text)
     table.as_csv(rows, out / "table.csv")
     about = {"metrics": told, "sets": {one.entry: len(one.tasks) for one in chosen}}
     table.as_json(rows, about | {"command": sys.argv}, out / "table.json")
@@ -425,7 +490,7 @@ def report(args, systems, chosen: list[Set], metrics: list[Metric], done: dict, 
 def write_segments(system: System, one: Set, rows: list[dict], found: dict, out: Path) -> None:
     path = out / system.name / f"{one.file}.segments.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    with whole(path) as file:
         for i, (task, row) in enumerate(zip(one.tasks, rows, strict=True)):
             scores = {m: x[system.name, one.file].segments[i] for m, x in found.items()}
             line = {"segment": i, "source": task.text, "reference": task.reference}
@@ -439,8 +504,11 @@ def evaluate(args: argparse.Namespace) -> None:
     metrics = metrics_of(args, chosen)
     systems = systems_of(args, chosen)
     out = Path(args.out)
-    print(f"{len(systems)} systems, {sum(len(one.tasks) for one in chosen):,} segments in "
-          f"{len(chosen)} sets, {len(metrics)} metrics; writing {out}", flush=True)  # fmt: skip
+    print(
+        f"{count(systems, 'system')}, {sum(len(one.tasks) for one in chosen):,} segments in "
+        f"{count(chosen, 'set')}, {count(metrics, 'metric')}; writing {out}", flush=True,
+    )  # fmt: skip
+    theirs = {s.name: read_translations(s, chosen) for s in systems if not s.model}
     done = {}
     for system in systems:
         if system.model:
@@ -449,10 +517,14 @@ def evaluate(args: argparse.Namespace) -> None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         else:
-            done[system.name] = read_translations(system, chosen)
+            done[system.name] = theirs[system.name]
     found = {m.name: score(args, ranks, m, systems, chosen, done, out) for m in metrics}
     ranks.ending = True
     ranks.on_first("report", lambda: report(args, systems, chosen, metrics, done, found, out))
+
+
+def count(things: list, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def main(words: list[str]) -> None:

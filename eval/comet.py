@@ -235,6 +235,18 @@ def where(checkpoint: str) -> str:
     return NAMES.get(checkpoint, checkpoint)
 
 
+def stamp(checkpoint: str) -> str:
+    """Tells one checkpoint from another that takes its place: of a path, with its size and time."""
+    path = Path(where(checkpoint)).expanduser()
+    if checkpoint[0] in "./~" and not path.exists():
+        raise ValueError(f"{checkpoint}: there is no such checkpoint")
+    file = path / "checkpoints" / "model.ckpt" if path.is_dir() else path
+    if not file.is_file():
+        return where(checkpoint)  # the hub's, whose revision the worker reports
+    about = file.stat()
+    return f"{file} {about.st_size} {about.st_mtime_ns}"
+
+
 def hear(process: subprocess.Popen, inbox: queue.SimpleQueue, said: deque[str]) -> None:
     with process.stdout as lines:
         for line in lines:

@@ -107,6 +107,7 @@ def load(settings: dict, say: Callable) -> tuple:
         "dtype": settings["dtype"],
         "device": settings["device"],
         "needs_reference": needs,
+        "control": model.encoder.tokenizer.all_special_tokens,
         "takes_reference": needs or "ref" in (segments or ()),
         "parameters": sum(p.numel() for p in model.parameters()),
     }

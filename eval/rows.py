@@ -6,13 +6,15 @@
 rows are on the disk; what was there before is read. Ranks share the work, the first one writes.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from ranks import Ranks
 
@@ -32,22 +34,31 @@ class Rows:
             raise ValueError(f"{path} is being written by another process: wait for it") from None
         self.file.seek(0)
         lines = self.file.read().split(b"\n")[:-1]  # what has no end was cut off by a kill
-        try:
-            had = json.loads(lines[0])["of"] if lines else None
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is not a file of ours: name another --out") from None
+        had = self.parsed(lines[0], 1, "of")["of"] if lines else None
         if had not in (None, key):
-            other = next(k for k in key if had.get(k) != key[k])
+            other = next(k for k in key | had if had.get(k) != key.get(k))
             if not anew:
                 raise ValueError(
-                    f"{path} was made with another {other}: {had.get(other)}, now {key[other]}; "
+                    f"{path} was made with another {other}: {had.get(other)}, "
+                    f"now {key.get(other)}; "
                     "name another --out, or remove it"
                 )
             print(f"{path.name}: another {other} than before, scored again")
             lines = []
-        self.about = json.loads(lines[0])["about"] if lines else {}
-        self.rows = [json.loads(line) for line in lines[1:]]
+        self.about = self.parsed(lines[0], 1, "about")["about"] if lines else {}
+        self.rows = [self.parsed(line, n, "segment") for n, line in enumerate(lines[1:], 2)]
         self.file.truncate(sum(len(line) + 1 for line in lines))
+
+    def parsed(self, line: bytes, number: int, wanted: str) -> dict:
+        try:
+            row = json.loads(line)
+            row[wanted]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.path}, line {number} is not what we wrote there: remove the file, or name "
+                "another --out"
+            ) from None
+        return row
 
     def add(self, rows: list[dict], about: dict | None = None) -> None:
         lines = list(rows)
@@ -55,10 +66,25 @@ class Rows:
             self.about = about or {}
             lines.insert(0, {"of": self.key, "about": self.about})
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self.file.write(text.encode())  # at the end, wherever it was read
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.write(text.encode())  # at the end, wherever it was read
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}; make room there") from None
         self.rows += rows
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[IO[str]]:
+    """A file that is there when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; make room there") from None
 
 
 class Pace:

@@ -3,13 +3,15 @@
     wmt23:zh-en        as sacreBLEU has it
     wmt24:zh-en        there is only en-zh: that is taken the other way round, references as sources
     flores200:en-zh    its 1,012 sentences "devtest"; flores200/dev: those of "dev"
-    mine.jsonl         "text", "source", "target", "reference" in each line; see data.py
+    mine.jsonl         {"text": …, "source": "en", "target": "zh", "reference": …} in each line; its
+                       directions are sets of their own
     toy:kasu-bevo      500 sentences that no toy run has seen, of its seed 0; toy1: of seed 1
 
 FLORES-200 is looked for in the folder that FLORES200 names, else in ~/.cache/flores200_dataset, and
 fetched there when it is missing.
 """
 
+import html
 import os
 import re
 import shutil
@@ -35,14 +37,10 @@ FLORES_URL = "https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz"
 
 
 def load(entry: str) -> list[Task]:
-    """The segments of one set; its file or its name, with the direction behind a colon."""
+    """The segments of a file, or of a set by its name with the direction behind a colon."""
     name, pair = split_entry(entry)
-    if Path(name).expanduser().is_file() or Path(name).suffix in (".jsonl", ".json"):
-        tasks = gather(entry, twice=True).tasks
-        if len({(t.source, t.target) for t in tasks}) != 1:
-            raise ValueError(f"{entry}: a test set has one direction, this has several or none; "
-                             "make a file for each")  # fmt: skip
-        return tasks
+    if Path(name).expanduser().is_file() or Path(name).suffix in SUFFIXES:
+        return gather(entry, twice=True).tasks
     if not pair:
         raise ValueError(f"{entry}: no such file, and a set needs a direction, like {name}:zh-en")
     if toy := re.fullmatch(r"toy(\d*)", name):
@@ -56,14 +54,21 @@ def held_out(words: str, pairs: list[tuple[str, str]]) -> list[Task]:
     for entry in filter(None, (w.strip() for w in words.split(","))):
         name, pair = split_entry(entry)
         if pair or Path(name).expanduser().is_file() or Path(name).suffix in SUFFIXES:
-            tasks += load(entry) if pair else gather(entry, twice=True).tasks
+            tasks += load(entry)
             continue
         if not pairs:
             raise ValueError(f"{entry}: of which languages? Write it like {name}:en-zh, or give "
                              "--source and --target")  # fmt: skip
         both = dict.fromkeys(d for pair in pairs for d in (pair, pair[::-1]))
         tasks += [task for direction in both for task in test_set(name, direction)]
-    return tasks
+    return [  # as data.py reads what is trained on
+        t._replace(text=plain(t.text), reference=plain(t.reference) if t.reference else None)
+        for t in tasks
+    ]
+
+
+def plain(text: str) -> str:
+    return html.unescape(text).strip()
 
 
 def test_set(name: str, direction: tuple[str, str]) -> list[Task]:

@@ -1,8 +1,7 @@
 """The table: a row a system, a column a set and metric, in the paper's order; Markdown, CSV, JSON.
 
-Avg is the plain mean of a direction's columns, as in the paper. Its columns are COMET's; with BLEU
-and chrF beside them, which measure on other scales, it is still COMET's alone, and without COMET
-that of the first metric.
+Avg is the plain mean of a direction's columns, as in the paper: of COMET's. BLEU and chrF, which
+measure on other scales, have no part in it; without COMET there is none.
 """
 
 import csv
@@ -10,14 +9,18 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 from numpy import ndarray
 
-from eval.score import SACREBLEU, Found, interval, p_value, replicates
+from eval.rows import whole
+from eval.score import SACREBLEU, SEED, Found, interval, p_value, replicates
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 NEURAL = {"cometkiwi-xxl": "cometkiwi", "xcomet-xxl": "xcomet"}  # as the published table says
+SETS = ("wmt23", "wmt24", "flores200")
+FEW = 30  # segments, below which the bootstrap cannot tell a difference from chance
 
 
 class Cell(NamedTuple):
@@ -25,7 +28,8 @@ class Cell(NamedTuple):
     draws: ndarray
     """Of the bootstrap; empty for a published number."""
     p: float | None = None
-    """Against the first system; None for that one itself."""
+    """Against the first system; None for that one itself, and of few segments."""
+    better: bool = False
 
 
 class Column(NamedTuple):
@@ -46,20 +50,26 @@ class Row(NamedTuple):
 
 def averaged(metrics: Iterable[str]) -> list[str]:
     """Those that Avg is made of."""
-    metrics = list(metrics)
-    return [name for name in metrics if name not in SACREBLEU] or metrics[:1]
+    return [name for name in metrics if name not in SACREBLEU]
 
 
 def rows_of(found: dict[str, dict[Column, Found]], unreadable: dict[str, dict]) -> list[Row]:
     """Of each system, with averages, and chances against the first one."""
     rows: list[Row] = []
     for name, columns in found.items():
-        cells = {c: Cell(x.value, replicates(x)) for c, x in columns.items()}
+        # The same segments of a set for all systems and metrics, others for another set.
+        cells = {
+            c: Cell(x.value, replicates(x, seed=SEED + crc32(f"{c.direction} {c.set}".encode())))
+            for c, x in columns.items()
+        }
         cells |= averages(cells)
-        if rows:
+        if rows and min(len(x.segments) for x in columns.values()) >= FEW:
             first = rows[0].cells
             cells = {
-                c: x._replace(p=p_value(x.value, x.draws, first[c].value, first[c].draws))
+                c: x._replace(
+                    p=p_value(x.value, x.draws, first[c].value, first[c].draws),
+                    better=x.value > first[c].value,
+                )
                 for c, x in cells.items()
             }
         rows.append(Row(name, cells, unreadable[name]))
@@ -74,6 +84,8 @@ def averages(cells: dict[Column, Cell]) -> dict[Column, Cell]:
         mine = [c for c in cells if c.direction == direction]
         of = averaged(dict.fromkeys(c.metric for c in mine))
         chosen = [cells[c] for c in mine if c.metric in of]
+        if not chosen:
+            continue
         value = sum(cell.value for cell in chosen) / len(chosen)
         draws = np.mean([cell.draws for cell in chosen], axis=0)
         made[Column(direction, "avg", "")] = Cell(value, draws)
@@ -81,7 +93,14 @@ def averages(cells: dict[Column, Cell]) -> dict[Column, Cell]:
 
 
 def published(columns: Iterable[Column]) -> list[Row]:
-    """The paper's rows, in those of our columns that they have."""
+    """The paper's rows, in those of our columns that they have; an average only of the same six."""
+    columns, six = list(columns), {(name, metric) for name in SETS for metric in NEURAL}
+    whole = [
+        d for d in dict.fromkeys(c.direction for c in columns)
+        if six == {(c.set, c.metric) for c in columns
+                   if c.direction == d and c.metric and c.metric not in SACREBLEU}
+    ]  # fmt: skip
+    columns = [c for c in columns if c.metric or c.direction in whole]
     rows = []
     with open(PUBLISHED, encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
@@ -103,8 +122,8 @@ def complete(rows: list[Row]) -> list[Column]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table for each direction. ± is half of the 95% interval; * differs from the first system
-    with p < 0.05."""
+    """A table for each direction. ± is half of the 95% interval; an arrow where the first system is
+    worse or better with p < 0.05."""
     blocks = []
     columns = complete(rows)
     for direction in dict.fromkeys(c.direction for c in columns):
@@ -117,8 +136,7 @@ def markdown(rows: list[Row]) -> str:
             if any(c in row.cells for c in mine):
                 shares = [row.unreadable.get((direction, s)) for s in sets]
                 words = ["–" if share is None else f"{share:.1%}" for share in shares]
-                name = row.name.replace("|", "\\|")
-                lines.append([name, *(shown(row.cells.get(c)) for c in mine), *words])
+                lines.append([row.name, *(shown(row.cells.get(c)) for c in mine), *words])
         blocks.append("\n".join(aligned(lines)))
     return "\n\n".join(blocks)
 
@@ -140,14 +158,15 @@ def shown(cell: Cell | None) -> str:
     if not len(cell.draws):
         return f"{cell.value:.2f}"
     low, high = interval(cell.draws)
-    star = "*" if cell.p is not None and cell.p < 0.05 else ""
-    return f"{cell.value:.2f}{star} ± {(high - low) / 2:.2f}"
+    beyond = cell.p is not None and cell.p < 0.05
+    arrow = ("↑" if cell.better else "↓") if beyond else ""
+    return f"{cell.value:.2f}{arrow} ± {(high - low) / 2:.2f}"
 
 
 def as_csv(rows: list[Row], path: Path) -> None:
     """Named like the published table, with the ends of each interval and p beside each value."""
     columns = complete(rows)
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with whole(path) as file:
         writer = csv.writer(file)
         parts = ("", "/low", "/high", "/p")
         shares = list(dict.fromkeys(key for row in rows for key in row.unreadable))
@@ -179,4 +198,5 @@ def as_json(rows: list[Row], about: dict, path: Path) -> None:
         }
         shares = {"/".join(key): share for key, share in row.unreadable.items()}
         systems[row.name] = {"scores": cells, "unreadable": shares}
-    path.write_text(json.dumps(about | {"systems": systems}, indent=1, ensure_ascii=False) + "\n")
+    with whole(path) as file:
+        file.write(json.dumps(about | {"systems": systems}, indent=1, ensure_ascii=False) + "\n")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ from eval import score, table
 from eval.__main__ import main
 from eval.table import Column
 from judge import Task
+from tests import corpora
 from tests.test_data import write
 from tests.tiny import make_model, make_tokenizer
 
@@ -135,6 +137,7 @@ def test_p_is_right_about_chance_and_about_a_difference():
     # Unpaired it would be lost in the noise: 1 point, where one mean's error is 1.4.
     assert score.p_value(better.value, a, 100 * statistics.fmean(base), b) < 0.01
     assert score.p_value(better.value, a, better.value, a) == 1.0
+    assert score.p_value(better.value, a, 0.0, 0 * a) == 1 / 1001  # never 0
 
 
 # ---------------------------------------------------------------------------------- the table
@@ -180,7 +183,7 @@ def test_the_average_is_the_mean_of_comets_columns():
     for direction in ("zh-en", "en-zh"):
         by_hand = sum(10 * sum(x) for (d, _, _), x in values.items() if d == direction) / 6
         assert row.cells[Column(direction, "avg", "")].value == pytest.approx(by_hand)
-    assert table.averaged(["bleu", "chrf"]) == ["bleu"]
+    assert table.averaged(["bleu", "chrf"]) == []
     text = table.markdown([row])
     head = text.splitlines()[0]
     heads = [word.strip() for word in head.split("|")]
@@ -188,13 +191,49 @@ def test_the_average_is_the_mean_of_comets_columns():
     assert "Avg" in heads and "en→zh" in text and len(set(map(len, text.splitlines()[:3]))) == 1
 
 
-def test_what_differs_from_the_first_system_has_a_star():
+def rows_for(systems):
+    found = {name: found_of({("zh-en", "x", 0): v}) for name, v in systems.items()}
+    return table.markdown(table.rows_of(found, {name: {} for name in found})).splitlines()[2:]
+
+
+def test_what_differs_from_the_first_system_has_an_arrow():
     draw = random.Random(0)
     base = [draw.random() for _ in range(100)]
     systems = {"base": base, "same": base[::-1], "better": [x + 0.1 for x in base]}
-    found = {name: found_of({("zh-en", "x", 0): v}) for name, v in systems.items()}
-    text = table.markdown(table.rows_of(found, {name: {} for name in found}))
-    assert [row.count("*") for row in text.splitlines()[2:]] == [0, 0, 2]
+    rows = rows_for(systems | {"worse": [x - 0.1 for x in base]})
+    assert [(row.count("↑"), row.count("↓")) for row in rows] == [(0, 0), (0, 0), (2, 0), (0, 2)]
+    few = {name: values[:29] for name, values in systems.items()}
+    assert not any("↑" in row for row in rows_for(few))  # of few segments nothing can be said
+
+
+def test_sets_of_one_size_are_drawn_apart():
+    """Their averages' interval is that of independent sets."""
+    draw = random.Random(0)
+    values = sorted(draw.random() for _ in range(300))
+    columns = found_of({("zh-en", name, 0): values for name in ("a", "b", "c", "d")})
+    (row,) = table.rows_of({"x": columns}, {"x": {}})
+    low, high = score.interval(row.cells[Column("zh-en", "avg", "")].draws)
+    alone = score.interval(row.cells[Column("zh-en", "a", "cometkiwi-xxl")].draws)
+    assert (high - low) / (alone[1] - alone[0]) == pytest.approx(0.5, abs=0.08)
+
+
+def test_the_published_average_stands_beside_the_same_six_columns_alone():
+    six = [Column("zh-en", s, m) for s in table.SETS for m in table.NEURAL]
+    avg = Column("zh-en", "avg", "")
+    assert table.published([*six, avg])[0].cells[avg].value == 86.94
+    assert avg in table.published([*six, Column("zh-en", "wmt23", "bleu"), avg])[0].cells
+    for columns in (six[:5], [*six, Column("zh-en", "mine", "xcomet-xxl")]):
+        assert avg not in table.published([*columns, avg])[0].cells
+    assert table.published([Column("zh-en", "wmt23", "bleu"), avg]) == []
+
+
+def test_traditional_chinese_is_split_like_chinese():
+    texts = ["這是第一句話，很短。", "這是第二句話，也很短。"]
+    for target in ("Chinese", "Traditional Chinese", "Cantonese"):
+        found = score.bleu(
+            [Task("x", "English", target, x) for x in texts], [t[:-2] for t in texts]
+        )
+        assert found.value > 50 and "tok:zh" in found.about
 
 
 # ------------------------------------------------------------------------- a whole evaluation
@@ -219,6 +258,7 @@ def test_an_evaluation_writes_what_it_says(here, tmp_path, capsys):
     cell = found["systems"]["other"]["scores"]["en-zh/there/chrf"]
     assert float(lines["other"]["en-zh/there/chrf"]) == cell["value"]
     assert float(lines["other"]["en-zh/there/chrf/low"]) == cell["low"] <= cell["value"]
+    assert "avg" not in str(found["systems"])  # of BLEU and chrF there is none
     assert lines["one"]["en-zh/there/unreadable"] == "1.0"
     assert "tok:zh" in found["metrics"]["bleu"][0] and "tok:13a" in found["metrics"]["bleu"][1]
 
@@ -275,6 +315,85 @@ def test_an_interrupted_evaluation_goes_on(here, tmp_path):
     assert (out / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
 
 
+def test_answers_are_read_as_the_reward_reads_them(pupil, tmp_path):
+    """A model that has learned the form: what it says ends, and its answers are scored alone."""
+    rows = [{"text": corpora.english("news", i), "source": "en", "target": "zh",
+             "reference": corpora.chinese("news", i)} for i in range(6)]  # fmt: skip
+    file = write(tmp_path / "x.jsonl", rows)
+    main([f"--model=m={pupil}", f"--sets={file}", "--metrics=chrf", "--max-new-tokens=80",
+          f"--out={tmp_path}/out"])  # fmt: skip
+    read = rows_of(tmp_path / "out" / "m" / "x.en-zh.jsonl")[1:]
+    assert sum(row["readable"] for row in read) >= 3
+    for row in read:
+        if row["readable"]:
+            assert f"<answer> {row['translation']} </answer>" in row["output"]
+
+
+def test_a_file_with_two_directions_is_two_sets(here, tmp_path):
+    both = (here / "there.jsonl").read_text() + (here / "back.jsonl").read_text()
+    (tmp_path / "both.jsonl").write_text(both)
+    main([f"--model={here}/one", f"--sets={tmp_path}/both.jsonl", "--metrics=chrf",
+          "--max-new-tokens=12", f"--out={tmp_path}/out"])  # fmt: skip
+    found = json.loads((tmp_path / "out" / "table.json").read_text())["systems"]["one"]["scores"]
+    assert list(found) == ["en-zh/both/chrf", "zh-en/both/chrf"]
+
+
+def test_names_of_files_do_not_meet(here, tmp_path):
+    for name in ("a b", "a_b"):
+        shutil.copy(here / "there.jsonl", tmp_path / f"{name}.jsonl")
+    with pytest.raises(SystemExit, match="--sets has two called a_b en-zh: rename a file"):
+        main([f"--model={here}/one", f"--sets={tmp_path}/a b.jsonl,{tmp_path}/a_b.jsonl",
+              "--metrics=chrf", f"--out={tmp_path}/out"])  # fmt: skip
+
+
+def test_a_moved_model_is_the_same_and_another_tokenizer_is_not(here, tmp_path):
+    out = tmp_path / "out"
+    go(here, out, f"--model={here}/one")
+    before = (out / "one" / "there.en-zh.jsonl").read_bytes()
+    shutil.copytree(here / "one", tmp_path / "moved" / "one")
+    go(here, out, f"--model={tmp_path}/moved/one")
+    assert (out / "one" / "there.en-zh.jsonl").read_bytes() == before
+    make_tokenizer(tmp_path / "moved" / "one", ("other words entirely",), 390)
+    with pytest.raises(SystemExit, match="was made with another set or tokenizer"):
+        go(here, out, f"--model={tmp_path}/moved/one")
+    (tmp_path / "run").mkdir()
+    shutil.copytree(here / "one", tmp_path / "run" / "best")
+    with pytest.raises(SystemExit, match=r"run/config\.json; did you mean .*run/best\?"):
+        go(here, out, f"--model={tmp_path}/run")
+
+
+def test_how_a_model_was_asked_in_training_is_said(here, tmp_path, capsys):
+    shutil.copytree(here / "one", tmp_path / "run" / "best")
+    (tmp_path / "run" / "settings.json").write_text('{"prompts": "paper", "chat": true}')
+    go(here, tmp_path / "out", f"--model={tmp_path}/run/best")
+    assert "was trained with chat True, and is asked with chat False" in capsys.readouterr().out
+
+
+def test_a_broken_row_is_named(here, tmp_path):
+    out = tmp_path / "out"
+    go(here, out, f"--model={here}/one")
+    file = out / "one" / "there.en-zh.jsonl"
+    lines = file.read_text().splitlines()
+    for number, line in ((4, '{"segment": 3, "tra'), (1, "[]")):
+        file.write_text("\n".join([*lines[: number - 1], line, *lines[number:]]) + "\n")
+        with pytest.raises(SystemExit, match=rf"en-zh\.jsonl, line {number} is not what we wrote"):
+            go(here, out, f"--model={here}/one")
+
+
+def test_a_full_disk_leaves_the_table_that_was_there(here, tmp_path):
+    out = tmp_path / "out"
+    go(here, out, f"--model={here}/one")
+    before = {f: f.read_bytes() for f in (*out.glob("table.*"), *out.glob("one/*.segments.jsonl"))}
+    words = [sys.executable, "-m", "eval", f"--sets={here}/there.jsonl,{here}/back.jsonl",
+             "--metrics=chrf", "--max-new-tokens=12", f"--model={here}/one"]  # fmt: skip
+    words.append(f"--out={out}")
+    limited = f"ulimit -f 2; exec {' '.join(words)}"
+    run = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True,
+                         timeout=100)  # fmt: skip
+    assert run.returncode == 1 and "cannot write" in run.stderr and "make room" in run.stderr
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
 def test_somebody_elses_translations_are_scored(here, tmp_path):
     reference = [row["reference"] for row in rows_of(here / "there.jsonl")]
     (tmp_path / "good.txt").write_text("\n".join(reference) + "\n")
@@ -324,10 +443,18 @@ def test_the_toys_models_are_evaluated_on_its_own_sets(toy, tmp_path):
     ("words", "message"),
     [
         ([], "nothing to evaluate: give --model or --translations"),
-        (["--model=x", "--metrics=blue"], "'blue' is no checkpoint of COMET's: use comet22, "),
-        (["--model=x", "--metrics=bleu,bleu"], "two metrics are called bleu"),
+        (["--model=x/y", "--metrics=blue"], r"--metrics blue is unknown: did you mean bleu\?"),
+        (["--model=x/y", "--metrics=bleu,bleu"], "a metric cannot be called bleu: name it"),
+        (["--model=x/y", "--metrics=segments=a/b"], "a metric cannot be called segments"),
+        (["--model=x/y", "--metrics=mine=bleu"], "bleu and chrf are sacreBLEU's, under these"),
+        (["--model=x/y", "--metrics=bleu:no-ref"], "bleu and chrf are sacreBLEU's, under these"),
+        (["--model=x/y", "--metrics=chrf=a/b"], "bleu and chrf are sacreBLEU's, under these"),
+        (["--model=x/y", "--metrics=./gone"], r"\./gone: there is no such checkpoint"),
+        (["--model=x/y", "--compare", "--first=3"], "what was published is of whole sets"),
+        (["--model=base=", "--metrics=bleu"], "--model base=: there is no config.json"),
+        (["--translations=..=x.txt", "--metrics=bleu"], r"'\.\.' is no name for a file"),
         (["--model=a/x", "--model=b/x", "--metrics=bleu"], "two systems are called x: name them"),
-        (["--model=nowhere/at/all", "--metrics=bleu"], "nowhere/at/all"),
+        (["--model=nowhere/at/all", "--metrics=bleu"], "there is no nowhere/at/all/config.json"),
         (["--model=x", "--sets=gone.jsonl"], "gone.jsonl: there is no such file"),
         (["--model=x", "--sets=,"], "--sets names none"),
         (["--translations=a,b", "--metrics=bleu"], "2 files for 1 sets; give one for each"),
@@ -362,7 +489,7 @@ def test_translations_of_another_length_are_refused(here, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"translation": "x"}\n' * 4 + '{"translation": 3}\n')
     for file, message in {
         "short.txt": "19 translations, and .* has 20 segments",
-        "bad.jsonl": r"bad.jsonl, line 5: not a JSON row with \"translation\"",
+        "bad.jsonl": r'bad.jsonl, line 5: not a JSON row with a "translation"',
     }.items():
         with pytest.raises(SystemExit, match=message):
             main([f"--translations={tmp_path}/{file}", f"--sets={here}/there.jsonl",
@@ -375,7 +502,7 @@ def test_translations_made_otherwise_are_not_mixed(here, tmp_path):
     before = (out / "one" / "there.en-zh.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="was made with another max_new_tokens: 12, now 13"):
         go(here, out, f"--model={here}/one", "--max-new-tokens=13")
-    with pytest.raises(SystemExit, match=r"was made with another model: .*/one .*, now .*/two"):
+    with pytest.raises(SystemExit, match=r"was made with another model: \w+ \w+, now \w+"):
         go(here, out, f"--model=one={here}/two")
     assert (out / "one" / "there.en-zh.jsonl").read_bytes() == before
 
@@ -388,7 +515,7 @@ def test_scores_of_other_references_are_not_taken_for_these(here, tmp_path, monk
 
     class Counter:
         def __init__(self, *_, **__):
-            self.about = dict.fromkeys(("checkpoint", "class", "comet", "dtype"), "x")
+            self.about = dict.fromkeys(("checkpoint", "class", "comet", "dtype", "revision"), "x")
             self.about["takes_reference"] = True
 
         def score(self, rows):

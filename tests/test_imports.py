@@ -30,6 +30,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
             "torch",
             "checkpoint",
             "data",
+            "eval",
             "grpo",
             "judge",
             "kernels",
@@ -49,7 +50,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "eval/rows.py": ({"ranks"}, set()),
     "eval/table.py": ({"numpy", "eval"}, set()),
     "eval/__main__.py": (
-        {"torch", "data", "eval", "judge", "model", "problem", "ranks", "sampler"},
+        {"torch", "checkpoint", "data", "eval", "judge", "model", "problem", "ranks", "sampler"},
         set(),
     ),
     "kernels/logprob.py": ({"torch"}, {"triton"}),  # inside a try: not every platform has it

@@ -494,10 +494,13 @@ def test_a_chat_template_that_changes_words_is_refused(tokenizer):
         def __call__(self, *args, **more):
             return tokenizer(*args, **more)
 
-    with pytest.raises(ValueError, match="this tokenizer has no chat template"):
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         Texts(Broken(), chat=True)
     broken.chat_template = "the words"
     with pytest.raises(ValueError, match="does not set down a user's words as they are"):
+        Texts(Broken(), chat=True)
+    broken.apply_chat_template = lambda *_, **__: 1 // 0
+    with pytest.raises(ValueError, match="the chat template fails: integer division"):
         Texts(Broken(), chat=True)
 
 

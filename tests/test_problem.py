@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import problem
 import ssr
+from judge import Task
 from tests import corpora
 from tests.test_data import wmt  # noqa: F401 (a fixture)
+from tests.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -50,8 +54,10 @@ def test_the_papers_prompts_earn_a_reward(pupil, texts, tmp_path, capsys):
     assert rows[1]["reward/format"] > 0.3 and 0 < rows[1]["reward/self"] < 1
     assert rows[1]["groups/zero_variance"] < 1 and rows[1]["train/grad_norm"] > 0
     out = capsys.readouterr().out
-    assert "texts.jsonl: 24 texts read, 24 kept\n24 texts: 0 left out, longer than" in out
-    assert "--max-prompt-tokens 400; 4 held out, and 0 that say the same; 20 to train on" in out
+    assert "texts.jsonl: 24 texts read, 24 kept, 24 with a reference\n24 texts: 0 left" in out
+    # Four, and what says the same in the other language.
+    assert "--max-prompt-tokens 400; 4 held out, 4 left out that repeat held-out ones; 16 to" in out
+    assert "reward self, judge live, score written" in out
 
 
 def test_references_are_measured_with_chrf_and_best_goes_by_it(pupil, texts, tmp_path, capsys):
@@ -69,10 +75,11 @@ def test_references_are_measured_with_chrf_and_best_goes_by_it(pupil, texts, tmp
 
 
 def test_the_reward_does_not_see_references(pupil, texts, tmp_path):
-    other = tmp_path / "other.jsonl"
-    other.write_text(texts.read_text().replace('"reference": "', '"reference": "X'))
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, word in zip(files, ("A", 40 * "B"), strict=True):
+        file.write_text(texts.read_text().replace('"reference": "', f'"reference": "{word}'))
     names = ("reward/total", "reward/self", "train/loss", "policy/entropy", "eval/self")
-    first, second = (go(pupil, file, tmp_path / file.stem)[1] for file in (texts, other))
+    first, second = (go(pupil, file, tmp_path / file.stem)[1] for file in files)
     assert [first[k] for k in names] == [second[k] for k in names]
     assert first["eval/sampled_chrf"] != second["eval/sampled_chrf"]
 
@@ -82,7 +89,7 @@ def test_held_out_sets_are_watched_and_kept_out_of_training(pupil, texts, tmp_pa
     (tmp_path / "held.jsonl").write_text("\n".join(lines[:6]) + "\n")
     go(pupil, texts, tmp_path / "run", f"--held-out={tmp_path / 'held.jsonl'}")
     out = capsys.readouterr().out
-    assert "held.jsonl, and 6 that say the same; 18 to train on" in out
+    assert "held.jsonl, 6 left out that repeat held-out ones; 18 to train on" in out
     shown = {row["source"] for row in rows_of(tmp_path / "run" / "samples.jsonl")}
     assert shown <= {json.loads(line)["text"] for line in lines[:6]}
 
@@ -118,7 +125,7 @@ def test_the_presets_texts_come_from_wmt(pupil, tmp_path, wmt):  # noqa: F811
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
     assert "wmt17-20: 96 texts read, 96 kept" in run.stdout
-    assert "4 held out from wmt22, and 0 that say the same; 96 to train on" in run.stdout
+    assert "4 held out from wmt22, 0 left out that repeat held-out ones; 96 to" in run.stdout
     assert "held-out chrf" in run.stdout
 
 
@@ -133,6 +140,25 @@ def test_another_model_judges(pupil, texts, tmp_path):
     assert same[0]["eval/self"] == own[0]["eval/self"]
     chat = go(pupil, texts, tmp_path / "chat", f"--judge-model={pupil}", "--judge-chat")
     assert chat[0]["eval/self"] != own[0]["eval/self"]
+    # One that spells every letter has room for that.
+    spelling = tmp_path / "spelling"
+    make_model(spelling, vocab=400, positions=4096)
+    make_tokenizer(spelling, ("",), 259)
+    go(pupil, texts, tmp_path / "far", f"--judge-model={spelling}")
+    samples = rows_of(tmp_path / "far" / "samples.jsonl")
+    assert not any(c["judge"] == "too long to judge" for row in samples for c in row["candidates"])
+
+
+def test_a_judge_that_was_replaced_is_noticed(pupil, texts, tmp_path):
+    judge = tmp_path / "judge"
+    shutil.copytree(pupil, judge)
+    words = [f"--judge-model={judge}"]
+    go(pupil, texts, tmp_path / "run", *words)
+    weights = bytearray((judge / "model.safetensors").read_bytes())
+    weights[-20_000:] = bytes(20_000)
+    (judge / "model.safetensors").write_bytes(weights)
+    with pytest.raises(SystemExit, match="judge's weights"):
+        go(pupil, texts, tmp_path / "run", *words, "--resume", "--steps=2")
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -178,6 +204,7 @@ def test_an_endpoint_judges(pupil, texts, tmp_path):
         (["--reward=comet", "--comet=blue"], "'blue' is no checkpoint of COMET's"),
         (["--held-out=wmt22"], "wmt22: of which languages\\? Write it like wmt22:en-zh"),
         (["--held-out=gone.jsonl"], "gone.jsonl: there is no such file"),
+        (["--measures=chrf,x/self"], "a second one is called self"),
         (["--eval-prompts=30"], "24 texts have a prompt within .*30 are to be held out"),
         (["--max-prompt-tokens=20"], "0 texts have a prompt within --max-prompt-tokens 20"),
     ],
@@ -210,13 +237,82 @@ def test_missing_references_and_a_missing_comet_are_said(pupil, texts, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_held_out_texts_that_do_not_fit_are_not_replaced_by_others(pupil, texts, tmp_path):
+    long = tmp_path / "long.jsonl"
+    row = {"text": "long " * 900, "source": "en", "target": "zh", "reference": "x"}
+    long.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match=r"long\.jsonl: 0 texts have a prompt within"):
+        go(pupil, texts, tmp_path / "run", f"--held-out={long}")
+
+
+def test_a_run_that_learns_nothing_says_so(pupil, texts, tmp_path, capsys):
+    go(pupil, texts, tmp_path / "run", "--max-new-tokens=2")
+    out = capsys.readouterr().out
+    assert "No group of samples ever differed in its reward: nothing was learned" in out
+    assert "share in the right form, greedy          0.000   0.000" in out
+
+
+def test_resuming_what_is_not_there_is_said(pupil, texts, tmp_path, capsys):
+    go(pupil, texts, tmp_path / "run", "--resume")
+    assert "from the beginning: there is no checkpoint to go on from" in capsys.readouterr().out
+
+
+class Score:
+    """Stands where COMET's client would."""
+
+    about = {"needs_reference": False, "takes_reference": True, "control": ["</s>"]}  # noqa: RUF012
+
+    def __init__(self):
+        self.asked = []
+
+    def ready(self):
+        return self.about
+
+    def score(self, rows):
+        self.asked += rows
+        return [0.3] * len(rows)
+
+
+def test_comets_weight_scale_and_references_reach_the_reward():
+    comets = problem.Comets(None, None)
+    comets.started["x/y"] = comet = Score()
+    words = ["--preset=ssr-x-zero-7b", "--comet=x/y", "--self-weight=0.5", "--comet-weight=2"]
+    s = ssr.parse([*words, "--comet-low=0.1", "--comet-high=0.5", "--comet-references"])
+    scorers = problem.scorers_of(s, "the judge", comets)
+    assert scorers["self"] == (0.5, "the judge") and scorers["comet"][0] == 2.0
+    task = Task("A </s> b", "English", "German", "c")
+    ((score,),) = scorers["comet"][1]([task], [["d </s>"]], 1)
+    assert score.value == pytest.approx(0.5)
+    # What COMET's tokenizer takes for the end of a text cannot come from one.
+    assert comet.asked == [{"src": "A < /s> b", "mt": "d < /s>", "ref": "c"}]
+    alone = problem.scorers_of(ssr.parse(["--preset=ssr-zero-7b", "--reward=comet", "--comet=x/y"]),
+                               "the judge", comets)  # fmt: skip
+    assert list(alone) == ["comet"] and alone["comet"][0] == 1.0
+    alone["comet"][1]([task], [["d"]], 1)
+    assert "ref" not in comet.asked[-1]
+    comet.about = comet.about | {"needs_reference": True}
+    with pytest.raises(ValueError, match="cannot score without a reference: use one that can"):
+        problem.scorers_of(ssr.parse(words), "the judge", comets)
+
+
+def test_a_comet_measure_sees_references_of_all_texts_or_of_none():
+    comets = problem.Comets(None, None)
+    comets.started["x/y"] = comet = Score()
+    tasks = [Task("a", "English", "German", "r"), Task("b", "English", "German", None)]
+    assert comets.measure("x/y", referenced=False)(tasks[:1], ["c"]) == [0.3]
+    assert comets.measure("x/y", referenced=True)(tasks[:1], ["c"]) == [0.3]
+    assert comet.asked == [{"src": "a", "mt": "c"}, {"src": "a", "mt": "c", "ref": "r"}]
+
+
 def test_bad_lines_stop_a_run_or_are_counted(pupil, texts, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(texts.read_text() + "{broken\n")
     with pytest.raises(SystemExit, match=r"bad\.jsonl, line 25: not JSON .*--skip-bad-lines"):
         go(pupil, bad, tmp_path / "run")
     go(pupil, bad, tmp_path / "run", "--skip-bad-lines")
-    assert "25 texts read, 24 kept; left out: 1 that cannot be read" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "25 texts read, 24 kept, 24 with a reference; left out: 1 that cannot be read" in out
+    assert "left out: " in out and "bad.jsonl, line 25: not JSON" in out
 
 
 # --------------------------------------------------------------------------------- slow proofs

@@ -72,7 +72,7 @@ def test_a_run_leaves_what_the_readme_says(toy, tmp_path, capsys):
     assert result["after"]["eval/exact_match"] == rows[3]["eval/exact_match"]
     out = capsys.readouterr().out
     assert "3 steps of 4 prompts × 4 samples = 16 translations, 1 update each" in out
-    assert "before   after" in out and "no CUDA GPU found" in out
+    assert "before   after" in out and "SSR-Zero, preset toy (as asked)" in out
 
 
 def test_best_and_last_are_hugging_face_folders_with_the_tokenizer(toy, tmp_path):
@@ -250,7 +250,15 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
         (["--judge-model=x/y", "--judge-url=http://x"], "--reading expected needs log-probs"),
         (["--preset=ssr-zero-7b", "--chat", "--reading=expected"], "a chat template does not"),
         (["--judge-chat"], "--judge-chat is for --judge-model; --chat sets"),
-        (["--comet-weight=2"], "--comet-weight has no effect with --reward self: use self"),
+        (["--comet-weight=2"], r"--comet-weight has no effect without --reward self\+comet"),
+        (["--judge-patience=9"], "--judge-patience has no effect without --judge-url"),
+        (["--toy-noise=9"], "--toy-noise has no effect without --reward external"),
+        (["--chat"], "the toy's tokenizer has no chat template"),
+        (["--controls", "--judge-model=x/y"], "--controls compares the policy's own judges"),
+        (
+            ["--preset=ssr-x-zero-7b", "--self-weight=0", "--comet-weight=0"],
+            "are both 0: nothing is rewarded",
+        ),
         (["--held-out=wmt22"], "--held-out: the toy makes its own sentences"),
         (["--comet-low=1", "--reward=comet"], "--comet-high 1.0 must be above --comet-low 1.0"),
         (["--reward=commet"], "--reward commet: use self, comet, self\\+comet, random"),
