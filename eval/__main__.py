@@ -463,12 +463,11 @@ def report(args, systems, chosen: list[Set], metrics: list[Metric], done: dict, 
         for words in dict.fromkeys(x.about for x in found[m.name].values()):
             told.setdefault(m.name, []).append(words)
     notes = [f"- {name}: {'; '.join(words)}" for name, words in told.items()]
-    of = table.averaged(told)
+    if of := table.averaged(told):
+        notes.append(f"- Avg: the plain mean of the direction's columns of {', '.join(of)}")
     notes.append(
-        f"- Avg: the plain mean of the direction's columns of {', '.join(of)}. "
-        * bool(of)
-        + "±: half of the 95% bootstrap interval. unreadable: outputs without a readable answer, "
-        "scored as they are."
+        "- ±: half of the 95% bootstrap interval; unreadable: outputs without a readable answer, "
+        "scored as they are"
     )
     if len(systems) > 1:
         notes.append(
