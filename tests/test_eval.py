@@ -524,17 +524,24 @@ def test_scores_of_other_references_are_not_taken_for_these(here, tmp_path, monk
 
         ready = close = lambda self: None
 
+    checkpoint = tmp_path / "kiwi" / "checkpoints" / "model.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"one")
     monkeypatch.setattr(program, "Comet", Counter)
     monkeypatch.setenv("SSR_COMET_PYTHON", sys.executable)
     (tmp_path / "hyp.txt").write_text("x\n" * 20)
     rows = rows_of(here / "there.jsonl")
     words = [f"--translations=t={tmp_path}/hyp.txt", f"--sets={tmp_path}/set.jsonl",
-             "--metrics=m=x/y,n=x/y:no-ref", f"--out={tmp_path}/out"]  # fmt: skip
+             f"--metrics=m={tmp_path}/kiwi,n={tmp_path}/kiwi:no-ref",
+             f"--out={tmp_path}/out"]  # fmt: skip
     for change in ({}, {"reference": "other"}, {"text": "other"}):
         write(tmp_path / "set.jsonl", [row | change for row in rows])
         main(words)
     assert [len(x) for x in asked] == [20, 20, 20, 20, 20]  # n does not see the references
     assert asked[2][0]["ref"] == "other" and "ref" not in asked[1][0]
+    checkpoint.write_bytes(b"two")  # another one in its place
+    main(words)
+    assert len(asked) == 7
 
 
 def test_a_window_that_is_too_small_is_said(here, tmp_path):
