@@ -18,6 +18,7 @@ import shutil
 import tarfile
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 from data import (
     CODES,
@@ -34,6 +35,15 @@ from judge import Task
 from toy.languages import Languages
 
 FLORES_URL = "https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz"
+
+
+class Set(NamedTuple):
+    entry: str
+    label: str
+    direction: str
+    tasks: list[Task]
+    file: str
+    """Begins the names of its files."""
 
 
 def load(entry: str) -> list[Task]:

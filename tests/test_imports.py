@@ -49,10 +49,11 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "eval/score.py": ({"numpy", "sacrebleu", "data", "judge"}, set()),
     "eval/rows.py": ({"ranks"}, set()),
     "eval/table.py": ({"numpy", "eval"}, set()),
-    "eval/__main__.py": (
-        {"torch", "checkpoint", "data", "eval", "judge", "model", "problem", "ranks", "sampler"},
+    "eval/translate.py": (
+        {"torch", "checkpoint", "eval", "judge", "model", "problem", "ranks", "sampler"},
         set(),
     ),
+    "eval/__main__.py": ({"torch", "data", "eval", "judge", "problem", "ranks"}, set()),
     "kernels/logprob.py": ({"torch"}, {"triton"}),  # inside a try: not every platform has it
     "kernels/advantage.py": ({"torch"}, {"triton"}),
 }
@@ -70,7 +71,13 @@ def imports(tree, inside_functions):
     return names - set(sys.stdlib_module_names)
 
 
-NEED_TRANSFORMERS = ["ssr.py", "problem.py", "toy/pretrain.py", "eval/__main__.py"]
+NEED_TRANSFORMERS = [
+    "ssr.py",
+    "problem.py",
+    "toy/pretrain.py",
+    "eval/translate.py",
+    "eval/__main__.py",
+]
 ALONE = [
     "model.py",
     "ranks.py",
