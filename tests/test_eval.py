@@ -289,17 +289,16 @@ def test_what_is_done_is_not_done_again(here, tmp_path, monkeypatch):
 
 def test_an_interrupted_evaluation_goes_on(here, tmp_path):
     """Real processes: stopped by a signal or killed, then run to the end as if nothing had been."""
-    words = [sys.executable, "-m", "eval", "--sets", f"{here}/there.jsonl", "--metrics=chrf",
-             "--max-new-tokens=150", "--slots=1", f"--model={here}/one"]  # fmt: skip
+    words = [f"--sets={here}/there.jsonl", "--metrics=chrf", "--max-new-tokens=150", "--slots=1",
+             f"--model={here}/one"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = tmp_path / "whole"
-    subprocess.run([*words, f"--out={whole}"], cwd=ROOT, env=env, check=True, capture_output=True,
-                   timeout=100)  # fmt: skip
-    out = tmp_path / "out"
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    main([*words, f"--out={whole}"])
     file = out / "one" / "there.en-zh.jsonl"
     for name in (signal.SIGTERM, signal.SIGKILL):
         before = file.stat().st_size if file.exists() else 0
-        process = subprocess.Popen([*words, f"--out={out}"], cwd=ROOT, env=env, text=True,
+        command = [sys.executable, "-m", "eval", *words, f"--out={out}"]
+        process = subprocess.Popen(command, cwd=ROOT, env=env, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
         while process.poll() is None and (not file.exists() or file.stat().st_size <= before):
             time.sleep(0.005)
@@ -309,8 +308,7 @@ def test_an_interrupted_evaluation_goes_on(here, tmp_path):
             assert process.returncode == 1 and "stopped; the same command goes on" in error
     done = len(rows_of(file)) - 1
     assert 8 <= done < 20
-    subprocess.run([*words, f"--out={out}"], cwd=ROOT, env=env, check=True, capture_output=True,
-                   timeout=100)  # fmt: skip
+    main([*words, f"--out={out}"])
     assert file.read_bytes() == (whole / "one" / "there.en-zh.jsonl").read_bytes()
     assert (out / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import problem
+import remote
 import ssr
 from judge import Task
 from tests import corpora
@@ -141,10 +142,13 @@ def test_another_model_judges(pupil, texts, tmp_path):
     chat = go(pupil, texts, tmp_path / "chat", f"--judge-model={pupil}", "--judge-chat")
     assert chat[0]["eval/self"] != own[0]["eval/self"]
     # One that spells every letter has room for that.
-    spelling = tmp_path / "spelling"
+    spelling, long = tmp_path / "spelling", tmp_path / "long.jsonl"
     make_model(spelling, vocab=400, positions=4096)
     make_tokenizer(spelling, ("",), 259)
-    go(pupil, texts, tmp_path / "far", f"--judge-model={spelling}")
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    rows = [row | {"text": f"{row['text']} " * 15} for row in rows if row["source"] == "en"]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    go(pupil, long, tmp_path / "far", f"--judge-model={spelling}")
     samples = rows_of(tmp_path / "far" / "samples.jsonl")
     assert not any(c["judge"] == "too long to judge" for row in samples for c in row["candidates"])
 
@@ -180,7 +184,8 @@ class Endpoint(BaseHTTPRequestHandler):
         pass
 
 
-def test_an_endpoint_judges(pupil, texts, tmp_path):
+def test_an_endpoint_judges(pupil, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
     with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
