@@ -227,10 +227,11 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def fingerprint(folder: Path) -> str:
-    """Of a model's weights: sizes, and bytes from 64 places of each file. Quick for large ones."""
+def fingerprint(weights: Path) -> str:
+    """Of a file, or of a model's folder: sizes, and bytes from 64 places of each. Quick for large
+    ones."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

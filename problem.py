@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 import data
+from checkpoint import fingerprint
 from eval import sets
-from eval.comet import Comet
+from eval.comet import Comet, rows_of, where
 from judge import PAPER, PLAIN, TOY, Judge, Outside, Prompts, Task, Texts
 from model import find_folder, load, load_tokenizer, read_config
 from ranks import Ranks
@@ -50,16 +51,24 @@ class Comets:
 
         def measure(tasks: list[Task], texts: list[str]) -> list[float]:
             shown = comet.ready()["takes_reference"] and referenced
-            return comet.score([
-                {"src": task.text, "mt": text} | ({"ref": task.reference} if shown else {})
-                for task, text in zip(tasks, texts, strict=True)
-            ])  # fmt: skip
+            return comet.score(rows_of(tasks, texts, shown))
 
         return measure
 
     def close(self) -> None:
         for comet in self.started.values():
             comet.close()
+
+
+def stamp(checkpoint: str) -> str:
+    """Tells a checkpoint of COMET's from another in its place, when it is a path."""
+    path = Path(where(checkpoint)).expanduser()
+    if checkpoint[0] in "./~" and not path.exists():
+        raise ValueError(f"{checkpoint}: there is no such checkpoint")
+    file = path / "checkpoints" / "model.ckpt" if path.is_dir() else path
+    if not file.is_file():
+        return where(checkpoint)  # the hub's, whose revision the worker reports
+    return f"{Path(checkpoint).name} {fingerprint(file)}"
 
 
 # ---------------------------------------------------------------------------------- the texts

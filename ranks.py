@@ -245,7 +245,7 @@ def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> R
     def part() -> None:
         """A thread that is still in C++ when the interpreter goes would abort the process."""
         ranks.over.set()
-        watchdog.join()
+        watchdog.join(timeout=10)  # its store may be gone
 
     atexit.register(part)
     if rank:

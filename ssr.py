@@ -39,7 +39,6 @@ import data
 import grpo
 import plan
 from checkpoint import Checkpoints, fingerprint, tensors_of
-from eval.comet import stamp
 from judge import GATES, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
 from model import Transformer, find_folder, load, load_tokenizer, read_config
@@ -52,6 +51,7 @@ from problem import (
     judge_of,
     judge_template,
     scorers_of,
+    stamp,
     toy_problem,
     window_of,
 )

@@ -35,13 +35,13 @@ import torch
 
 from data import code_pair
 from eval import sets, table
-from eval.comet import NAMES, Comet, python_of, stamp, where
+from eval.comet import NAMES, Comet, python_of, rows_of, where
 from eval.rows import Rows, in_rounds, whole
 from eval.score import SACREBLEU, Found, mean_of
 from eval.sets import Set
 from eval.translate import System, device_of, digest, read_translations, translate
 from judge import Task
-from problem import TEMPLATES
+from problem import TEMPLATES, stamp
 from ranks import Ranks, is_lost, join, leave
 
 PAPER_SETS = "wmt23:zh-en,wmt24:zh-en,flores200:zh-en,wmt23:en-zh,wmt24:en-zh,flores200:en-zh"
@@ -259,10 +259,7 @@ def with_comet(
     comet: Callable[[], Comet], file: Path, what: str,
 ) -> Found:  # fmt: skip
     shown = metric.references and all(task.reference for task in tasks)
-    rows = [
-        {"src": task.text, "mt": text} | ({"ref": task.reference} if shown else {})
-        for task, text in zip(tasks, texts, strict=True)
-    ]
+    rows = rows_of(tasks, texts, shown)
     key = {"checkpoint": stamp(metric.checkpoint), "dtype": args.comet_dtype}
     key |= {"translation, source or reference": digest(rows)}
     opened: list[Rows] = []

@@ -14,7 +14,6 @@ library is needed here.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import queue
@@ -236,20 +235,12 @@ def where(checkpoint: str) -> str:
     return NAMES.get(checkpoint, checkpoint)
 
 
-def stamp(checkpoint: str) -> str:
-    """Tells a checkpoint from another in its place: by its size and bytes from 64 places of it."""
-    path = Path(where(checkpoint)).expanduser()
-    if checkpoint[0] in "./~" and not path.exists():
-        raise ValueError(f"{checkpoint}: there is no such checkpoint")
-    file = path / "checkpoints" / "model.ckpt" if path.is_dir() else path
-    if not file.is_file():
-        return where(checkpoint)  # the hub's, whose revision the worker reports
-    size, digest = file.stat().st_size, hashlib.sha256()
-    with open(file, "rb") as content:
-        for place in range(64):
-            content.seek(place * size // 64)
-            digest.update(content.read(4096))
-    return f"{Path(checkpoint).name} {size} {digest.hexdigest()[:16]}"
+def rows_of(tasks: list, texts: list[str], references: bool) -> list[dict[str, str]]:
+    """What `score` takes, of tasks with a `text` and a `reference` and their translations."""
+    return [
+        {"src": task.text, "mt": text} | ({"ref": task.reference} if references else {})
+        for task, text in zip(tasks, texts, strict=True)
+    ]
 
 
 def hear(process: subprocess.Popen, inbox: queue.SimpleQueue, said: deque[str]) -> None:

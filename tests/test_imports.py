@@ -20,7 +20,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "data.py": ({"judge"}, {"sacrebleu", "pyarrow"}),
     "remote.py": ({"judge"}, set()),
     "problem.py": (
-        {"torch", "data", "eval", "judge", "model", "ranks", "remote", "sampler"}
+        {"torch", "checkpoint", "data", "eval", "judge", "model", "ranks", "remote", "sampler"}
         | {"toy", "watch"},
         {"sacrebleu"},
     ),
@@ -30,7 +30,6 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
             "torch",
             "checkpoint",
             "data",
-            "eval",
             "grpo",
             "judge",
             "kernels",
