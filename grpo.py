@@ -111,11 +111,17 @@ class Row(NamedTuple):
 @dataclass
 class Step:
     number: int
-    metrics: dict[str, float]
-    groups: list[list]
+    metrics: dict[str, float | list[int]]
+    """Numbers, and under "histogram/…" counts."""
+    groups: Sequence[list]
     """The samples, (P, N)."""
     bad: dict[str, int]
     """Trouble -> for how many steps in a row, this one included."""
+    prompts: Sequence[Prompt] = ()
+    judged: Sequence = ()
+    """What the reward said of each group."""
+    advantages: Tensor | None = None
+    """(P, N)"""
 
 
 class Stop(RuntimeError):
@@ -160,9 +166,9 @@ def train(
         refresh(sampler, model)
         clock.stage("train")
         metrics = describe(groups, judged, rewards, advantages, rows, reference)
-        metrics |= trained | clock.metrics(groups) | {"train/lr": rate}
+        metrics |= trained | clock.metrics(groups, trained["train/tokens"]) | {"train/lr": rate}
         bad = trouble(metrics, bad)
-        yield Step(number, metrics, groups, bad)
+        yield Step(number, metrics, groups, bad, prompts, judged, advantages)
         check_health(bad, judged, s.max_bad_steps)
 
 
@@ -257,10 +263,10 @@ def update(
     stats = {"train/grad_norm": 0.0, "train/loss": 0.0, "train/clipped": 0.0, "train/skipped": 0.0}
     stats |= {"policy/sampler_gap": math.nan, "policy/sampler_gap_max": math.nan}  # unmeasured
     taught = [i for i, row in enumerate(rows) if row.advantage != 0 or s.kl > 0]
-    stats["train/rows"] = len(taught)
+    lengths = [len(r.prompt) + len(r.ids) - 1 for r in rows]
+    stats |= {"train/rows": len(taught), "train/tokens": sum(lengths[i] for i in taught)}
     if not taught:
         return stats
-    lengths = [len(r.prompt) + len(r.ids) - 1 for r in rows]
     parts = pack(taught, lengths, s.micro_batch_tokens, ranks.size)[ranks.rank :: ranks.size]
     batches = [
         MicroBatch(
@@ -418,29 +424,40 @@ class Clock:
         self.seconds[name] = now - self.last
         self.last = now
 
-    def metrics(self, groups: list[list]) -> dict[str, float]:
-        """Seconds by stage; tokens that were drawn, over the time of the whole step."""
-        tokens = sum(len(sample.ids) for group in groups for sample in group)
-        seconds = {f"seconds/{name}": value for name, value in self.seconds.items()}
-        return seconds | {"tokens_per_second": tokens / (self.last - self.start)}
+    def metrics(self, groups: list[list], trained: int) -> dict[str, float]:
+        """Seconds by stage, and what was done in a second of each."""
+        drawn = sum(len(sample.ids) for group in groups for sample in group)
+        done = {
+            "sample": drawn,  # tokens
+            "judge": sum(map(len, groups)),  # translations
+            "train": trained,  # tokens, prompts included
+        }
+        found = {f"seconds/{name}": value for name, value in self.seconds.items()}
+        for name in done.keys() & self.seconds:
+            found[f"per_second/{name}"] = done[name] / self.seconds[name]
+        return found | {"tokens_per_second": drawn / (self.last - self.start)}
 
 
 def describe(
     groups, judged, rewards: Tensor, advantages: Tensor, rows: list[Row], reference
-) -> dict[str, float]:
+) -> dict[str, float | list[int]]:
     """Means over all samples, trained or not; rewards and KL over those that have a reward."""
     samples = [sample for group in groups for sample in group]
     known = ~rewards.isnan()
     lengths = [len(sample.ids) for sample in samples]
     logprobs = [x for sample in samples for x in sample.logprobs]
+    # What is of a wrong format is not judged.
+    forms = [x for row in judged for x in row.parts.get("format", [1.0] * len(row.total))]
     metrics = {"reward/total": mean(rewards[known].tolist())}
     for name in judged[0].parts:
         values = [x for row in judged for x in row.parts[name]]
         metrics[f"reward/{name}"] = mean([x for x in values if not math.isnan(x)])
-    # A reward is missing when a judgement is no score; what is of a wrong format is not judged.
-    asked = sum(sum(row.parts.get("format", [1.0] * len(row.total))) for row in judged)
+        if name != "format":
+            asked = [x for x, right in zip(values, forms, strict=True) if right]
+            metrics[f"histogram/{name}"] = histogram(asked)
     metrics |= {
-        "judge/invalid": int(rewards.isnan().sum()) / max(asked, 1),
+        # A reward is missing when a judgement is no score.
+        "judge/invalid": int(rewards.isnan().sum()) / max(sum(forms), 1),
         "groups/zero_variance": float((advantages == 0).all(1).double().mean()),
         "groups/distinct": mean([len({tuple(x.ids) for x in g}) / len(g) for g in groups]),
         # An estimate from the tokens drawn: right on average, over trained and untrained groups.
@@ -459,6 +476,15 @@ def describe(
         k3 = [copies * float((x.expm1() - x).sum()) for copies, x in gaps]
         metrics["policy/kl"] = sum(k3) / total
     return metrics
+
+
+def histogram(values: Sequence[float], bins: int = 20) -> list[int]:
+    """How many of them lie in each part of 0 … 1; beyond counts to the nearest, NaN nowhere."""
+    counts = [0] * bins
+    for x in values:
+        if not math.isnan(x):
+            counts[min(max(int(x * bins), 0), bins - 1)] += 1
+    return counts
 
 
 def mean(values: Sequence[float]) -> float:

@@ -57,6 +57,7 @@ from problem import (
 )
 from ranks import Ranks, Stopping, follow, is_lost, join, leave
 from sampler import Sampler
+from show import check_dashboards
 from toy import controls
 from toy.languages import Languages
 from toy.pretrain import Recipe, make, make_tokenizer, shape_of
@@ -148,6 +149,12 @@ class Settings(grpo.Settings):
     """Held-out texts."""
     shown_prompts: int = 8
     """How many of them go to samples.jsonl, with samples_per_prompt candidates each."""
+    shown_groups: int = 1
+    """Training prompts of each step that go to groups.jsonl, with samples, rewards, advantages."""
+    report: bool = True
+    """Draw report.html in the background while the run goes on, and at its end."""
+    log_to: str = ""
+    """Where else to log: "tensorboard", "wandb", with a comma between them; metrics.jsonl always."""
     slots: int = 256
     """Sequences that are decoded together."""
     device: str = ""
@@ -218,7 +225,7 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
      "steps prompts_per_step updates_per_batch judge_samples eval_every eval_prompts slots "
      "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps save_every keep "
      "comet_batch judge_parallel"),
-    (lambda v: v >= 0, "must be at least 0", "shown_prompts warmup_steps threads gpus"),
+    (lambda v: v >= 0, "must be at least 0", "shown_prompts shown_groups warmup_steps threads gpus"),
     (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm patience judge_patience"),
     (lambda v: 1e-4 < v < math.inf, "must be above 0.0001", "temperature"),
     (lambda v: 1e3 < v < math.inf, "must be above 1000", "toy_tokens"),
@@ -232,8 +239,9 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
 FREE = (
     "folder resume save_every keep eval_every shown_prompts slots micro_batch_tokens device "
     "threads shard patience max_bad_steps steps gpus gpu comet_batch judge_url judge_parallel "
-    "judge_patience"
+    "judge_patience shown_groups report log_to"
 )
+ALIASES = {"log_to": ["--log"]}  # shorter, but torchrun takes it for one of its own
 REFUSED = {
     "top_p": "training needs log-probs of the whole distribution; set --temperature instead",
     "top_k": "training needs log-probs of the whole distribution; set --temperature instead",
@@ -276,7 +284,8 @@ def parse(words: list[str]) -> Settings:
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = help_of[f.name] + defaults(f)
-        parser.add_argument(option(f.name), help=text.replace("%", "%%"), **kind)
+        names = [option(f.name), *ALIASES.get(f.name, [])]
+        parser.add_argument(*names, dest=f.name, help=text.replace("%", "%%"), **kind)
     parser.error = refuse
     given, unknown = parser.parse_known_args(words)
     for word in unknown:
@@ -344,6 +353,7 @@ def check(s: Settings) -> Settings:
         raise ValueError(f"--device {s.device} is not there: use cpu, or cuda where there is one")
     check_reading(s.reading, s.judge_samples, s.judge_temperature)
     check_judge(s)
+    check_dashboards(s.log_to)
     data.pairs_of(s.source, s.target)
     longest = s.max_prompt_tokens + s.max_new_tokens
     if s.micro_batch_tokens < longest:
@@ -514,7 +524,7 @@ def learn(
     kept = Checkpoints(path / "checkpoints", s.keep, ranks, tensors, identity, FREE)
     watch = Watch(s, path, sampler.model, problem.folder, evaluation, kept, ranks)
     tracked = start if s.track_kl or s.kl else None
-    with Stopper(ranks), contextlib.closing(watch.folder):
+    with Stopper(ranks), contextlib.closing(watch.folder), contextlib.closing(watch.show):
         try:
             done = watch.restore() if s.resume else None  # the last step of the run that goes on
             grpo.refresh(sampler, model)

@@ -38,6 +38,7 @@ from checkpoint import Checkpoints
 from judge import Prompts, Score, Scorer, Task, Texts, shown_translation
 from model import save
 from ranks import Ranks, Stopping
+from show import ALARM, Show
 
 Measure = Callable[[list[Task], list[str]], list[float]]
 """Of translations of these tasks; it may look at their references."""
@@ -83,6 +84,7 @@ class Evaluation:
         self.prompts, self.stop_ids, self.s, self.ranks = prompts, stop_ids, s, ranks
         self.best: Reading | None = None
         self.past: list[tuple[Reading, Reading]] = []  # of the measure and of the self-score
+        self.alarm = ""  # why it rings, as of the last evaluation
 
     def candidates(
         self, count: int, n: int, temperature: float, number: int
@@ -112,11 +114,12 @@ class Evaluation:
 
         return self.ranks.share("evaluate", range(count), work)
 
-    def __call__(self, number: int) -> tuple[dict[str, float], list[dict], bool]:
-        """Metrics, rows of samples.jsonl, and whether these weights are the best so far."""
+    def __call__(self, number: int) -> tuple[dict[str, float], dict[str, list[dict]], bool]:
+        """Metrics, rows by file, and whether these weights are the best so far."""
         measures = list(self.problem.measures)
         greedy, sampled = self.measure(0.0, number), self.measure(1.0, number)
-        metrics = {f"eval/{name}": grpo.mean(known(values)) for name, values in greedy.items()}
+        names = ("self", "format", *measures)
+        metrics = {f"eval/{name}": grpo.mean(known(greedy[name])) for name in names}
         metrics["eval/invalid"] = grpo.mean([value is None for value in greedy["self"]])
         for name in ("self", *measures):
             metrics[f"eval/sampled_{name}"] = grpo.mean(known(sampled[name]))
@@ -125,30 +128,44 @@ class Evaluation:
         # Without a measure the best is the judge's: what is broken or cannot be judged counts 0.
         gated = [ok * (x or 0.0) for ok, x in zip(greedy["format"], greedy["self"], strict=True)]
         now, own = (
-            Reading.of(greedy[measures[0]] if measures else gated),
-            Reading.of(greedy["self"]),
+            Reading.of(number, greedy[measures[0]] if measures else gated),
+            Reading.of(number, greedy["self"]),
         )
         best = self.best is None or now.mean > self.best.mean
         self.best = now if best else self.best
+        row = {"step": number, "greedy": rounded(greedy), "sampled": rounded(sampled)}
         if measures:
-            metrics["eval/alarm"] = float(self.alarming(now, own))
+            self.alarm = self.alarming(now, own)
+            metrics["eval/alarm"] = float(bool(self.alarm))
+            row["alarm"] = self.alarm
+        if not self.past:  # once is enough
+            tasks = {"source": "text", "reference": "reference", "from": "source", "to": "target"}
+            row |= {k: [getattr(t, x) for t in self.problem.held_out] for k, x in tasks.items()}
         self.past.append((now, own))
-        return metrics, self.samples(number), best
+        return metrics, {"evaluations.jsonl": [row], "samples.jsonl": self.samples(number)}, best
 
-    def measure(self, temperature: float, number: int) -> dict[str, list[float | None]]:
-        """One translation of each held-out text: its values by name."""
+    def measure(self, temperature: float, number: int) -> dict[str, list]:
+        """One translation of each held-out text: its words, the judge's, and its values by name."""
         tasks = self.problem.held_out
         found = [row[0] for row in self.candidates(len(tasks), 1, temperature, number)]
-        values = {"self": [c.score.value for c in found]}
+        values = {"text": [c.text for c in found], "judge": [c.score.words for c in found]}
+        values |= {"self": [c.score.value for c in found]}
         values["format"] = [float(c.right) for c in found]
         return values | {n: [c.values[n] for c in found] for n in self.problem.measures}
 
-    def alarming(self, now: "Reading", own: "Reading") -> bool:
+    def alarming(self, now: "Reading", own: "Reading") -> str:
         """The model thinks better of itself than at the start, and is worse than at its best; or
-        it thinks better of itself than once before, when it was better."""
-        if self.past and own.above(self.past[0][1]) and self.best.above(now):
-            return True
-        return any(own.above(own_then) and then.above(now) for then, own_then in self.past)
+        it thinks better of itself than once before, when it was better. Said in words, else ""."""
+        pairs = [(self.best, self.past[0][1])] if self.past else []
+        for then, own_then in pairs + self.past:
+            if own.above(own_then) and then.above(now):
+                name = next(iter(self.problem.measures))
+                return (
+                    f"the judge's score is {own.mean:.3f}, up from {own_then.mean:.3f} at step "
+                    f"{own_then.step}; {name} is {now.mean:.3f}, down from {then.mean:.3f} at "
+                    f"step {then.step}"
+                )
+        return ""
 
     def samples(self, number: int) -> list[dict]:
         tasks = self.problem.held_out[: self.s.shown_prompts]
@@ -168,11 +185,16 @@ class Evaluation:
         return rows
 
     def state(self) -> dict:
-        return {"best": self.best, "past": list(self.past)}
+        return {"best": self.best, "past": list(self.past), "alarm": self.alarm}
 
     def restore(self, state: dict) -> None:
         self.best = Reading(*state["best"])
         self.past = [tuple(Reading(*x) for x in pair) for pair in state["past"]]
+        self.alarm = state["alarm"]
+
+
+def rounded(values: dict[str, list]) -> dict[str, list]:
+    return {k: [round(x, 4) if isinstance(x, float) else x for x in v] for k, v in values.items()}
 
 
 def known(values: list[float | None]) -> list[float]:
@@ -180,14 +202,15 @@ def known(values: list[float | None]) -> list[float]:
 
 
 class Reading(NamedTuple):
+    step: int
     mean: float
     error: float
 
     @classmethod
-    def of(cls, values: list[float | None]) -> "Reading":
+    def of(cls, step: int, values: list[float | None]) -> "Reading":
         values = known(values)
         error = statistics.pstdev(values) / math.sqrt(len(values)) if values else math.nan
-        return cls(grpo.mean(values), error)
+        return cls(step, grpo.mean(values), error)
 
     def above(self, other: "Reading") -> bool:
         """Beyond chance: by three standard errors of the difference, for the best is the luckiest
@@ -224,6 +247,8 @@ class Watch:
         self.taught = False  # some group had a difference to learn from
         self.step: grpo.Step | None = None
         self.state: dict = {}  # as it was before `step` was recorded
+        self.groups: list[dict] = []  # rows of groups.jsonl
+        self.show = Show(s, path, next(iter(evaluation.problem.measures), None), self.folder)
 
     def restore(self) -> grpo.Step | None:
         self.ranks.on_first("lock the folder", self.folder.lock)
@@ -237,6 +262,7 @@ class Watch:
             )
         state = about["watch"]
         self.evaluation.restore(state.pop("evaluation"))
+        self.groups = about["groups"]
         vars(self).update(state)
         self.first = about["step"]
         # Then it was evaluated as the last step, and its weights may be those in best/.
@@ -255,6 +281,7 @@ class Watch:
             self.folder.begin(self.s, needed, number)
 
         self.ranks.on_first("begin", open_folder)
+        self.show.begin(dataclasses.asdict(self.s), number or 0)
         if step is None:
             self.evaluate(0, {})
         else:
@@ -263,6 +290,8 @@ class Watch:
     def after(self, step: grpo.Step) -> None:
         spent = self.spent + time.perf_counter() - self.begun
         names = ("before", "latest", "alarms", "best_step", "taught")
+        if step.prompts:  # else a run goes on with its row, and has them
+            self.groups = self.groups_of(step)
         self.step, self.state = step, {name: getattr(self, name) for name in names}
         self.state |= {"spent": spent, "evaluation": self.evaluation.state()}
         if step.number % self.s.save_every == 0 or step.number == self.s.steps:
@@ -272,31 +301,63 @@ class Watch:
 
     def save(self) -> None:
         about = {"metrics": self.step.metrics, "bad": self.step.bad, "watch": self.state}
+        about["groups"] = self.groups
         self.kept.save(self.step.number, about)
 
     def record(self, step: grpo.Step) -> None:
         """Its row, after its checkpoint: a run that goes on begins by writing the row again."""
         last = step.number == self.s.steps
         again = self.again and step.number == self.first
+        self.folder.add("groups.jsonl", self.groups)
         if last or again or step.number % self.s.eval_every == 0:
             self.evaluate(step.number, step.metrics)
         else:
-            self.folder.add("metrics.jsonl", [{"step": step.number} | step.metrics])
+            self.log({"step": step.number} | step.metrics)
         if last or step.number > self.first:
             self.tell(step, last)
 
-    def evaluate(self, number: int, metrics: dict[str, float]) -> None:
+    def groups_of(self, step: grpo.Step) -> list[dict]:
+        """What a few prompts of the step were answered, and what was made of it."""
+        rows = []
+        for p, prompt in enumerate(step.prompts[: self.s.shown_groups]):
+            judged, task = step.judged[p], prompt.task
+            samples = [
+                {
+                    "text": self.evaluation.texts.decode(
+                        sample.ids[: len(sample.ids) - sample.stopped]
+                    ),
+                    "cut": not sample.stopped,
+                    "reward": judged.total[n],
+                    "advantage": float(step.advantages[p, n]),
+                    "judge": judged.words[n],
+                }
+                | {name: values[n] for name, values in judged.parts.items()}
+                for n, sample in enumerate(step.groups[p])
+            ]
+            row = {"step": step.number, "source": task.text, "from": task.source}
+            rows.append(row | {"to": task.target, "samples": [finite(x) for x in samples]})
+        return rows
+
+    def evaluate(self, number: int, metrics: dict) -> None:
         begun = time.perf_counter()
-        found, samples, best = self.evaluation(number)
+        self.show.now(f"step {number}  evaluating {len(self.evaluation.prompts)} held-out texts …")
+        found, rows, best = self.evaluation(number)
         found |= {"step": number, "seconds/evaluate": time.perf_counter() - begun}
-        self.folder.add("samples.jsonl", samples)
-        self.folder.add("metrics.jsonl", [{"step": number} | metrics | found])
+        for name, new in rows.items():
+            self.folder.add(name, new)
+        self.log({"step": number} | metrics | found)
         self.latest, self.before = found, self.before or found
         if best:
             self.best_step = number
             self.keep("best")
         if found.get("eval/alarm"):
             self.alarms = [*self.alarms, number]
+        self.show.alarm(number, self.evaluation.alarm)
+        self.show.report()
+
+    def log(self, row: dict) -> None:
+        self.folder.add("metrics.jsonl", [row])
+        self.show.row(row)
 
     def keep(self, name: str) -> None:
         if not self.folder.mine:
@@ -308,23 +369,9 @@ class Watch:
                 shutil.copyfile(file, folder / file.name)
 
     def tell(self, step: grpo.Step, last: bool) -> None:
-        done, metrics = step.number, step.metrics
-        pace = (time.perf_counter() - self.begun) / max(done - self.first, 1)
-        left = pace * (self.s.steps - done)
-        measures = self.evaluation.problem.measures
-        key = next((f"eval/{name}" for name in measures), "eval/self")
-        shown = f"{key[5:]} {self.latest[key]:.3f}"
-        alarm = f"  {ALARM}" if self.latest.get("eval/alarm") else ""
-        line = (
-            f"step {done}/{self.s.steps}  reward {metrics['reward/total']:.3f}  held-out "
-            f"{shown} (step {self.latest['step']})  entropy {metrics['policy/entropy']:.2f}  "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s  "
-            f"{int(left) // 60}:{int(left) % 60:02} left{alarm}"
-        )
-        if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
-        elif last or done % 10 == 0:
-            print(line, flush=True)
+        pace = (time.perf_counter() - self.begun) / max(step.number - self.first, 1)
+        left = pace * (self.s.steps - step.number)
+        self.show.step(step.number, step.metrics, self.latest, left, last)
 
     def stop(self) -> None:
         if self.step is None:
@@ -335,13 +382,15 @@ class Watch:
         self.keep("last")
         self.written()
         number, path = self.step.number, self.folder.path
-        print(f"stopped after step {number}; go on with --resume --folder {path}")
+        self.show.report(last=True)
+        self.show.say(f"stopped after step {number}; go on with --resume --folder {path}")
 
     def give_up(self) -> None:
         """Keep what there is. The error that ends the run is raised again after this."""
         self.ranks.ending = True
         self.keep("last")
         self.kept.wait()
+        self.show.report(last=True)
         self.ranks.gather(None)  # no rank leaves before
 
     def written(self) -> None:
@@ -358,6 +407,7 @@ class Watch:
         content = {"steps": self.s.steps, "seconds": seconds, "best_step": self.best_step}
         content |= {"alarms": self.alarms, "before": self.before, "after": self.latest}
         self.folder.write("result.json", content)
+        self.show.report(last=True)
         print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
         others = {f"eval/{n}": f"{n}, greedy" for n in self.evaluation.problem.measures}
         for key, label in (others | SHOWN).items():
@@ -373,6 +423,8 @@ class Watch:
         print(
             f"\n{self.s.steps} steps in {seconds:.0f} s; the best weights are those of step "
             f"{self.best_step}\n{self.folder.path}/: best/, last/, metrics.jsonl, samples.jsonl, …"
+            + "\nlook at report.html there"
+            * self.s.report
         )
         if not self.evaluation.problem.measures:
             print(
@@ -393,7 +445,6 @@ SHOWN = {
     "eval/invalid": "share the judge gave no score",
 }
 USUAL = {"eval/format": 1.0, "eval/invalid": 0.0}  # not worth a line
-ALARM = "ALARM: self-score up, held-out quality down"
 
 
 class Stopper:
@@ -431,6 +482,9 @@ class Stopper:
 # -------------------------------------------------------------------------------- the run folder
 
 
+LOGS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "groups.jsonl")
+
+
 class RunFolder:
     """Written by one rank alone, `mine`; the others call the same and nothing happens."""
 
@@ -459,6 +513,7 @@ class RunFolder:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+            "device": device_name(s.device),
         }
         settings = dataclasses.asdict(s)
         if step is not None:
@@ -466,7 +521,7 @@ class RunFolder:
             settings |= {"resumed": [*old.get("resumed", []), about | {"from_step": step}]}
             about = old["about"]
         self.write("settings.json", settings | {"about": about})
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in LOGS:
             self.cut(name, -1 if step is None else step)
 
     def lock(self) -> None:
@@ -521,11 +576,13 @@ class RunFolder:
 
     def add(self, name: str, rows: list[dict]) -> None:
         """Append whole lines or none."""
+        lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+        self.append(name, lines)
+
+    def append(self, name: str, lines: str) -> None:
         if not self.mine:
             return
-        path = self.path / name
-        lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
-        left = lines.encode()
+        path, left = self.path / name, lines.encode()
         with open(path, "ab", buffering=0) as file:
             before = file.tell()
             try:
@@ -556,6 +613,10 @@ def check_space(folder: Path, needed: int) -> None:
 def launcher() -> str:
     """What stays the same when torchrun starts the ranks again: their parent."""
     return f"{platform.node()} {os.getppid()}"
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else "CPU"
 
 
 def commit() -> str:

@@ -99,7 +99,14 @@ def test_gpu_the_toy_learns_in_bf16(tmp_path):
     folder = make(Recipe(tokens=1.5e6), tmp_path)
     run = tmp_path / "run"
     ssr.main(
-        ["--preset=toy", f"--model={folder}", f"--folder={run}", "--device=cuda", "--steps=40"]
+        [
+            "--preset=toy",
+            f"--model={folder}",
+            f"--folder={run}",
+            "--device=cuda",
+            "--steps=40",
+            "--no-report",
+        ]
     )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(row["policy/sampler_gap"] for row in rows[1:]) < 0.02

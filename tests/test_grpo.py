@@ -372,6 +372,9 @@ def test_metrics_are_what_they_say():
     reference = [torch.tensor(r.logprobs) + 0.1 for r in rows]
     advantages = grpo.group_advantage(rewards)
     metrics = grpo.describe(groups, about, rewards, advantages, rows, reference)
+    counts = [0] * 20
+    counts[5] = counts[15] = counts[10] = 1  # 0.25, 0.75, 0.5; what is missing is nowhere
+    assert metrics.pop("histogram/self") == counts
     expected = {
         "reward/total": 0.5,
         "reward/self": 0.5,
@@ -386,6 +389,17 @@ def test_metrics_are_what_they_say():
         "policy/kl": math.exp(0.1) - 1 - 0.1,
     }
     assert metrics == pytest.approx(expected, abs=1e-7)
+
+
+def test_a_histogram_counts_what_was_judged():
+    """1 belongs to the last part, beyond to the nearest, NaN and what was not judged nowhere."""
+    values = [0.0, 0.049, 0.05, 0.99, 1.0, 1.2, -0.1, math.nan]
+    assert grpo.histogram(values) == [3, 1, *[0] * 17, 3]
+    samples = [[Sample([EOS], [-1.0], True), Sample([3, EOS], [-1.0, -1.0], True)]]
+    about = [Judged([0.0, 0.5], {"self": [0.0, 0.5], "format": [0.0, 1.0]}, [])]
+    rewards = torch.tensor([[0.0, 0.5]])
+    metrics = grpo.describe(samples, about, rewards, rewards, [], None)
+    assert metrics["histogram/self"] == [*[0] * 10, 1, *[0] * 9]
 
 
 def test_ten_golden_steps_are_reproduced():

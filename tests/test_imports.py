@@ -24,7 +24,9 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
         | {"toy", "watch"},
         {"sacrebleu"},
     ),
-    "watch.py": ({"torch", "checkpoint", "grpo", "judge", "model", "ranks"}, set()),
+    "watch.py": ({"torch", "checkpoint", "grpo", "judge", "model", "ranks", "show"}, set()),
+    "show.py": (set(), {"torch", "wandb"}),
+    "report.py": (set(), {"matplotlib"}),
     "ssr.py": (
         {
             "torch",
@@ -37,7 +39,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
             "ranks",
             "sampler",
         }
-        | {"plan", "problem", "toy", "watch"},
+        | {"plan", "problem", "show", "toy", "watch"},
         set(),
     ),
     "toy/languages.py": ({"judge"}, set()),

@@ -24,7 +24,14 @@ ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset=ssr-zero-7b", "--steps=1", "--prompts-per-step=4", "--samples-per-prompt=4"),
     *("--max-new-tokens=60", "--judge-max-new-tokens=40", "--max-prompt-tokens=400"),
-    *("--eval-prompts=4", "--eval-every=1", "--shown-prompts=1", "--slots=16", "--threads=1"),
+    *(
+        "--eval-prompts=4",
+        "--eval-every=1",
+        "--shown-prompts=1",
+        "--slots=16",
+        "--threads=1",
+        "--no-report",
+    ),
 ]
 
 

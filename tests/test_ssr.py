@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from toy.pretrain import Recipe, make
 ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
-    *("--shown-prompts=2", "--eval-every=2"),
+    *("--shown-prompts=2", "--eval-every=2", "--no-report"),
 ]
 
 
@@ -421,17 +422,24 @@ ssr.main([*words, "--steps=1", "--folder={tmp_path / "b"}"])
 
 def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
     evaluation = watch.Evaluation.__new__(watch.Evaluation)
-    R = watch.Reading
-    evaluation.best = R(0.9, 0.01)
-    evaluation.past = [(R(0.3, 0.01), R(0.7, 0.01)), (R(0.9, 0.01), R(0.95, 0.01))]
-    assert evaluation.alarming(R(0.8, 0.01), R(0.85, 0.01))
-    assert not evaluation.alarming(R(0.87, 0.01), R(0.85, 0.01))  # worse by chance
-    assert not evaluation.alarming(R(0.8, 0.01), R(0.73, 0.01))  # better by chance
-    assert not evaluation.alarming(R(0.8, 0.01), R(0.6, 0.01))  # it knows
-    evaluation.past.append((R(0.8, 0.01), R(0.6, 0.01)))
-    assert evaluation.alarming(R(0.6, 0.01), R(0.7, 0.01))  # worse than just now, and prouder
-    assert not evaluation.alarming(R(0.78, 0.01), R(0.7, 0.01))
-    assert R.of([1.0, 0.0, None, 1.0, 0.0]) == (0.5, 0.25)
+    evaluation.problem = SimpleNamespace(measures={"chrf": None})
+
+    def R(mean, step=0):
+        return watch.Reading(step, mean, 0.01)
+
+    evaluation.best = R(0.9, 25)
+    evaluation.past = [(R(0.3), R(0.7)), (R(0.9, 25), R(0.95, 25))]
+    assert evaluation.alarming(R(0.8, 50), R(0.85, 50)) == (
+        "the judge's score is 0.850, up from 0.700 at step 0; chrf is 0.800, down from 0.900 at "
+        "step 25"
+    )
+    assert not evaluation.alarming(R(0.87), R(0.85))  # worse by chance
+    assert not evaluation.alarming(R(0.8), R(0.73))  # better by chance
+    assert not evaluation.alarming(R(0.8), R(0.6))  # it knows
+    evaluation.past.append((R(0.8, 50), R(0.6, 50)))
+    assert evaluation.alarming(R(0.6), R(0.7))  # worse than just now, and prouder
+    assert not evaluation.alarming(R(0.78), R(0.7))
+    assert watch.Reading.of(3, [1.0, 0.0, None, 1.0, 0.0]) == (3, 0.5, 0.25)
 
 
 # --------------------------------------------------------------------------------- slow proofs

@@ -1,0 +1,649 @@
+"""A page to look at: python report.py RUN [RUN …]
+
+    python report.py runs/mine                                   # writes runs/mine/report.html
+    python report.py live=runs/a live=runs/b frozen=runs/c --out compared.html
+    python report.py runs/mine --svg curve.svg --panels held-out,judge,entropy
+
+Self-rewarding fails quietly, so look: curves, the judge against what it cannot see, the same
+held-out sentences at several steps, the alarms. One file, no network: it opens from a disk and on
+a phone. Runs of one NAME= share a colour. ssr.py calls this while it runs; the page of a run that
+is not at its end reads itself again.
+
+Only the files of a run are read (settings.json, metrics.jsonl, evaluations.jsonl, groups.jsonl),
+so it works on runs from another machine. The page itself is report_page.html; here is what fills it.
+"""
+
+import argparse
+import fcntl
+import io
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+POINTS = 400  # of a curve; what has more is shown as means of neighbours
+COLUMNS = 12  # evaluations whose sentences are in the page, of each run
+GROUPS = 40  # training groups, of each run
+LETTERS = 4_000_000  # of all sentences in the page, about
+
+
+@dataclass
+class Panel:
+    name: str
+    title: str
+    look: str
+    """What to look for."""
+    keys: dict[str, str]
+    """Of metrics.jsonl -> what the line is called; the first is solid, the others dashed."""
+    share: bool = False
+    """Lies in 0 … 1."""
+
+
+LEARNING = [
+    Panel("held-out", "Held-out quality", "Measured, never shown to the loop. If it falls while "
+          "the judge's score rises, the judge is being fooled; a ring marks an alarm.",
+          {"eval/MEASURE": "greedy", "eval/sampled_MEASURE": "sampled at T 1"}, True),
+    Panel("judge", "The judge's own score, held-out", "Worth something only while it rises "
+          "together with quality.", {"eval/self": "greedy", "eval/sampled_self": "sampled at T 1"},
+          True),
+    Panel("reward", "Reward of the step's samples", "What the loop maximises, by component.",
+          {"reward/total": "total", "reward/self": "judge", "reward/comet": "COMET",
+           "reward/external": "external", "reward/format": "right form"}),
+    Panel("correlation", "Judge's correlation with quality", "On held-out samples at T 1. It falls "
+          "as samples grow alike; near 0 the judge says nothing about them.",
+          {"eval/judge_correlation": "Pearson"}),
+]  # fmt: skip
+HEALTH = [
+    Panel("entropy", "Entropy", "Nats a token. Near 0 all samples are alike, and there is nothing "
+          "left to learn from.", {"policy/entropy": "policy"}),
+    Panel("kl", "KL from the start", "Nats a token: how far the policy has moved. A sudden climb "
+          "comes before a collapse.", {"policy/kl": "policy"}),
+    Panel("groups", "Groups", "Shares: groups whose rewards are all the same, which teach nothing; and "
+          "of each group, how many samples are different ones.",
+          {"groups/zero_variance": "no difference", "groups/distinct": "distinct"}, True),
+    Panel("length", "Length of samples", "Tokens. A steady climb is a common way to please a judge; "
+          "a fall to almost nothing is another.", {"length/mean": "mean", "length/max": "longest"}),
+    Panel("unusable", "Not usable", "Shares: judgements that are no score, samples of a wrong form, "
+          "samples cut off.", {"judge/invalid": "no score", "wrong/format": "wrong form",
+                               "length/truncated": "cut off"}, True),
+    Panel("gradient", "Gradient norm", "Before clipping. Spikes: lower --lr.",
+          {"train/grad_norm": "norm"}),
+    Panel("gap", "Sampler against trainer", "Difference of their log-probs: rounding, unless it "
+          "grows.", {"policy/sampler_gap_max": "largest", "policy/sampler_gap": "mean"}),
+]  # fmt: skip
+COST = [
+    Panel("rate", "Tokens sampled a second", "Over the whole step, judging and training included.",
+          {"tokens_per_second": "whole step"}),
+    Panel("stages", "Seconds of a step", "By stage.", {
+        "seconds/sample": "sample", "seconds/judge": "judge", "seconds/train": "train",
+        "seconds/reference": "reference", "seconds/wait": "wait"}),
+]  # fmt: skip
+PANELS = {panel.name: panel for panel in LEARNING + HEALTH + COST}
+STYLES = ["-", (0, (4, 2)), (0, (1, 1.6)), (0, (7, 2, 1, 2)), (0, (2, 4))]
+LIGHT = ["#2f6fb7", "#c0562b", "#3d8f5f", "#8a55b0", "#a8831a", "#c2477f", "#3a8f9f", "#777777"]
+DARK = ["#6aa9ef", "#f0915f", "#71c795", "#bd8fe0", "#dcb94e", "#ee85b3", "#7fcbd8", "#b5b5b5"]
+INK, RULE, RED = "#010101", "#020202", "#030301"  # names, which page and picture replace
+
+
+# --------------------------------------------------------------------------------- what is there
+
+
+class Run:
+    def __init__(self, path: Path, label: str, ended: bool = False):
+        """`ended`: though whoever wrote it still holds its lock."""
+        if not (path / "settings.json").is_file():
+            raise ValueError(f"{path} is not the folder of a run: it has no settings.json")
+        self.path, self.label, self.title = path, label, path.resolve().name
+        self.settings = json.loads((path / "settings.json").read_text())
+        self.about = self.settings.pop("about", {})
+        self.resumed = self.settings.pop("resumed", [])
+        self.rows = rows_of(path / "metrics.jsonl")
+        for row in self.rows:
+            if row.get("reward/format") is not None:
+                row["wrong/format"] = 1 - row["reward/format"]
+        self.measured = [row for row in self.rows if "eval/self" in row]
+        self.evaluations = rows_of(path / "evaluations.jsonl")
+        self.groups = rows_of(path / "groups.jsonl")
+        judged = ("text", "judge", "self", "format")
+        greedy = self.evaluations[0]["greedy"] if self.evaluations else {}
+        self.measures = [name for name in greedy if name not in judged]
+        self.running = not ended and is_locked(path / "lock")
+        self.step = self.rows[-1]["step"] if self.rows else 0
+        # As best/ has it: by the first measure, else by the judge; the first one where many are.
+        key = f"eval/{self.measures[0]}" if self.measures else "eval/self"
+        known = [row for row in self.measured if row.get(key) is not None]
+        self.best = max(known, key=lambda row: row[key])["step"] if known else 0
+        self.alarms = [row["step"] for row in self.measured if row.get("eval/alarm")]
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        if "MEASURE" in key:
+            key = key.replace("MEASURE", self.measures[0]) if self.measures else ""
+        rows = [row for row in self.rows if row.get(key) is not None]
+        return thinned([row["step"] for row in rows], [row[key] for row in rows])
+
+    def at(self, step: int, key: str) -> float | None:
+        return next((row.get(key) for row in self.measured if row["step"] == step), None)
+
+    def seconds(self) -> dict[str, float]:
+        """By stage, of the whole run."""
+        found: dict[str, float] = {}
+        for row in self.rows:
+            for key, value in row.items():
+                if key.startswith("seconds/"):
+                    found[key[8:]] = found.get(key[8:], 0.0) + value
+        return found
+
+    def state(self) -> str:
+        of = self.settings.get("steps", "?")
+        if self.running:
+            return f"at step {self.step} of {of}"
+        return f"{self.step} steps" if self.step == of else f"stopped at step {self.step} of {of}"
+
+
+def is_locked(path: Path) -> bool:
+    """Whoever writes a run holds its lock."""
+    if not path.exists():
+        return False
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def rows_of(path: Path) -> list[dict]:
+    """JSON lines. A last one without its end is being written: it comes with the next look."""
+    rows = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
+    return rows
+
+
+def thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """At most POINTS of them: means of as many neighbours as that takes."""
+    size = -(-len(x) // POINTS) or 1
+    if size == 1:
+        return x, y
+    parts = [slice(i, i + size) for i in range(0, len(x), size)]
+    return [statistics.fmean(x[p]) for p in parts], [statistics.fmean(y[p]) for p in parts]
+
+
+def spread_out(values: list, most: int, always: set) -> list:
+    """At most about `most` of them, evenly, and those in `always`."""
+    every = max(1, -(-len(values) // most))
+    return [v for i, v in enumerate(values) if i % every == 0 or v in always]
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("it is drawn with matplotlib: pip install -r requirements.txt") from None
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({
+        "svg.fonttype": "none", "svg.hashsalt": "ssr", "font.size": 8, "text.color": INK,
+        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": RULE,
+        "grid.color": RULE, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.linewidth": 0.5, "lines.linewidth": 1.4, "axes.axisbelow": True,
+        "savefig.transparent": True, "axes.titlesize": 8,
+    })  # fmt: skip
+    return pyplot
+
+
+def colour(number: int) -> str:
+    """Another name: of the run with that number."""
+    return f"#03{number % len(LIGHT):02x}03"
+
+
+def as_svg(figure, prefix: str) -> str:
+    """For a page: with no id that another picture has, and no size but what the page gives it."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'<g id="(run\d+)[^"]*">', r'<g class="\1">', text)
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    text = re.sub(r"#03(\w\w)03", lambda m: f"var(--run{int(m[1], 16)})", text)
+    return text.replace(INK, "currentColor").replace(RULE, "var(--line)").replace(RED, "var(--red)")
+
+
+def palette(colours: list[str]) -> str:
+    return "".join(f"--run{i}:{c};" for i, c in enumerate(colours))
+
+
+def draw_panel(axes, panel: Panel, runs: list[Run], numbers: dict[str, int]) -> list[dict]:
+    """The lines' numbers, for the page to read out; none when no run has what is to be drawn."""
+    drawn: list[dict] = []
+    for n, run in enumerate(runs):
+        number = numbers[run.label]
+        had: list[list[float]] = []
+        for (key, name), style in zip(panel.keys.items(), STYLES, strict=False):
+            x, y = run.series(key)
+            if not x or y in had:  # a reward of one component is its total: the same line twice
+                continue
+            had.append(y)
+            dots = {"marker": ".", "markersize": 4} if len(x) < 60 else {}
+            axes.plot(x, y, ls=style, color=colour(number), gid=f"run{number}-{n}{name}", **dots)
+            line = {"run": number, "of": run.title, "name": name, "x": x}
+            drawn.append(line | {"y": [round(v, 5) for v in y]})
+        if panel.name == "held-out" and run.alarms:
+            points = [(x, y) for x, y in zip(*run.series("eval/MEASURE"), strict=True)
+                      if x in run.alarms]  # fmt: skip
+            axes.plot(*zip(*points, strict=True), "o", color=RED, mfc="none", markersize=6,
+                      gid=f"run{number}-{n}alarms")  # fmt: skip
+    values = [v for line in drawn for v in line["y"]]
+    if values and panel.share:
+        axes.set_ylim(min(0.0, *values) if min(values) < 0.4 else None, max(*values, 0.02) * 1.03)
+    elif values and min(values) >= 0:
+        axes.set_ylim(bottom=0 if min(values) < 0.5 * max(values) else None)
+    return drawn
+
+
+def panel_of(plt, panel: Panel, runs: list[Run], numbers: dict[str, int]) -> dict | None:
+    figure, axes = plt.subplots(figsize=(4.3, 2.3), layout="constrained")
+    series = draw_panel(axes, panel, runs, numbers)
+    axes.set_xlabel("step")
+    svg = as_svg(figure, panel.name) if series else ""
+    box, limits = axes.get_position(), axes.get_xlim()
+    plt.close(figure)
+    if not series:
+        return None
+    place = {"left": box.x0, "right": box.x1, "top": 1 - box.y1, "bottom": 1 - box.y0}
+    return {"panel": panel, "svg": svg, "place": place, "limits": limits, "series": series}
+
+
+def histogram(plt, run: Run, n: int, number: int) -> str:
+    """The judge's scores of each step's samples: the more of them, the darker."""
+    name = next((k for row in run.rows for k in row if k.startswith("histogram/")), "")
+    rows = [row for row in run.rows if row.get(name)]
+    if not rows:
+        return ""
+    size = -(-len(rows) // 200)
+    columns = [
+        [sum(bin) for bin in zip(*(row[name] for row in rows[i : i + size]), strict=True)]
+        for i in range(0, len(rows), size)
+    ]
+    shares = [[count / max(sum(column), 1) for count in column] for column in columns]
+    most = max(map(max, shares)) or 1.0
+    blue = (0.24, 0.52, 0.80)
+    picture = [[(*blue, (c[b] / most) ** 0.6) for c in shares] for b in range(len(shares[0]))]
+    figure, axes = plt.subplots(figsize=(4.3, 2.3), layout="constrained")
+    axes.imshow(picture, origin="lower", aspect="auto", interpolation="nearest",
+                extent=(rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, 0, 1))  # fmt: skip
+    axes.grid(False)
+    axes.set(xlabel="step", ylabel="score", title=run.title)
+    svg = as_svg(figure, f"histogram{n}")
+    plt.close(figure)
+    return figure_of(svg, number)
+
+
+def scatter(plt, run: Run, n: int, number: int) -> str:
+    """The judge against a measure it cannot see, on held-out samples at temperature 1."""
+    if not run.measures or not run.evaluations:
+        return ""
+    measure = run.measures[-1]
+    rows = {row["step"]: row for row in run.evaluations}
+    steps = sorted({min(rows), run.best, max(rows)} & rows.keys())
+    figure, axes = plt.subplots(
+        1, len(steps), figsize=(4.3, 2.3), layout="constrained", sharex=True, sharey=True
+    )
+    for one, step in zip([axes] if len(steps) == 1 else axes, steps, strict=True):
+        drawn = rows[step]["sampled"]
+        points = [(x, y) for x, y in zip(drawn[measure], drawn["self"], strict=True)
+                  if None not in (x, y)]  # fmt: skip
+        one.plot(*zip(*points, strict=True), "o", color=colour(number), alpha=0.25, markersize=2.5,
+                 markeredgewidth=0)  # fmt: skip
+        r = run.at(step, "eval/judge_correlation")
+        one.set(title=f"step {step}" + (f", r = {r:.2f}" if r is not None else ""), xlabel=measure)
+    (axes if len(steps) == 1 else axes[0]).set_ylabel(f"judge, {run.title}")
+    svg = as_svg(figure, f"scatter{n}")
+    plt.close(figure)
+    return figure_of(svg, number)
+
+
+def figure_of(svg: str, number: int, caption: str = "") -> str:
+    return f'<figure class="run{number}">{svg}{caption}</figure>'
+
+
+# ------------------------------------------------------------------------------------- the page
+
+
+def panels_html(panels: list[dict]) -> str:
+    parts = []
+    for one in panels:
+        panel = one["panel"]
+        names = list(dict.fromkeys(line["name"] for line in one["series"]))
+        order = list(panel.keys.values())
+        keys = "".join(
+            f'<span class="key"><svg viewBox="0 0 24 4"><path d="M0 2H24" class="dash{order.index(x)}"'
+            f"/></svg>{escape(x)}</span>"
+            for x in names
+        )
+        parts.append(
+            f'<figure class="panel" data-panel="{panel.name}"><h3>{escape(panel.title)}</h3>'
+            f'<p class="look">{escape(panel.look)}</p>{one["svg"]}'
+            f'<figcaption><span class="keys">{keys}</span><output></output></figcaption></figure>'
+        )
+    return "".join(parts)
+
+
+def number_of(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def overview(runs: list[Run], numbers: dict[str, int]) -> str:
+    """A row a run: where it is, what it came to, what it cost."""
+    rows = []
+    for run in runs:
+        measure = run.measures[0] if run.measures else None
+        seconds, ranks = sum(run.seconds().values()), run.about.get("ranks", 1)
+        device = run.about.get("device", "CPU")
+        unit = "CPU" if device == "CPU" else "GPU"
+        alarm = f'<b class="bad">{len(run.alarms)}</b>' if run.alarms else "none"
+        cells = [
+            f'<i class="dot run{numbers[run.label]}"></i>{escape(run.title)}',
+            escape(run.state()) + (' <b class="live">running</b>' if run.running else ""),
+            escape(measure or "not measured"),
+            *(number_of(run.at(step, f"eval/{measure}")) for step in (0, run.best, run.step)),
+            *(number_of(run.at(step, "eval/self")) for step in (0, run.best, run.step)),
+            str(run.best),
+            alarm if measure else "cannot ring",
+            took(seconds),
+            f"{seconds * ranks / 3600:.2g} {unit} hours",
+        ]
+        rows.append("<tr><td>" + "</td><td>".join(cells) + "</td></tr>")
+    return "".join(rows)
+
+
+def took(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
+
+
+def verdict(runs: list[Run]) -> str:
+    """What to know before anything else."""
+    said = []
+    for run in runs:
+        name = f"<b>{escape(run.title)}</b>: " if len(runs) > 1 else ""
+        if run.alarms:
+            why = next((e.get("alarm") for e in reversed(run.evaluations) if e.get("alarm")), "")
+            said.append(
+                f'<p class="verdict bad">{name}Alarm at step {", ".join(map(str, run.alarms))}: '
+                f"the model thinks better of itself while its translations get worse "
+                f"({escape(why)}). Trust best/, of step {run.best}, not last/. "
+                '<a href="#alarms">Examples</a></p>'
+            )
+        elif not run.measures:
+            said.append(
+                f'<p class="verdict unsure">{name}Nothing independent was measured, so no alarm can '
+                "ring and the judge's score is all there is. Give --held-out a set with "
+                "references, or --measures cometkiwi</p>"
+            )
+        else:
+            said.append(f'<p class="verdict good">{name}No alarm so far: held-out '
+                        f"{escape(run.measures[0])} has not fallen while the judge's score rose</p>")  # fmt: skip
+    return "".join(said)
+
+
+def stages(runs: list[Run], numbers: dict[str, int]) -> str:
+    """Where the time of each run went, and what each stage did in a second."""
+    rows = []
+    units = {"sample": "tokens", "judge": "texts", "train": "tokens"}
+    for run in runs:
+        seconds = {k: v for k, v in run.seconds().items() if v}
+        total = sum(seconds.values())
+        bars = "".join(
+            f'<span class="stage {k}" style="flex-grow:{v / total:.4f}" title="{k} {v:.1f} s"></span>'
+            for k, v in seconds.items()
+        )
+        said = []
+        for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+            rates = [row[f"per_second/{name}"] for row in run.rows if f"per_second/{name}" in row]
+            rate = f", {statistics.median(rates):,.0f} {units[name]}/s" if rates else ""
+            said.append(
+                f'<span><i class="stage {name}"></i>{name} {value / total:.0%}{rate}</span>'
+            )
+        rows.append(
+            f'<div class="run{numbers[run.label]}"><h3>{escape(run.title)}</h3>'
+            f'<div class="bar">{bars}</div><p class="stages">{"".join(said)}</p></div>'
+        )
+    return "".join(rows)
+
+
+def alarms(runs: list[Run]) -> list[dict]:
+    """At each alarm: why, and the sentences that lost most while the judge liked them no less."""
+    found = []
+    for run in runs:
+        rows = {row["step"]: row for row in run.evaluations}
+        tasks = run.evaluations[0] if run.evaluations else {}
+        for row in run.evaluations:
+            if not row.get("alarm"):
+                continue
+            then, now = rows[run.best]["greedy"], row["greedy"]
+            by = run.measures[-1]  # the finer one, where there are two
+            losses = [
+                (then[by][i] - now[by][i], i)
+                for i in range(len(now["text"]))
+                if None not in (then["self"][i], now["self"][i])
+                and now["self"][i] >= then["self"][i]
+            ]
+            worst = [i for loss, i in sorted(losses, reverse=True)[:5] if loss > 0]
+            examples = [
+                {"source": tasks["source"][i], "reference": tasks["reference"][i],
+                 "then": cell(then, i, run.measures), "now": cell(now, i, run.measures)}
+                for i in worst
+            ]  # fmt: skip
+            found.append({"run": run.title, "step": row["step"], "why": row["alarm"],
+                          "best": run.best, "examples": examples})  # fmt: skip
+    return found
+
+
+def cell(found: dict, i: int, measures: list[str]) -> dict:
+    values = {name: found[name][i] for name in measures}
+    return {"text": found["text"][i], "score": found["self"][i], "words": found["judge"][i],
+            "right": found["format"][i], "values": values}  # fmt: skip
+
+
+def sentences(runs: list[Run], numbers: dict[str, int]) -> dict:
+    """Held-out texts and what each run made of them, greedily, at some steps."""
+    columns, texts, room = [], {}, LETTERS
+    for run in runs:
+        if not run.evaluations:
+            continue
+        first = run.evaluations[0]
+        names = [(first["source"][i], first["to"][i]) for i in range(len(first["source"]))]
+        for i, name in enumerate(names):
+            texts.setdefault(name, {"source": name[0], "to": name[1], "from": first["from"][i],
+                                    "reference": first["reference"][i]})  # fmt: skip
+        last = run.evaluations[-1]["step"]
+        steps = [row["step"] for row in run.evaluations]
+        kept = spread_out(steps, COLUMNS, {run.best, last, *run.alarms[:1]})
+        for row in [row for row in run.evaluations if row["step"] in kept]:
+            step = row["step"]
+            cells = {name: cell(row["greedy"], i, run.measures) for i, name in enumerate(names)}
+            marks = ["best"] * (step == run.best) + ["alarm"] * (step in run.alarms)
+            columns.append({"run": run.title, "number": numbers[run.label], "step": step,
+                            "marks": marks, "cells": cells,
+                            "shown": step in (0, run.best, last)})  # fmt: skip
+    rows = []
+    for name, text in texts.items():
+        row = text | {"cells": [column["cells"].get(name) for column in columns]}
+        room -= sum(len(c["text"]) + len(c["words"]) + 60 for c in row["cells"] if c)
+        if room < 0:
+            break
+        rows.append(row)
+    heads = [{k: v for k, v in column.items() if k != "cells"} for column in columns]
+    return {"columns": heads, "rows": rows, "all": len(texts)}
+
+
+def training(runs: list[Run], numbers: dict[str, int]) -> list[dict]:
+    found = []
+    for run in runs:
+        steps = list(dict.fromkeys(row["step"] for row in run.groups))
+        kept = set(spread_out(steps, GROUPS, {steps[-1]} if steps else set()))
+        about = {"run": run.title, "number": numbers[run.label]}
+        found += [row | about for row in run.groups if row["step"] in kept]
+    return found
+
+
+def settings_html(runs: list[Run]) -> str:
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    values = {name: [run.settings.get(name) for run in runs] for name in names}
+    differing = [name for name in names if len(runs) > 1 and len(set(map(str, values[name]))) > 1]
+    about = list(dict.fromkeys(name for run in runs for name in run.about))
+    rows = [(x, [run.about.get(x) for run in runs], "") for x in about if x != "launcher"]
+    rows += [(x, values[x], "differs") for x in differing]
+    rows += [(x, values[x], "") for x in names if x not in differing]
+    head = "".join(f"<th>{escape(run.title)}</th>" for run in runs)
+    body = "".join(
+        f'<tr class="{kind}"><th>{escape(name)}</th>'
+        + "".join(f"<td>{escape(said(value))}</td>" for value in found)
+        + "</tr>"
+        for name, found, kind in rows
+    )
+    again = "".join(
+        f"<p>{escape(run.title)} was resumed after step {x['from_step']} ({escape(x['started'])}, "
+        f"commit {escape(x['commit'][:12])})</p>"
+        for run in runs
+        for x in run.resumed
+    )
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>{again}"
+
+
+def said(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def page(runs: list[Run]) -> str:
+    plt = pyplot()
+    numbers = {label: i for i, label in enumerate(dict.fromkeys(run.label for run in runs))}
+    drawn = {p.name: panel_of(plt, p, runs, numbers) for p in PANELS.values()}
+    data = {
+        "panels": {
+            name: {k: one[k] for k in ("place", "limits", "series")}
+            for name, one in drawn.items()
+            if one
+        },
+        "labels": list(numbers),
+        "sentences": sentences(runs, numbers),
+        "groups": training(runs, numbers),
+        "alarms": alarms(runs),
+        "running": any(run.running for run in runs),
+    }
+    of_runs = list(enumerate(runs))
+    several = f"{len(runs)} runs" if len(runs) > 1 else runs[0].title
+    filled = {
+        "title": escape(several),
+        "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "light": palette(LIGHT),
+        "dark": palette(DARK),
+        "rules": "".join(
+            f".run{i}{{--c:var(--run{i % len(LIGHT)})}}.hide{i} .run{i}:not(.dot){{display:none}}"
+            for i in numbers.values()
+        ),
+        "dashes": "".join(
+            f".dash{i}{{stroke-dasharray:{' '.join(map(str, s[1])) if s != '-' else 'none'}}}"
+            for i, s in enumerate(STYLES)
+        ),
+        "verdict": verdict(runs),
+        "overview": overview(runs, numbers),
+        "learning": panels_html([drawn[p.name] for p in LEARNING if drawn[p.name]]),
+        "health": panels_html([drawn[p.name] for p in HEALTH if drawn[p.name]]),
+        "cost": panels_html([drawn[p.name] for p in COST if drawn[p.name]]),
+        "histograms": "".join(histogram(plt, run, n, numbers[run.label]) for n, run in of_runs),
+        "scatters": "".join(scatter(plt, run, n, numbers[run.label]) for n, run in of_runs),
+        "stages": stages(runs, numbers),
+        "settings": settings_html(runs),
+        # "<" would let a sentence end the script it stands in.
+        "data": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
+    }
+    template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: filled[m[1]], template)
+
+
+def picture(runs: list[Run], panels: list[Panel]) -> str:
+    """Some panels side by side, as a file of its own for light and dark pages."""
+    plt = pyplot()
+    numbers = {label: i for i, label in enumerate(dict.fromkeys(run.label for run in runs))}
+    width = max(4.0, 3.6 * len(panels))
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3), layout="constrained")
+    for one, panel in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
+        if not draw_panel(one, panel, runs, numbers):
+            raise ValueError(f"--panels {panel.name}: no run has anything to draw there")
+        one.set(title=panel.title, xlabel="step")
+    first = [axes][0] if len(panels) == 1 else axes[0]
+    if len(numbers) > 1:
+        lines = [first.plot([], [], color=colour(i), label=x)[0] for x, i in numbers.items()]
+        first.legend(handles=lines, frameon=False)
+    head, tail = as_svg(figure, "x").split(">", 1)
+    plt.close(figure)
+    style = (
+        f"svg{{color:#333;--line:#ccc;--red:#c00;{palette(LIGHT)}font-family:sans-serif}}"
+        "text{font-family:sans-serif!important}@media(prefers-color-scheme:dark)"
+        f"{{svg{{color:#ccc;--line:#555;--red:#f66;{palette(DARK)}}}}}"
+    )
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}><style>{style}</style>{tail}'
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all: somebody may be looking at it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+    print(f"wrote {path}, {len(text) / 1e6:.1f} MB")
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="the folder of a run")
+    parser.add_argument("--out", help="default: report.html in the run; of several: here")
+    parser.add_argument("--svg", help="write a picture of some panels instead")
+    parser.add_argument("--panels", default="held-out,judge,entropy", help=", ".join(PANELS))
+    parser.add_argument("--ended", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    runs = []
+    for word in args.runs:
+        label, _, folder = word.rpartition("=")
+        runs.append(Run(Path(folder), label or Path(folder).resolve().name, args.ended))
+    for run in runs:
+        if sum(other.title == run.title for other in runs) > 1:
+            run.title = str(run.path)
+    if args.svg:
+        if unknown := set(args.panels.split(",")) - PANELS.keys():
+            raise ValueError(f"--panels {min(unknown)} is unknown; known: {', '.join(PANELS)}")
+        write(Path(args.svg), picture(runs, [PANELS[name] for name in args.panels.split(",")]))
+        return
+    usual = runs[0].path / "report.html" if len(runs) == 1 else "report.html"
+    write(Path(args.out or usual), page(runs))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"report.py: {error}")
