@@ -196,12 +196,7 @@ def another_judge(
 ):
     """A model of somebody else's, asked as the policy would ask itself."""
     if s.judge_url:
-        judge = RemoteJudge(
-            s.judge_url, s.judge_model, problem.prompts, s.judge_samples, s.judge_temperature,
-            s.judge_max_new_tokens, s.seed, s.judge_parallel, limit=s.judge_patience,
-        )  # fmt: skip
-        ranks.on_first("ask the judge", judge.check)
-        return judge
+        return judge_behind(s, ranks, problem.prompts)
     folder = ranks.one_first("fetch the judge", lambda: find_folder(s.judge_model))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load(folder, dtype=dtype, device=device)
@@ -212,6 +207,38 @@ def another_judge(
     more = 1.25 * max(len(theirs) / len(ours) for theirs, ours in pairs)
     window = window_of(s, problem, texts, model.config.max_length, max(1.0, more))
     return judge_of(s, Sampler(model, slots, window), texts, problem.prompts)
+
+
+def judge_behind(s, ranks: Ranks, prompts: Prompts) -> RemoteJudge:
+    judge = RemoteJudge(
+        s.judge_url, s.judge_model, prompts, s.judge_samples, s.judge_temperature,
+        s.judge_max_new_tokens, s.seed, s.judge_parallel, limit=s.judge_patience,
+    )  # fmt: skip
+    ranks.on_first("ask the judge", judge.check)
+    return judge
+
+
+def judge_alone(s, ranks: Ranks, pairs: list[tuple[Task, str]], device: torch.device):
+    """The judge of translations that are there (--judge-only), and what it is known by."""
+    prompts = TEMPLATES[s.prompts]
+    asked = ("prompts", "reading", "judge_samples", "judge_temperature", "judge_max_new_tokens")
+    key = {name: getattr(s, name) for name in (*asked, "chat", "seed")}
+    if s.judge_url:
+        return judge_behind(s, ranks, prompts), key | {"model": f"{s.judge_model} {s.judge_url}"}
+    if s.model or s.preset != "toy":
+        folder = ranks.one_first("fetch the model", lambda: find_folder(s.model))
+    else:
+        recipe = Recipe(seed=s.seed, tokens=s.toy_tokens)
+        folder = ranks.one_first("make the toy", lambda: make(recipe))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load(folder, dtype=dtype, device=device)
+    texts = Texts(load_tokenizer(folder), s.chat)
+    longest = max(len(ids) for ids in texts.encode(
+        [prompts.ask_judge(task, text, s.reading) for task, text in pairs]))  # fmt: skip
+    words = s.judge_max_new_tokens if s.reading == "written" else 1
+    window = min(longest + words, model.config.max_length)
+    judge = judge_of(s, Sampler(model, s.slots, window), texts, prompts)
+    return judge, key | {"model": f"{folder} {fingerprint(folder)}", "dtype": str(dtype)}
 
 
 def judge_of(s, sampler: Sampler, texts: Texts, prompts: Prompts) -> Judge:

@@ -10,7 +10,7 @@ a phone. Runs of one NAME= share a colour. ssr.py calls this while it runs; the 
 is not at its end reads itself again.
 
 Only the files of a run are read (settings.json, metrics.jsonl, evaluations.jsonl, groups.jsonl),
-so it works on runs from another machine. The page itself is report_page.html; here is what fills it.
+so it works on runs from another machine. The page is report_page.html; here is what fills it.
 """
 
 import argparse
@@ -63,13 +63,14 @@ HEALTH = [
           "left to learn from.", {"policy/entropy": "policy"}),
     Panel("kl", "KL from the start", "Nats a token: how far the policy has moved. A sudden climb "
           "comes before a collapse.", {"policy/kl": "policy"}),
-    Panel("groups", "Groups", "Shares: groups whose rewards are all the same, which teach nothing; and "
-          "of each group, how many samples are different ones.",
+    Panel("groups", "Groups", "Shares: groups whose rewards are all the same, which teach nothing; "
+          "and how many samples of a group are different ones.",
           {"groups/zero_variance": "no difference", "groups/distinct": "distinct"}, True),
-    Panel("length", "Length of samples", "Tokens. A steady climb is a common way to please a judge; "
-          "a fall to almost nothing is another.", {"length/mean": "mean", "length/max": "longest"}),
-    Panel("unusable", "Not usable", "Shares: judgements that are no score, samples of a wrong form, "
-          "samples cut off.", {"judge/invalid": "no score", "wrong/format": "wrong form",
+    Panel("length", "Length of samples", "Tokens. A steady climb is a common way to please a "
+          "judge; a fall to almost nothing is another.",
+          {"length/mean": "mean", "length/max": "longest"}),
+    Panel("unusable", "Not usable", "Shares: judgements that are no score, samples of a wrong "
+          "form, samples cut off.", {"judge/invalid": "no score", "wrong/format": "wrong form",
                                "length/truncated": "cut off"}, True),
     Panel("gradient", "Gradient norm", "Before clipping. Spikes: lower --lr.",
           {"train/grad_norm": "norm"}),
@@ -331,8 +332,8 @@ def panels_html(panels: list[dict]) -> str:
         names = list(dict.fromkeys(line["name"] for line in one["series"]))
         order = list(panel.keys.values())
         keys = "".join(
-            f'<span class="key"><svg viewBox="0 0 24 4"><path d="M0 2H24" class="dash{order.index(x)}"'
-            f"/></svg>{escape(x)}</span>"
+            '<span class="key"><svg viewBox="0 0 24 4"><path d="M0 2H24" '
+            f'class="dash{order.index(x)}"/></svg>{escape(x)}</span>'
             for x in names
         )
         parts.append(
@@ -391,13 +392,15 @@ def verdict(runs: list[Run]) -> str:
             )
         elif not run.measures:
             said.append(
-                f'<p class="verdict unsure">{name}Nothing independent was measured, so no alarm can '
-                "ring and the judge's score is all there is. Give --held-out a set with "
+                f'<p class="verdict unsure">{name}Nothing independent was measured, so no alarm '
+                "can ring and the judge's score is all there is. Give --held-out a set with "
                 "references, or --measures cometkiwi</p>"
             )
         else:
-            said.append(f'<p class="verdict good">{name}No alarm so far: held-out '
-                        f"{escape(run.measures[0])} has not fallen while the judge's score rose</p>")  # fmt: skip
+            said.append(
+                f'<p class="verdict good">{name}No alarm so far: held-out '
+                f"{escape(run.measures[0])} has not fallen while the judge's score rose</p>"
+            )
     return "".join(said)
 
 
@@ -409,7 +412,7 @@ def stages(runs: list[Run], numbers: dict[str, int]) -> str:
         seconds = {k: v for k, v in run.seconds().items() if v}
         total = sum(seconds.values())
         bars = "".join(
-            f'<span class="stage {k}" style="flex-grow:{v / total:.4f}" title="{k} {v:.1f} s"></span>'
+            f'<span class="stage {k}" style="flex-grow:{v / total:.4f}"></span>'
             for k, v in seconds.items()
         )
         said = []

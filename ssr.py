@@ -6,6 +6,7 @@
     python ssr.py --resume --folder runs/mine  # go on from the newest checkpoint, if there is one
     python ssr.py --dry-run --preset ssr-zero-7b --gpus 8        # does it fit, how long is a step
     python ssr.py --controls                   # the toy with other rewards, and their table
+    python ssr.py --judge-only rows.jsonl --model DIR_OR_ID      # can this model judge?
     python ssr.py --help                       # every setting
 
 A run writes a folder: settings.json; metrics.jsonl, a row a step, the first one before any
@@ -18,6 +19,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import itertools
 import json
@@ -39,6 +41,7 @@ import data
 import grpo
 import plan
 from checkpoint import Checkpoints, fingerprint, tensors_of
+from eval import agreement
 from judge import GATES, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
 from model import Transformer, find_folder, load, load_tokenizer, read_config
@@ -48,6 +51,7 @@ from problem import (
     Comets,
     another_judge,
     data_problem,
+    judge_alone,
     judge_of,
     judge_template,
     scorers_of,
@@ -154,7 +158,7 @@ class Settings(grpo.Settings):
     report: bool = True
     """Draw report.html in the background while the run goes on, and at its end."""
     log_to: str = ""
-    """Where else to log: "tensorboard", "wandb", with a comma between them; metrics.jsonl always."""
+    """Where else to log: "tensorboard", "wandb" or both, with a comma between them."""
     slots: int = 256
     """Sequences that are decoded together."""
     device: str = ""
@@ -170,6 +174,9 @@ class Settings(grpo.Settings):
     """Tokens of the toy's pretraining: fewer make a judge that leads astray."""
     toy_noise: float = 0.3
     """Standard deviation of the error of the toy's "external" scorer."""
+    judge_only: str = ""
+    """Train nothing: score the translations in this file with --model, or with --judge-url, and say
+    how well that agrees with scores that are given there (see eval/agreement.py)."""
     dry_run: bool = False
     """Say what memory and time the run would take, and end."""
     gpus: int = 0
@@ -225,7 +232,8 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
      "steps prompts_per_step updates_per_batch judge_samples eval_every eval_prompts slots "
      "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps save_every keep "
      "comet_batch judge_parallel"),
-    (lambda v: v >= 0, "must be at least 0", "shown_prompts shown_groups warmup_steps threads gpus"),
+    (lambda v: v >= 0, "must be at least 0",
+     "shown_prompts shown_groups warmup_steps threads gpus"),
     (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm patience judge_patience"),
     (lambda v: 1e-4 < v < math.inf, "must be above 0.0001", "temperature"),
     (lambda v: 1e3 < v < math.inf, "must be above 1000", "toy_tokens"),
@@ -239,7 +247,7 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
 FREE = (
     "folder resume save_every keep eval_every shown_prompts slots micro_batch_tokens device "
     "threads shard patience max_bad_steps steps gpus gpu comet_batch judge_url judge_parallel "
-    "judge_patience shown_groups report log_to"
+    "judge_patience judge_only shown_groups report log_to"
 )
 ALIASES = {"log_to": ["--log"]}  # shorter, but torchrun takes it for one of its own
 REFUSED = {
@@ -300,6 +308,12 @@ def parse(words: list[str]) -> Settings:
         given["resume"] = True  # torchrun started the ranks again
     small = given.get("controls") or not torch.cuda.is_available()
     preset = given.get("preset") or ("toy" if small else "ssr-zero-7b")
+    if (
+        given.get("judge_only")
+        and not given.get("preset")
+        and given.keys() & {"model", "judge_url"}
+    ):
+        preset = "ssr-zero-0.5b"  # whatever the machine: its prompts are for real models
     had = remembered(given, preset) if given.get("resume") else {}
     preset = given.get("preset") or had.get("preset") or preset
     if preset not in PRESETS:
@@ -361,7 +375,7 @@ def check(s: Settings) -> Settings:
             f"--micro-batch-tokens {s.micro_batch_tokens} cannot hold one sequence of "
             f"{s.max_prompt_tokens} + {s.max_new_tokens} tokens: use at least {longest}"
         )
-    if s.folder and not s.controls and Path(s.folder).exists():
+    if s.folder and not (s.controls or s.judge_only) and Path(s.folder).exists():
         if not s.resume:
             raise ValueError(
                 f"--folder {s.folder} exists already: go on with --resume, name another folder, or "
@@ -635,6 +649,27 @@ def dry_run(s: Settings) -> None:
         sys.exit(1)
 
 
+def judge_file(s: Settings) -> None:
+    """Rows are kept as they are made: the same command goes on where it was stopped."""
+    device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks = join(device.type, s.patience)
+    if device.type == "cuda" and ranks.size > 1:
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.set_num_threads(s.threads or torch.get_num_threads())
+    file = Path(s.judge_only)
+    items = ranks.on_first(
+        "read the translations", lambda: agreement.read(file, s.source, s.target)
+    )
+    pairs = [(item.task, item.translation) for item in items]
+    judge, key = judge_alone(s, ranks, pairs, device)
+    out = Path(s.folder) if s.folder else file.parent
+    path = out / f"{file.stem}.judged.jsonl"
+    key |= {"translations": hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]}
+    print(f"judged by {key['model']}, score {s.reading}; writing {path}", flush=True)
+    rows = agreement.judged(items, judge, ranks, path, key, 8 * s.slots * ranks.size)
+    ranks.on_first("say how it agrees", lambda: agreement.tell(items, rows, path, key["model"]))
+
+
 def compare(s: Settings) -> None:
     """The toy with every reward; options that differ from the preset's go to all runs."""
     usual = dataclasses.asdict(Settings(**PRESETS["toy"] | {"preset": "toy"}))
@@ -665,6 +700,8 @@ def main(words: list[str]) -> None:
                   f"({why})")  # fmt: skip
         if s.dry_run:
             dry_run(s)
+        elif s.judge_only:
+            judge_file(s)
         elif s.controls:
             compare(s)
         else:

@@ -356,7 +356,7 @@ def write_segments(system: System, one: Set, rows: list[dict], found: dict, out:
     with whole(path) as file:
         for i, (task, row) in enumerate(zip(one.tasks, rows, strict=True)):
             scores = {m: x[system.name, one.file].segments[i] for m, x in found.items()}
-            line = {"segment": i, "source": task.text, "reference": task.reference}
+            line = {"segment": i} | {k: v for k, v in task._asdict().items() if v is not None}
             line |= {k: row[k] for k in ("translation", "readable")} | {"scores": scores}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

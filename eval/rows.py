@@ -40,8 +40,7 @@ class Rows:
             if not anew:
                 raise ValueError(
                     f"{path} was made with another {other}: {had.get(other)}, "
-                    f"now {key.get(other)}; "
-                    "name another --out, or remove it"
+                    f"now {key.get(other)}; write elsewhere (--out, --folder), or remove it"
                 )
             print(f"{path.name}: another {other} than before, scored again")
             lines = []

@@ -249,7 +249,7 @@ def test_an_evaluation_writes_what_it_says(here, tmp_path, capsys):
     rows = rows_of(out / "one" / "there.en-zh.jsonl")
     assert rows[0]["of"]["prompts"] == "paper" and [r["segment"] for r in rows[1:]] == [*range(20)]
     segments = rows_of(out / "other" / "back.zh-en.segments.jsonl")
-    assert segments[3]["source"] == "这是第3句话。" and segments[3]["scores"].keys() == {
+    assert segments[3]["text"] == "这是第3句话。" and segments[3]["scores"].keys() == {
         "bleu",
         "chrf",
     }

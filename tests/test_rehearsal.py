@@ -116,7 +116,7 @@ def test_scores_are_comets_own_and_references_can_be_hidden(world, pupil, tmp_pa
         f"--metrics=x={xcomet},y={xcomet}:no-ref", f"--out={tmp_path / 'out'}")  # fmt: skip
     rows = rows_of(tmp_path / "out" / "theirs" / "wmt23.zh-en.segments.jsonl")
     with Comet(str(xcomet), python=env["SSR_COMET_PYTHON"]) as comet:
-        whole = [{"src": r["source"], "mt": r["translation"], "ref": r["reference"]} for r in rows]
+        whole = [{"src": r["text"], "mt": r["translation"], "ref": r["reference"]} for r in rows]
         bare = [{"src": r["src"], "mt": r["mt"]} for r in whole]
         assert [r["scores"]["x"] for r in rows] == pytest.approx(comet.score(whole), abs=1e-5)
         assert [r["scores"]["y"] for r in rows] == pytest.approx(comet.score(bare), abs=1e-5)

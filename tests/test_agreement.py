@@ -1,0 +1,170 @@
+"""Can a model judge: the statistics by hand, files that cannot be read, the command as it is used."""
+
+import json
+import math
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+import ssr
+from eval import agreement
+from eval.agreement import Item, count_pairs, read, scores_in
+from judge import Task
+from toy.languages import Languages, quality
+
+
+def items_of(given, texts=None):
+    texts = texts or range(len(given))
+    return [
+        Item(Task(f"text {t}", "English", "German"), f"translation {i}", {"human": x})
+        for i, (t, x) in enumerate(zip(texts, given, strict=True))
+    ]
+
+
+def test_pairs_are_counted_as_one_by_one():
+    rng = random.Random(0)
+    for _ in range(50):
+        here, there = ([rng.randrange(6) for _ in range(30)] for _ in range(2))
+        signs = [
+            ((a > b) - (a < b), (c > d) - (c < d))
+            for i, (a, c) in enumerate(zip(here, there, strict=True))
+            for b, d in zip(here[:i], there[:i], strict=True)
+        ]
+        found = count_pairs(here, there)
+        assert found.alike == sum(x * y == 1 for x, y in signs)
+        assert found.opposed == sum(x * y == -1 for x, y in signs)
+        assert found.tied_here == sum(x == 0 != y for x, y in signs)
+        assert found.tied_there == sum(y == 0 != x for x, y in signs)
+        assert found.tied_both == sum(x == y == 0 for x, y in signs)
+
+
+def test_kendall_and_accuracy_of_a_known_case():
+    """tau-b of scipy.stats.kendalltau([1, 2, 2, 4, 5], [2, 1, 3, 3, 5])."""
+    found = count_pairs([1, 2, 2, 4, 5], [2, 1, 3, 3, 5])
+    assert found == (7, 1, 1, 1, 0)
+    assert found.tau() == pytest.approx(6 / 9)
+    assert found.accuracy() == pytest.approx(7.5 / 9)  # a tie of the judge is half right
+    assert math.isnan(count_pairs([1, 1], [1, 1]).tau())
+    assert math.isnan(count_pairs([], []).accuracy())
+
+
+def test_pearson_is_the_usual_one_also_far_from_zero():
+    rng = random.Random(1)
+    given = [1e6 + rng.random() for _ in range(40)]
+    scores = [x - 1e6 + 0.3 * rng.random() for x in given]
+    found = agreement.agreement("human", items_of(given), scores)
+    assert found.pearson == pytest.approx(statistics.correlation(scores, given), abs=1e-7)
+    low, high = found.pearson_interval
+    assert low < found.pearson < high and high - low < 0.3
+    constant = agreement.agreement("human", items_of([5.0] * 10), [0.1 * i for i in range(10)])
+    assert math.isnan(constant.pearson) and math.isnan(constant.kendall)
+
+
+def test_siblings_are_compared_with_siblings_alone():
+    """Within each text the judge is right, between texts wrong."""
+    given = [1, 2, 3, 11, 12, 13, 21, 22, 23]
+    scores = [0.7, 0.8, 0.9, 0.4, 0.5, 0.6, 0.1, 0.2, 0.3]
+    found = agreement.agreement("human", items_of(given, [0, 0, 0, 1, 1, 1, 2, 2, 2]), scores)
+    assert found.siblings.accuracy() == 1 and found.siblings.alike == 9
+    assert found.pairs.accuracy() == 9 / 36
+    assert found.siblings_interval == (1, 1)
+
+
+def test_intervals_draw_texts_not_rows():
+    """Ten copies of each row are no more evidence than the row."""
+    rng = random.Random(2)
+    given = [rng.random() for _ in range(30)]
+    scores = [x + rng.random() for x in given]
+    once = agreement.agreement("human", items_of(given), scores)
+    many = agreement.agreement("human", items_of(given * 10, [*range(30)] * 10), scores * 10)
+    assert np.allclose(once.pearson_interval, many.pearson_interval)
+
+
+def test_rows_without_a_score_are_left_out_and_counted():
+    items = items_of([1.0, 2.0, 3.0, 4.0])
+    items[3] = items[3]._replace(given={})
+    rows = [{"score": x, "judge": "?"} for x in (0.1, None, 0.3, 0.9)]
+    found = agreement.agreement("human", items, [row["score"] for row in rows])
+    assert found.rows == 2 and found.pairs.alike == 1
+    text = agreement.report(items, rows, "somebody")
+    assert "25.0% of the answers are no score, such as '?'" in text and "(2 rows)" in text
+    nothing = [{"score": None, "judge": "I cannot"}] * 4
+    assert "not one of the judge's answers is a score, such as 'I cannot'" in agreement.report(
+        items, nothing, "somebody"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"text": "a", "source": "en", "target": "de"}', 'line 2: "translation" is missing'),
+        ('{"text": "a", "translation": "b", "source": "en"}', "line 2: 'target' missing"),
+        ('{"translation": "b", "source": "en", "target": "de"}', "line 2: 'text' missing"),
+        (
+            '{"text": "a", "translation": "b", "source": "en", "target": "de", "score": "5"}',
+            "line 2: the score \"score\" is '5', no number",
+        ),
+        (
+            '{"text": "a", "translation": "b", "source": "en", "target": "de", "scores": [5]}',
+            'line 2: "scores" must be an object',
+        ),
+    ],
+)
+def test_a_bad_line_is_named(line, words, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    good = {"text": "a", "translation": "b", "source": "en", "target": "de", "score": 1}
+    file.write_text(json.dumps(good) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, " + words.replace("(", r"\(")):
+        read(file)
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="holds no translations"):
+        read(file)
+    with pytest.raises(SystemExit, match="there is no such file"):
+        ssr.main(["--preset=toy", f"--judge-only={tmp_path / 'nowhere'}"])
+
+
+def test_scores_come_from_either_key():
+    assert scores_in({"score": 3, "scores": {"comet": 0.5, "human": None}}) == {
+        "score": 3,
+        "comet": 0.5,
+    }
+    assert scores_in({"translation": "b"}) == {}
+
+
+def test_a_file_is_judged_and_the_agreement_said(toy, tmp_path, capsys):
+    pair = Languages(0)
+    rows = []
+    for i in range(6):
+        task = pair.task("held-out", i)
+        words = task.reference.split()
+        for n in range(4):
+            text = " ".join(words[: len(words) - n])
+            rows.append(task._asdict() | {"translation": text, "score": quality(text, task[3])})
+    for row in rows:  # Kasu and Bevo are in no table
+        row |= {"source": f"xk={row['source']}", "target": f"xb={row['target']}"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--preset=toy", f"--model={toy}", f"--judge-only={file}", "--slots=1"]
+    ssr.main(words)
+    out = capsys.readouterr().out
+    assert "24 translations of 6 texts" in out and 'against "score"' in out
+    judged = [
+        json.loads(line) for line in (tmp_path / "rows.judged.jsonl").read_text().splitlines()
+    ]
+    assert [row["segment"] for row in judged[1:]] == list(range(24))
+    assert all(0 <= row["score"] <= 1 for row in judged[1:] if row["score"] is not None)
+    found = json.loads((tmp_path / "rows.agreement.json").read_text())
+    scores = [row["score"] for row in judged[1:]]
+    again = agreement.agreement("score", read(file), scores)
+    assert found["against"]["score"]["kendall"] == pytest.approx(again.kendall, nan_ok=True)
+    # It goes on where it was, and does not mix judges.
+    path = tmp_path / "rows.judged.jsonl"
+    whole = path.read_text()
+    path.write_text("".join(line + "\n" for line in whole.splitlines()[:9]))
+    ssr.main(words)
+    assert path.read_text() == whole and "judged: 24/24" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="made with another reading: expected, now written"):
+        ssr.main([*words, "--reading=written"])
