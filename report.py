@@ -110,9 +110,9 @@ class Run:
         self.measured = [row for row in self.rows if "eval/self" in row]
         self.evaluations = rows_of(path / "evaluations.jsonl")
         self.groups = rows_of(path / "groups.jsonl")
-        judged = ("text", "judge", "self", "format")
-        greedy = self.evaluations[0]["greedy"] if self.evaluations else {}
-        self.measures = [name for name in greedy if name not in judged]
+        first = self.measured[0] if self.measured else {}
+        named = [key[13:] for key in first if key.startswith("eval/sampled_")]
+        self.measures = [name for name in named if name != "self"]
         self.running = not ended and is_locked(path / "lock")
         self.step = self.rows[-1]["step"] if self.rows else 0
         # As best/ has it: by the first measure, else by the judge; the first one where many are.

@@ -12,6 +12,7 @@ Nothing here changes the run: what fails is said, and the run goes on.
 import importlib.util
 import math
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-DASHBOARDS = ("tensorboard", "wandb")
 ALARM = "ALARM: self-score up, held-out quality down"
 PAUSE = 30.0  # seconds between two reports
 
@@ -28,8 +28,8 @@ def check_dashboards(names: str) -> list[str]:
     """The names in "tensorboard,wandb", known and installed."""
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
-        if name not in DASHBOARDS:
-            raise ValueError(f"--log-to {name} is unknown; known: {', '.join(DASHBOARDS)}")
+        if name not in KINDS:
+            raise ValueError(f"--log-to {name} is unknown; known: {', '.join(KINDS)}")
         if not importlib.util.find_spec(name):
             raise ValueError(f"--log-to {name} is not installed: pip install {name}")
     return found
@@ -48,8 +48,10 @@ class Show:
         if not self.folder.mine:
             return
         for name in check_dashboards(self.s.log_to):
-            make = tensorboard if name == "tensorboard" else wandb
-            self.boards.append(make(self.path, settings, number))
+            try:
+                self.boards.append(KINDS[name](self.path, settings, number))
+            except Exception as error:  # whatever they raise: not logged in, no network, …
+                raise ValueError(f"--log-to {name}: {error}") from error
 
     def row(self, row: dict) -> None:
         numbers = {k: v for k, v in row.items() if isinstance(v, float | int) and math.isfinite(v)}
@@ -162,7 +164,7 @@ class Reporter:
 # --------------------------------------------------------------------------------- dashboards
 
 
-class tensorboard:
+class TensorBoard:
     def __init__(self, path: Path, settings: dict, number: int):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -178,17 +180,18 @@ class tensorboard:
         self.writer.close()
 
 
-class wandb:
+class WeightsAndBiases:
     def __init__(self, path: Path, settings: dict, number: int):
         import wandb
 
         # One run there for one folder here, however often it goes on. WANDB_MODE=offline works.
         file = path / "wandb-id"
         if not file.exists():
-            file.write_text(wandb.util.generate_id())
+            file.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ssr-zero"), name=path.name, dir=str(path),
             id=file.read_text(), resume="allow", config=settings,
+            settings=wandb.Settings(quiet=True),
         )  # fmt: skip
 
     def __call__(self, numbers: dict, step: int) -> None:
@@ -196,3 +199,6 @@ class wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+KINDS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

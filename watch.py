@@ -281,7 +281,8 @@ class Watch:
             self.folder.begin(self.s, needed, number)
 
         self.ranks.on_first("begin", open_folder)
-        self.show.begin(dataclasses.asdict(self.s), number or 0)
+        settings = dataclasses.asdict(self.s)
+        self.ranks.on_first("open the dashboards", lambda: self.show.begin(settings, number or 0))
         if step is None:
             self.evaluate(0, {})
         else:

@@ -1,4 +1,4 @@
-"""Can a model judge: the statistics by hand, files that cannot be read, the command as it is used."""
+"""Can a model judge: statistics by hand, files that cannot be read, the command as it is used."""
 
 import json
 import math

@@ -1,0 +1,337 @@
+"""The page a run is looked at with: what is in it, what it does, how it looks at any width."""
+
+import fcntl
+import json
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import report
+import ssr
+from tests.browser import drive, needs_chromium
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
+    *("--shown-prompts=2", "--eval-every=2", "--no-report", "--steps=5"),
+]
+NASTY = 'a</script><img src=x onerror="throw 1"> & {{data}} <b>'
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rewrite(path, change):
+    rows = [change(row) or row for row in rows_of(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def runs(toy, tmp_path_factory):
+    """A run, and a copy of it whose last evaluation is made bad, and says so."""
+    folder = tmp_path_factory.mktemp("runs")
+    good, bad = folder / "good", folder / "bad"
+    ssr.main([*SMALL, f"--model={toy}", f"--folder={good}"])
+    shutil.copytree(good, bad)
+
+    def worse(row):
+        greedy = row["greedy"]
+        if row["step"] == 0:  # the best one
+            greedy["quality"] = [1.0] * 16
+            greedy["exact_match"] = [1.0] * 16
+        if row["step"] == 5:
+            row["alarm"] = "the judge's score is high"
+            greedy["text"][3] = NASTY
+            greedy["quality"] = [1.0 if i < 3 else i / 100 for i in range(16)]
+            for i in range(16):
+                greedy["self"][i] = 0.9 if i != 4 else 0.0
+
+    rewrite(bad / "evaluations.jsonl", worse)
+    rewrite(
+        bad / "metrics.jsonl",
+        lambda r: (
+            r | {"eval/alarm": float(r["step"] == 5), "eval/exact_match": float(r["step"] == 0)}
+            if "eval/self" in r
+            else r
+        ),
+    )
+    return good, bad
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "both.html"
+    report.main([f"fine={runs[0]}", f"hacked={runs[1]}", f"--out={out}"])
+    return out
+
+
+def data_in(page):
+    text = page.read_text()
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*)</script>', text)[1]
+    )
+
+
+# ------------------------------------------------------------------------------- what is in it
+
+
+class Reader(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.loads = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids += [found["id"]] if "id" in found else []
+        for name, value in found.items():
+            self.links += re.findall(r"url\(#([^)]+)\)", value or "")
+            if name in ("href", "xlink:href", "src"):
+                (self.links if value.startswith("#") else self.loads).append(value.lstrip("#"))
+
+
+def test_the_page_is_one_file_that_loads_nothing(page):
+    text = page.read_text()
+    found = Reader(text)
+    assert all(link.startswith("data:image/png") for link in found.loads) and found.loads
+    assert len(set(found.ids)) == len(found.ids)
+    assert set(found.links) <= set(found.ids)
+    assert set(re.findall(r"\{\{\w+\}\}", text)) == {"{{data}}"}  # that is in a translation
+    assert not re.search(r"#03\w\w03|#01010\w|#02020\w", text)  # every colour got its own
+    assert "@import" not in text and "https://" not in text
+
+
+def test_a_translation_cannot_become_a_part_of_the_page(page):
+    assert "</script><img" not in page.read_text() and "<img" not in page.read_text()
+    cells = [cell for row in data_in(page)["sentences"]["rows"] for cell in row["cells"]]
+    assert NASTY in [cell["text"] for cell in cells]
+
+
+def test_curves_are_the_runs_numbers(runs, page):
+    rows = rows_of(runs[0] / "metrics.jsonl")
+    series = data_in(page)["panels"]["entropy"]["series"]
+    assert [line["of"] for line in series] == ["good", "bad"]
+    assert series[0]["x"] == [1, 2, 3, 4, 5]
+    assert series[0]["y"] == pytest.approx([r["policy/entropy"] for r in rows[1:]], abs=1e-5)
+    held_out = data_in(page)["panels"]["held-out"]["series"]
+    assert {line["name"] for line in held_out} == {"greedy", "sampled at T 1"}
+    assert held_out[0]["x"] == [0, 2, 4, 5]
+    wrong = data_in(page)["panels"]["unusable"]["series"]
+    form = next(line for line in wrong if line["name"] == "wrong form")
+    assert form["y"] == pytest.approx([1 - r["reward/format"] for r in rows[1:]], abs=1e-5)
+
+
+def test_many_points_become_means_of_neighbours(monkeypatch):
+    monkeypatch.setattr(report, "POINTS", 3)
+    assert report.thinned([0, 1, 2], [5.0, 6.0, 7.0]) == ([0, 1, 2], [5.0, 6.0, 7.0])
+    assert report.thinned([0, 1, 2, 3, 4], [1.0, 3.0, 5.0, 7.0, 20.0]) == (
+        [0.5, 2.5, 4],
+        [2.0, 6.0, 20.0],
+    )
+    assert report.spread_out(list(range(10)), 4, {4, 9}) == [0, 3, 4, 6, 9]
+
+
+def test_the_best_step_is_that_of_best(runs):
+    result = json.loads((runs[0] / "result.json").read_text())
+    run = report.Run(runs[0], "a")
+    assert run.best == result["best_step"] and run.step == 5
+    assert run.at(5, "eval/self") == result["after"]["eval/self"]
+    assert run.state() == "5 steps" and not run.running and not run.alarms
+
+
+def test_an_alarm_shows_what_got_worse_while_its_score_held(runs):
+    (alarm,) = report.alarms([report.Run(runs[1], "a")])
+    assert (alarm["step"], alarm["best"], alarm["why"]) == (5, 0, "the judge's score is high")
+    sources = rows_of(runs[1] / "evaluations.jsonl")[0]["source"]
+    shown = [sources.index(example["source"]) for example in alarm["examples"]]
+    assert shown == [3, 5, 6, 7, 8]  # the worst first; the judge saw what is wrong with number 4
+    assert all(x["then"]["values"]["quality"] == 1.0 for x in alarm["examples"])
+
+
+def test_the_page_says_first_what_to_know(runs, tmp_path):
+    def verdict(folder):
+        return report.verdict([report.Run(folder, "a")])
+
+    assert "No alarm so far" in verdict(runs[0])
+    assert "Alarm at step 5" in verdict(runs[1]) and "Trust best/, of step 0" in verdict(runs[1])
+    unmeasured = tmp_path / "unmeasured"
+    shutil.copytree(runs[0], unmeasured)
+
+    def forget(row):
+        for kind in ("greedy", "sampled"):
+            del row[kind]["quality"], row[kind]["exact_match"]
+
+    rewrite(unmeasured / "evaluations.jsonl", forget)
+    rewrite(
+        unmeasured / "metrics.jsonl",
+        lambda row: {k: v for k, v in row.items() if not re.search("match|quality|corr|alarm", k)},
+    )
+    assert "no alarm can ring" in verdict(unmeasured)
+    report.main([str(unmeasured)])
+    assert "held-out" not in data_in(unmeasured / "report.html")["panels"]
+
+
+def test_several_runs_say_where_they_differ(runs, toy, tmp_path):
+    other = tmp_path / "other"
+    ssr.main([*SMALL, f"--model={toy}", f"--folder={other}", "--lr=1e-4", "--steps=1"])
+    text = report.settings_html([report.Run(folder, "a") for folder in (runs[0], other)])
+    differing = re.findall(r'<tr class="differs"><th>(\w+)</th>', text)
+    assert {"lr", "steps", "folder"} <= set(differing) and "seed" not in differing
+
+
+# ------------------------------------------------------------------------------ while it is made
+
+
+def test_a_run_that_goes_on_is_said_to(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    with open(run / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert report.Run(run, "a").running and report.Run(run, "a").state() == "at step 5 of 5"
+        assert not report.Run(run, "a", ended=True).running  # who asks holds the lock
+        report.main([str(run)])
+    assert data_in(run / "report.html")["running"]
+    report.main([str(run)])
+    assert not data_in(run / "report.html")["running"]
+
+
+def test_a_page_can_be_made_at_any_moment_of_a_run(runs, tmp_path):
+    """Before the first row, with a row half-written, and with one evaluation."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(ValueError, match=r"is not the folder of a run: it has no settings\.json"):
+        report.Run(run, "a")
+    shutil.copy(runs[0] / "settings.json", run)
+    report.main([str(run)])
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "groups.jsonl"):
+        lines = (runs[0] / name).read_bytes().split(b"\n")
+        (run / name).write_bytes(lines[0] + b"\n" + lines[1][:20])
+    report.main([str(run)])
+    page = data_in(run / "report.html")
+    assert len(page["sentences"]["rows"]) == len(
+        set(rows_of(runs[0] / "evaluations.jsonl")[0]["source"])
+    )
+    (run / "metrics.jsonl").write_text('{"step": 0}\n{"step\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        report.Run(run, "a")
+
+
+def test_a_page_is_there_whole_or_not_at_all(runs, tmp_path, monkeypatch):
+    out = tmp_path / "report.html"
+    report.main([str(runs[0]), f"--out={out}"])
+    whole = out.read_text()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+    with pytest.raises(OSError, match=r"cannot write .*report\.html: No space"):
+        report.main([str(runs[0]), f"--out={out}"])
+    assert out.read_text() == whole and [x.name for x in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_it_needs_nothing_of_ours_but_its_page(runs, tmp_path):
+    """A borrower, or a laptop without PyTorch, can look at runs."""
+    for name in ("report.py", "report_page.html"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = f"import report; report.main([{str(runs[0])!r}, '--out=x.html']); import sys; "
+    command += "assert not {'torch', 'ssr', 'grpo'} & set(sys.modules)"
+    import subprocess
+
+    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "x.html").stat().st_size > 50_000
+
+
+def test_a_picture_is_svg_for_light_and_dark(runs, tmp_path, capsys):
+    out = tmp_path / "curve.svg"
+    report.main([f"a={runs[0]}", f"b={runs[1]}", f"--svg={out}", "--panels=held-out,entropy"])
+    root = ET.fromstring(out.read_text())
+    assert root.tag.endswith("svg") and "prefers-color-scheme:dark" in out.read_text()
+    words = [x.text for x in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Held-out quality", "Entropy", "a", "b", "step"} <= set(words)
+    with pytest.raises(ValueError, match="--panels entropi is unknown; known: held-out, judge"):
+        report.main([str(runs[0]), f"--svg={out}", "--panels=entropi"])
+
+
+# ------------------------------------------------------------------------------- in a browser
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_it_looks_right_at_any_width(page, tmp_path, width, dark):
+    script = """
+    const root = page.document.documentElement;
+    const shown = [...page.document.querySelectorAll("figure > svg")];
+    return { inner: page.innerWidth, width: root.scrollWidth, svgs: shown.length,
+      narrowest: Math.min(...shown.map((x) => x.getBoundingClientRect().width)),
+      ink: page.getComputedStyle(page.document.body).color,
+      text: page.getComputedStyle(page.document.querySelector("figure svg text")).fill };
+    """
+    found = drive(page, tmp_path, script, width, dark)
+    assert found["inner"] == found["width"] == width  # nothing sticks out
+    assert found["svgs"] >= 15 and found["narrowest"] > 300
+    light = [int(x) > 128 for x in re.findall(r"\d+", found["ink"])[:3]]
+    assert light == [dark] * 3
+    assert found["text"] == found["ink"]  # curves are labelled in the page's own colour
+
+
+@needs_chromium
+def test_a_person_can_choose_runs_steps_and_sentences(page, tmp_path):
+    script = """
+    const all = (q) => [...page.document.querySelectorAll(q)];
+    const seen = (x) => page.getComputedStyle(x).display !== "none";
+    const set = (id, value) => { $(id).value = value; $(id).dispatchEvent(new page.Event("input")); };
+    const found = {};
+    found.runs = all("#runs label").map((x) => x.textContent.trim());
+    found.lines = all("figure .run1").filter(seen).length;
+    all("#runs input")[1].click();
+    found.hidden = all("figure .run1").filter(seen).length;
+    found.first = all("figure .run0").filter(seen).length;
+    all("#runs input")[1].click();
+    found.again = all("figure .run1").filter(seen).length;
+    found.cells = all("#rows article:first-child .cell").length;
+    const chips = all("#columns button");
+    found.chips = chips.map((x) => x.textContent);
+    chips.filter((x) => x.getAttribute("aria-pressed") === "true").forEach((x) => x.click());
+    found.none = all("#rows .cell").length;
+    chips.at(-1).click();
+    set("search", "ONERROR");
+    found.hits = all("#rows article").length;
+    found.marked = all("#rows ins, #rows del").length;
+    set("base", "none");
+    found.plain = all("#rows ins, #rows del").length;
+    found.text = all("#rows .cell .text")[0].textContent;
+    set("search", "no such words");
+    found.empty = $("rows").textContent;
+    set("search", "");
+    $("more").click();
+    found.more = all("#rows article").length;
+    set("order", "proud");
+    found.proud = all("#rows article:first-child .words").map((x) => x.textContent).join();
+    found.group = $("group").textContent;
+    $("group-back").click();
+    found.before = $("group").textContent;
+    found.alarms = all("#alarm-list article").length;
+    found.images = all("img").length;
+    const svg = page.document.querySelector("[data-panel=entropy] > svg"), box = svg.getBoundingClientRect();
+    svg.dispatchEvent(new page.PointerEvent("pointermove",
+      { clientX: box.left + 0.9 * box.width, clientY: box.top + 50 }));
+    found.read = page.document.querySelector("[data-panel=entropy] output").textContent;
+    return found;
+    """  # noqa: E501
+    found = drive(page, tmp_path, script)
+    assert found["runs"] == ["fine", "hacked"]
+    assert found["hidden"] == 0 and found["lines"] == found["again"] > 10 < found["first"]
+    assert found["chips"][0].startswith("good 0") and found["chips"][-1] == "bad 5 (alarm)"
+    assert found["cells"] >= 4 and found["none"] == 0
+    assert found["hits"] == 1 and found["text"] == NASTY
+    assert found["marked"] > 0 and found["plain"] == 0 and found["images"] == 0
+    assert found["empty"] == "no sentence has that" and found["more"] > 8
+    assert "judge 0.90 · exact_match 0.00 · quality 0.03" in found["proud"]
+    assert found["group"].startswith("step 5 of bad") and found["before"].startswith(
+        "step 4 of bad"
+    )
+    assert found["alarms"] == 5
+    assert re.match(r"step 5: good policy [\d.]+ · bad policy [\d.]+$", found["read"])
