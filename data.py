@@ -64,7 +64,7 @@ ta Tamil tam_Taml|te Telugu tel_Telu|tg Tajik tgk_Cyrl|th Thai tha_Thai|tk Turkm
 tl Filipino tgl_Latn|tr Turkish tur_Latn|tt Tatar tat_Cyrl|ug Uyghur uig_Arab|uk Ukrainian ukr_Cyrl
 ur Urdu urd_Arab|uz Uzbek uzn_Latn|vi Vietnamese vie_Latn|xh Xhosa xho_Latn|yi Yiddish ydd_Hebr
 yo Yoruba yor_Latn|yue Cantonese yue_Hant|zh Chinese zho_Hans|zh_hant Traditional_Chinese zho_Hant
-zu Zulu zul_Latn
+zu Zulu zul_Latn|kasu Kasu toy_kasu|bevo Bevo toy_bevo
 """
 TABLE = [row.replace("\n", "").split() for row in LANGUAGES.strip().replace("\n", "|").split("|")]
 NAMES = {code: name.replace("_", " ") for code, name, _ in TABLE}

@@ -22,7 +22,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -121,11 +121,11 @@ class Run:
         self.best = max(known, key=lambda row: row[key])["step"] if known else 0
         self.alarms = [row["step"] for row in self.measured if row.get("eval/alarm")]
 
-    def series(self, key: str) -> tuple[list[float], list[float]]:
+    def series(self, key: str, points: int = POINTS) -> tuple[list[float], list[float]]:
         if "MEASURE" in key:
             key = key.replace("MEASURE", self.measures[0]) if self.measures else ""
         rows = [row for row in self.rows if row.get(key) is not None]
-        return thinned([row["step"] for row in rows], [row[key] for row in rows])
+        return thinned([row["step"] for row in rows], [row[key] for row in rows], points)
 
     def at(self, step: int, key: str) -> float | None:
         return next((row.get(key) for row in self.measured if row["step"] == step), None)
@@ -170,9 +170,9 @@ def rows_of(path: Path) -> list[dict]:
     return rows
 
 
-def thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    """At most POINTS of them: means of as many neighbours as that takes."""
-    size = -(-len(x) // POINTS) or 1
+def thinned(x: list[float], y: list[float], points: int) -> tuple[list[float], list[float]]:
+    """At most so many of them: means of as many neighbours as that takes."""
+    size = -(-len(x) // points) or 1
     if size == 1:
         return x, y
     parts = [slice(i, i + size) for i in range(0, len(x), size)]
@@ -228,26 +228,26 @@ def palette(colours: list[str]) -> str:
     return "".join(f"--run{i}:{c};" for i, c in enumerate(colours))
 
 
-def draw_panel(axes, panel: Panel, runs: list[Run], numbers: dict[str, int]) -> list[dict]:
+def draw_panel(axes, panel: Panel, runs: list[Run], numbers: dict[str, int], points=POINTS):
     """The lines' numbers, for the page to read out; none when no run has what is to be drawn."""
     drawn: list[dict] = []
     for n, run in enumerate(runs):
         number = numbers[run.label]
         had: list[list[float]] = []
         for (key, name), style in zip(panel.keys.items(), STYLES, strict=False):
-            x, y = run.series(key)
+            x, y = run.series(key, points)
             if not x or y in had:  # a reward of one component is its total: the same line twice
                 continue
             had.append(y)
-            dots = {"marker": ".", "markersize": 4} if len(x) < 60 else {}
+            dots = {"marker": ".", "markersize": 4} if len(x) < 30 else {}
             axes.plot(x, y, ls=style, color=colour(number), gid=f"run{number}-{n}{name}", **dots)
             line = {"run": number, "of": run.title, "name": name, "x": x}
             drawn.append(line | {"y": [round(v, 5) for v in y]})
         if panel.name == "held-out" and run.alarms:
-            points = [(x, y) for x, y in zip(*run.series("eval/MEASURE"), strict=True)
-                      if x in run.alarms]  # fmt: skip
-            axes.plot(*zip(*points, strict=True), "o", color=RED, mfc="none", markersize=6,
-                      gid=f"run{number}-{n}alarms")  # fmt: skip
+            x, y = run.series("eval/MEASURE")
+            rung = [point for point in zip(x, y, strict=True) if point[0] in run.alarms]
+            ring = {"color": RED, "mfc": "none", "markersize": 5, "clip_on": False}
+            axes.plot(*zip(*rung, strict=True), "o", gid=f"run{number}-{n}alarms", **ring)
     values = [v for line in drawn for v in line["y"]]
     if values and panel.share:
         axes.set_ylim(min(0.0, *values) if min(values) < 0.4 else None, max(*values, 0.02) * 1.03)
@@ -587,11 +587,12 @@ def picture(runs: list[Run], panels: list[Panel]) -> str:
     width = max(4.0, 3.6 * len(panels))
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 3), layout="constrained")
     for one, panel in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
-        if not draw_panel(one, panel, runs, numbers):
+        first = dict([next(iter(panel.keys.items()))])  # one line a run is enough to read
+        if not draw_panel(one, replace(panel, keys=first), runs, numbers, 100):
             raise ValueError(f"--panels {panel.name}: no run has anything to draw there")
         one.set(title=panel.title, xlabel="step")
-    first = [axes][0] if len(panels) == 1 else axes[0]
     if len(numbers) > 1:
+        first = axes if len(panels) == 1 else axes[0]
         lines = [first.plot([], [], color=colour(i), label=x)[0] for x, i in numbers.items()]
         first.legend(handles=lines, frameon=False)
     head, tail = as_svg(figure, "x").split(">", 1)

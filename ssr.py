@@ -175,7 +175,7 @@ class Settings(grpo.Settings):
     toy_noise: float = 0.3
     """Standard deviation of the error of the toy's "external" scorer."""
     judge_only: str = ""
-    """Train nothing: score the translations in this file with --model, or with --judge-url, and say
+    """Train nothing: score the translations in these files with --model, or --judge-url, and say
     how well that agrees with scores that are given there (see eval/agreement.py)."""
     dry_run: bool = False
     """Say what memory and time the run would take, and end."""
@@ -656,14 +656,14 @@ def judge_file(s: Settings) -> None:
     if device.type == "cuda" and ranks.size > 1:
         device = torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(s.threads or torch.get_num_threads())
-    file = Path(s.judge_only)
+    files = [Path(name).expanduser() for name in s.judge_only.split(",")]
     items = ranks.on_first(
-        "read the translations", lambda: agreement.read(file, s.source, s.target)
+        "read the translations", lambda: agreement.read(files, s.source, s.target)
     )
     pairs = [(item.task, item.translation) for item in items]
     judge, key = judge_alone(s, ranks, pairs, device)
-    out = Path(s.folder) if s.folder else file.parent
-    path = out / f"{file.stem}.judged.jsonl"
+    out = Path(s.folder) if s.folder else files[0].parent
+    path = out / f"{files[0].stem}.judged.jsonl"
     key |= {"translations": hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]}
     print(f"judged by {key['model']}, score {s.reading}; writing {path}", flush=True)
     rows = agreement.judged(items, judge, ranks, path, key, 8 * s.slots * ranks.size)

@@ -1,6 +1,6 @@
 """Can a model judge? Its scores of given translations beside scores that somebody else gave.
 
-    python ssr.py --judge-only rows.jsonl --model DIR_OR_ID
+    python ssr.py --judge-only rows.jsonl --model DIR_OR_ID      # or several, one.jsonl,other.jsonl
 
     {"text": "Good night.", "source": "en", "target": "zh", "translation": "晚安。", "score": 97.5}
 
@@ -35,8 +35,13 @@ class Item(NamedTuple):
     given: dict[str, float]
 
 
-def read(path: Path, source: str = "", target: str = "") -> list[Item]:
-    pairs, items = pairs_of(source, target), []
+def read(paths: list[Path], source: str = "", target: str = "") -> list[Item]:
+    pairs = pairs_of(source, target)
+    return [item for path in paths for item in read_one(path, pairs)]
+
+
+def read_one(path: Path, pairs: list[tuple[str, str]]) -> list[Item]:
+    items = []
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     with open(path, "rb") as file:

@@ -118,10 +118,10 @@ def test_a_bad_line_is_named(line, words, tmp_path):
     good = {"text": "a", "translation": "b", "source": "en", "target": "de", "score": 1}
     file.write_text(json.dumps(good) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl, " + words.replace("(", r"\(")):
-        read(file)
+        read([file])
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no translations"):
-        read(file)
+        read([file])
     with pytest.raises(SystemExit, match="there is no such file"):
         ssr.main(["--preset=toy", f"--judge-only={tmp_path / 'nowhere'}"])
 
@@ -158,7 +158,7 @@ def test_a_file_is_judged_and_the_agreement_said(toy, tmp_path, capsys):
     assert all(0 <= row["score"] <= 1 for row in judged[1:] if row["score"] is not None)
     found = json.loads((tmp_path / "rows.agreement.json").read_text())
     scores = [row["score"] for row in judged[1:]]
-    again = agreement.agreement("score", read(file), scores)
+    again = agreement.agreement("score", read([file]), scores)
     assert found["against"]["score"]["kendall"] == pytest.approx(again.kendall, nan_ok=True)
     # It goes on where it was, and does not mix judges.
     path = tmp_path / "rows.judged.jsonl"
@@ -168,3 +168,4 @@ def test_a_file_is_judged_and_the_agreement_said(toy, tmp_path, capsys):
     assert path.read_text() == whole and "judged: 24/24" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="made with another reading: expected, now written"):
         ssr.main([*words, "--reading=written"])
+    assert len(read([file, file])) == 48  # of several systems, say

@@ -127,10 +127,9 @@ def test_curves_are_the_runs_numbers(runs, page):
     assert form["y"] == pytest.approx([1 - r["reward/format"] for r in rows[1:]], abs=1e-5)
 
 
-def test_many_points_become_means_of_neighbours(monkeypatch):
-    monkeypatch.setattr(report, "POINTS", 3)
-    assert report.thinned([0, 1, 2], [5.0, 6.0, 7.0]) == ([0, 1, 2], [5.0, 6.0, 7.0])
-    assert report.thinned([0, 1, 2, 3, 4], [1.0, 3.0, 5.0, 7.0, 20.0]) == (
+def test_many_points_become_means_of_neighbours():
+    assert report.thinned([0, 1, 2], [5.0, 6.0, 7.0], 3) == ([0, 1, 2], [5.0, 6.0, 7.0])
+    assert report.thinned([0, 1, 2, 3, 4], [1.0, 3.0, 5.0, 7.0, 20.0], 3) == (
         [0.5, 2.5, 4],
         [2.0, 6.0, 20.0],
     )

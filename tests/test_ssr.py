@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -460,6 +461,24 @@ def test_the_toy_learns_to_translate_by_judging_itself(whole):
     rows = rows_of(whole / "run" / "metrics.jsonl")
     assert rows[-1]["eval/exact_match"] - rows[0]["eval/exact_match"] >= 0.45
     assert rows[-1]["eval/exact_match"] >= 0.85
+
+
+@pytest.mark.slow
+def test_a_run_that_cheats_is_said_to_in_terminal_and_report(tmp_path):
+    """The command of the README: a weak judge and a high rate."""
+    readme = (ROOT / "README.md").read_text()
+    words = re.search(r"(?m)^python ssr\.py (--toy-tokens 1.5e6 .*) --folder", readme)[1]
+    command = [sys.executable, str(ROOT / "ssr.py"), "--preset=toy", *words.split()]
+    run = subprocess.run([*command, "--folder=run"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.search(rf"step \d+: {watch.ALARM}: the judge's score is .* Compare best/", run.stdout)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["alarms"] and result["after"]["eval/exact_match"] < 0.3
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Alarm at step" in page and f"Trust best/, of step {result['best_step']}" in page
+    alarms = json.loads(re.search(r'id="data">(.*)</script>', page)[1])["alarms"]
+    assert [x["step"] for x in alarms] == result["alarms"]
+    assert any(alarm["examples"] for alarm in alarms)
 
 
 @pytest.mark.slow
