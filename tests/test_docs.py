@@ -36,7 +36,7 @@ def known_options():
     for file in [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("bench/*.py")]:
         found |= set(re.findall(r'(?:option|add_argument)\(\s*"(--[a-z-]+)"', file.read_text()))
     torchrun = "nproc_per_node nnodes rdzv-backend rdzv-endpoint max-restarts shutdown-timeout"
-    return found | {f"--{x}" for x in torchrun.split()} | {"--help", "--check"}
+    return found | {f"--{x}" for x in torchrun.split()} | {"--help", "--check", "--standalone"}
 
 
 def test_options_that_are_shown_exist():
