@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ranks import Ranks
 
-VERSION = 1  # of state.json and of the names in `tensors_of`
+VERSION = 2  # of state.json and of the names in `tensors_of`
 
 
 def tensors_of(model, optimizer, average: Iterable[Tensor] = ()) -> dict[str, Tensor]:
@@ -47,9 +47,10 @@ def tensors_of(model, optimizer, average: Iterable[Tensor] = ()) -> dict[str, Te
 class Checkpoints:
     def __init__(
         self, folder: Path, keep: int, ranks: Ranks, tensors: dict[str, Tensor], identity: dict,
-        free: str,
+        free: str = "",
     ):  # fmt: skip
-        """`identity`: what must be equal for a run to go on, but for the settings in `free`."""
+        """`identity`: what must be equal for a run to go on. In its "settings", if it has any,
+        those that `free` names, with spaces between them, may differ."""
         self.folder, self.keep, self.ranks, self.tensors = folder, keep, ranks, tensors
         self.identity, self.free = json.loads(json.dumps(identity)), free.split()
         self.writing: threading.Thread | None = None
@@ -154,10 +155,11 @@ class Checkpoints:
         return about
 
     def check(self, folder: Path, about: dict) -> None:
-        if about["version"] > VERSION:
+        if about["version"] != VERSION:
+            older = about["version"] < VERSION
             raise ValueError(
-                f"{folder} was written by a newer version of this code (format "
-                f"{about['version']}, this one reads {VERSION}): update it"
+                f"{folder} was written by {'an older' if older else 'a newer'} version of this "
+                f"code (format {about['version']}, this one reads {VERSION}): go on with that one"
             )
         for name in self.identity.keys() - {"settings"}:
             if about.get(name) != self.identity[name]:
@@ -165,10 +167,10 @@ class Checkpoints:
                     f"{folder} is of another run: the {name} it began with: {about.get(name)}, "
                     f"now: {self.identity[name]}"
                 )
-        self.compare(about["settings"], folder)
+        self.compare(about.get("settings", {}), folder)
 
     def compare(self, had: dict, folder: Path) -> None:
-        now = self.identity["settings"]
+        now = self.identity.get("settings", {})
         other, allowed = (
             [
                 f"--{name.replace('_', '-')} was {had.get(name)!r} and is {now[name]!r}"
@@ -191,7 +193,7 @@ def read(folder: Path) -> tuple[dict, str]:
     """state.json, and what is wrong with the folder, if anything."""
     try:
         about = json.loads((folder / "state.json").read_text())
-        if about["version"] > VERSION:
+        if about["version"] != VERSION:
             return about, ""  # to be refused: what else it holds is not ours to read
         for name, size in about["files"].items():
             if (folder / name).stat().st_size != size:

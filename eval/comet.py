@@ -317,7 +317,7 @@ def install(folder: Path, again: bool = False) -> None:
             python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
             "--requirement", str(REQUIREMENTS), *(["--force-reinstall"] if again else []),
         ],
-        "trying it": [python, "-W", "ignore", "-c", "import comet, torch"],
+        "trying it": [python, "-P", "-W", "ignore", "-c", "import comet, torch"],  # -P: not ours
     }  # fmt: skip
     for what, command in steps.items():
         print(f"{folder}: {what}", flush=True)

@@ -125,11 +125,13 @@ def in_rounds(
     there = {row["segment"]: row for row in done}
     todo = [i for i in range(count) if i not in there]
     pace = Pace(what, len(there), count)
-    for start in range(0, len(todo), size):
-        made = ranks.share(what, todo[start : start + size], work)
-        ranks.on_first(f"write {what}", lambda made=made: file[0].add(made, about()))
-        there |= {row["segment"]: row for row in made}
-        pace(len(there))
-    if file:
-        file[0].file.close()
+    try:
+        for start in range(0, len(todo), size):
+            made = ranks.share(what, todo[start : start + size], work)
+            ranks.on_first(f"write {what}", lambda made=made: file[0].add(made, about()))
+            there |= {row["segment"]: row for row in made}
+            pace(len(there))
+    finally:
+        for one in file:
+            one.file.close()
     return [there[i] for i in range(count)]

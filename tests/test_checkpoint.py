@@ -174,11 +174,12 @@ def test_what_may_differ_may_differ(tmp_path, state):
     assert opened(tmp_path, state, longer).restore()["step"] == 3
 
 
-def test_a_newer_format_is_refused(tmp_path, state, monkeypatch):
-    monkeypatch.setattr(checkpoint, "VERSION", 2)
-    saved(tmp_path, state, 3)
-    monkeypatch.setattr(checkpoint, "VERSION", 1)
-    with pytest.raises(ValueError, match=r"newer version of this code \(format 2, this one reads"):
+@pytest.mark.parametrize(("written", "words"), [(1, "an older"), (99, "a newer")])
+def test_another_format_is_refused(tmp_path, state, monkeypatch, written, words):
+    with monkeypatch.context() as other:
+        other.setattr(checkpoint, "VERSION", written)
+        saved(tmp_path, state, 3)
+    with pytest.raises(ValueError, match=rf"by {words} version of this code \(format {written},"):
         opened(tmp_path, state).restore()
 
 
