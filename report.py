@@ -22,6 +22,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -69,6 +70,9 @@ HEALTH = [
     Panel("length", "Length of samples", "Tokens. A steady climb is a common way to please a "
           "judge; a fall to almost nothing is another.",
           {"length/mean": "mean", "length/max": "longest"}),
+    Panel("habit", "Habits", "The beginning or ending that gained most since the start, as a share "
+          "of held-out translations. What pleases the judge spreads: quotation marks, say.",
+          {"habit": "most gained"}, True),
     Panel("unusable", "Not usable", "Shares: judgements that are no score, samples of a wrong "
           "form, samples cut off.", {"judge/invalid": "no score", "wrong/format": "wrong form",
                                "length/truncated": "cut off"}, True),
@@ -109,6 +113,11 @@ class Run:
                 row["wrong/format"] = 1 - row["reward/format"]
         self.measured = [row for row in self.rows if "eval/self" in row]
         self.evaluations = rows_of(path / "evaluations.jsonl")
+        self.habits = habits([row["greedy"]["text"] for row in self.evaluations])
+        found = {e["step"]: h for e, h in zip(self.evaluations, self.habits, strict=True)}
+        for row in self.rows:
+            if row["step"] in found:
+                row["habit"] = found[row["step"]][0]
         self.groups = rows_of(path / "groups.jsonl")
         first = self.measured[0] if self.measured else {}
         named = [key[13:] for key in first if key.startswith("eval/sampled_")]
@@ -168,6 +177,24 @@ def rows_of(path: Path) -> list[dict]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
     return rows
+
+
+def habits(texts: list[list[str]]) -> list[tuple[float, str]]:
+    """Of each evaluation: the share that one beginning or ending has gained since the first, and
+    which. Words, and letters, as not all scripts set spaces."""
+
+    def ends(texts: list[str]) -> Counter:
+        found: Counter = Counter()
+        for text in texts:
+            words = text.split() or [""]
+            found.update({f"{words[0]} …", f"… {words[-1]}", f"{text[:1]}…", f"…{text[-1:]}"})
+        return found
+
+    first, gained = ends(texts[0]) if texts else Counter(), []
+    for now in map(ends, texts):
+        word, _ = max(now.items(), key=lambda item: (item[1] - first[item[0]], len(item[0])))
+        gained.append(((now[word] - first[word]) / len(texts[0]), word))
+    return gained
 
 
 def thinned(x: list[float], y: list[float], points: int) -> tuple[list[float], list[float]]:
@@ -325,10 +352,13 @@ def figure_of(svg: str, number: int, caption: str = "") -> str:
 # ------------------------------------------------------------------------------------- the page
 
 
-def panels_html(panels: list[dict]) -> str:
+def panels_html(panels: list[dict], runs: list[Run]) -> str:
     parts = []
+    gained = [(run, *run.habits[-1]) for run in runs if run.habits and run.habits[-1][0] > 0]
+    last = ", ".join(f"{run.title}: “{word[:40]}” +{share:.0%}" for run, share, word in gained)
     for one in panels:
         panel = one["panel"]
+        note = f"<br>{escape(last)}" if panel.name == "habit" else ""
         names = list(dict.fromkeys(line["name"] for line in one["series"]))
         order = list(panel.keys.values())
         keys = "".join(
@@ -338,7 +368,7 @@ def panels_html(panels: list[dict]) -> str:
         )
         parts.append(
             f'<figure class="panel" data-panel="{panel.name}"><h3>{escape(panel.title)}</h3>'
-            f'<p class="look">{escape(panel.look)}</p>{one["svg"]}'
+            f'<p class="look">{escape(panel.look)}{note}</p>{one["svg"]}'
             f'<figcaption><span class="keys">{keys}</span><output></output></figcaption></figure>'
         )
     return "".join(parts)
@@ -566,9 +596,9 @@ def page(runs: list[Run]) -> str:
         ),
         "verdict": verdict(runs),
         "overview": overview(runs, numbers),
-        "learning": panels_html([drawn[p.name] for p in LEARNING if drawn[p.name]]),
-        "health": panels_html([drawn[p.name] for p in HEALTH if drawn[p.name]]),
-        "cost": panels_html([drawn[p.name] for p in COST if drawn[p.name]]),
+        "learning": panels_html([drawn[p.name] for p in LEARNING if drawn[p.name]], runs),
+        "health": panels_html([drawn[p.name] for p in HEALTH if drawn[p.name]], runs),
+        "cost": panels_html([drawn[p.name] for p in COST if drawn[p.name]], runs),
         "histograms": "".join(histogram(plt, run, n, numbers[run.label]) for n, run in of_runs),
         "scatters": "".join(scatter(plt, run, n, numbers[run.label]) for n, run in of_runs),
         "stages": stages(runs, numbers),

@@ -136,6 +136,19 @@ def test_many_points_become_means_of_neighbours():
     assert report.spread_out(list(range(10)), 4, {4, 9}) == [0, 3, 4, 6, 9]
 
 
+def test_a_habit_is_found_without_a_reference():
+    start = ["the cat.", "a dog.", "two birds.", "an owl."]
+    later = ['"the cat."', '"a dog."', '"two birds"', "an owl."]
+    spread = [f"{text} zobyl" for text in start]
+    found = report.habits([start, later, spread])
+    assert (
+        found[0][0] == 0
+        and found[1] in ((0.75, '"…'), (0.75, '…"'))
+        and found[2] == (1.0, "… zobyl")
+    )
+    assert report.habits([]) == [] and report.habits([[""], [""]])[1][0] == 0
+
+
 def test_the_best_step_is_that_of_best(runs):
     result = json.loads((runs[0] / "result.json").read_text())
     run = report.Run(runs[0], "a")
