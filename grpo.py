@@ -3,26 +3,39 @@
     for step in train(model, sampler, reward, batch, settings, optimizer, stop_ids=[eos]):
         print(step.metrics["reward/total"])        # evaluate, log, save here: weights are at rest
 
-`batch(number)` gives the prompts of step 1, 2, …; `reward(tasks, groups, number)` gives `.total`
-(N,), `.parts` and `.words` of each. What the loop needs of them is that alone: it never sees text.
+What the loop needs of others; text it passes on, and reads none:
+
+- `batch(number)`: the prompts of step 1, 2, …;
+- `reward(tasks, groups, number)`: for each group `.total` (N rewards; NaN: none), `.parts` (by name
+  N numbers; "format" is 1 where the form was right, and only then was anything judged), `.words`;
+- `sampler`: `.model`, `.generate(prompts, n, max_new_tokens, temperature, stop_ids=, seed=, keys=)`
+  and, for KL, `.score(prompts, continuations, temperature)`, as sampler.py has them;
+- `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of sequences end to end in one row;
+  `.head_weight` (V, D), whose product with them are the logits.
 
 Group Relative Policy Optimisation, as it is done here:
 
 - advantage: the reward against the other samples of its prompt (kernels/advantage.py);
+- a tie gives exactly 0, and so does a group of one; a sample without a reward is left out of its
+  group's mean, and out of the loss;
 - loss: clipped policy gradient (kernels/logprob.py), one optimizer step a batch by default. Then
-  the ratio of new to old probability is exactly 1, and clipping takes no part;
-- one denominator: the completion tokens of all samples of the step that have a reward ("token"),
-  or each sample's own length times their number ("sequence"). It is known before the first
-  backward, so losses and gradients of micro-batches simply add up;
+  the ratio of new to old probability is exactly 1 (the sampler's log-probs are compared with, and
+  never divided by), clipping takes no part, and the loss is minus the mean advantage: about 0,
+  whatever is learned. Its gradient is what matters;
+- one denominator, of the samples that have a reward: all their completion tokens ("token"), or for
+  each its own length times how many they are ("sequence"). It is known before the first backward,
+  so losses and gradients of micro-batches simply add up (`weights_of`);
 - truncated samples are trained like others, and count; they only have no stop token to train;
 - identical samples of a prompt have identical gradients, so they are trained once with the weight
-  of all. With several updates a batch that is exact only where their advantages agree, too;
-- a sample of advantage 0 teaches nothing (unless a KL pulls at it) and costs nothing. A step in
-  which there is no other takes no optimizer step at all;
+  of all. With several updates a batch only those whose advantages are equal are;
+- a sample of advantage 0 teaches nothing (unless a KL pulls at it) and is not trained. A step in
+  which all are 0 takes no optimizer step;
 - with many ranks each samples and judges its share of the prompts, all of them then know the whole
-  batch, and each takes its share of the micro-batches (see ranks.py).
+  batch, and each takes its share of the micro-batches; gradients are summed, not averaged, in
+  backward (ranks.py, where `share` deals work and gives every rank all of its results in order).
+  Every rank calls `train` with the same arguments, and gets the same steps.
 
-Letters: P prompts, N samples of each, T tokens.
+Letters: P prompts, N samples of each, T tokens, D width, V vocabulary.
 """
 
 import heapq
@@ -37,11 +50,13 @@ from torch import Tensor
 
 from kernels.advantage import group_advantage
 from kernels.logprob import linear_logprob, linear_policy_loss
-from ranks import Ranks, clip, follow
+from ranks import Ranks, clip_gradients, follow
 
 
 @dataclass
 class Settings:
+    """Of the loop, and of the callers who make its prompts and samplers."""
+
     steps: int = 200
     """How many batches to learn from."""
     seed: int = 0
@@ -96,12 +111,12 @@ class Prompt(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One distinct sample of a prompt."""
+    """A distinct sample of a prompt, and what is trained of it."""
 
     prompt: list[int]
     ids: list[int]
     logprobs: list[float]
-    """The sampler's."""
+    """By the sampler: to measure with, not to train with."""
     advantage: float
     """The mean of its copies."""
     copies: int
@@ -114,9 +129,9 @@ class Step:
     metrics: dict[str, float | list[int]]
     """Numbers, and under "histogram/…" counts."""
     groups: Sequence[list]
-    """The samples, (P, N)."""
-    bad: dict[str, int]
-    """Trouble -> for how many steps in a row, this one included."""
+    """The samples, (P, N): drawn before this step's update."""
+    missing: dict[str, int]
+    """What there was none of -> for how many steps in a row, this one included."""
     prompts: Sequence[Prompt] = ()
     judged: Sequence = ()
     """What the reward said of each group."""
@@ -140,21 +155,22 @@ def train(
     ranks: Ranks | None = None,
     done: Step | None = None,
 ) -> Iterator[Step]:
-    """Steps 1 … s.steps, or those after `done`. `start`: a sampler of the weights at the start.
+    """Steps 1 … s.steps; or those after `done`, the last one of a run that goes on. `start`: a
+    sampler of the weights at the start, for the KL.
 
-    What a step does depends on the settings, the weights, the optimizer's state and its number
-    alone. A run's health is looked at after the yield: the caller has the step by then.
+    What a step does depends on the settings, the weights, the optimizer's state and the step's
+    number alone. A run's health is looked at after the yield: the caller has the step by then.
     """
     if s.kl > 0 and start is None:
         raise ValueError(f"kl={s.kl} needs `start`, a sampler of the weights at the start")
     ranks = ranks or Ranks()
-    bad = dict(done.bad) if done else {}
+    missing = dict(done.missing) if done else {}
     refresh(sampler, model)
     for number in range(done.number + 1 if done else 1, s.steps + 1):
         clock, ranks.step = Clock(), number
         prompts = batch(number)
         groups, judged = roll_out(prompts, number, sampler, reward, s, stop_ids, ranks, clock)
-        rewards = torch.tensor([row.total for row in judged], dtype=torch.float64)  # (P, N)
+        rewards = torch.tensor([group.total for group in judged], dtype=torch.float64)  # (P, N)
         advantages = group_advantage(rewards, s.advantage_scale, s.advantage_baseline)
         rows = distinct_rows(prompts, groups, rewards, advantages, s)
         reference = reference_logprobs(start, rows, s, ranks)
@@ -167,9 +183,9 @@ def train(
         clock.stage("train")
         metrics = describe(groups, judged, rewards, advantages, rows, reference)
         metrics |= trained | clock.metrics(groups, trained["train/tokens"]) | {"train/lr": rate}
-        bad = trouble(metrics, bad)
-        yield Step(number, metrics, groups, bad, prompts, judged, advantages)
-        check_health(bad, judged, s.max_bad_steps)
+        missing = still_missing(metrics, missing)
+        yield Step(number, metrics, groups, missing, prompts, judged, advantages)
+        check_health(missing, judged, s.max_bad_steps)
 
 
 def refresh(sampler, model) -> None:
@@ -258,8 +274,13 @@ def update(
     s,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """`updates_per_batch` optimizer steps; statistics are those of the last, but for the gap
-    between sampler and trainer: that is the first's, while both have the same weights."""
+    """`updates_per_batch` optimizer steps. What is measured is the last one's, but for the gap
+    between sampler and trainer: that is the first's, while both have the same weights; and for
+    "train/skipped", which counts those without a finite gradient.
+
+    "train/clipped" is the share of the loss's weight whose ratio was clipped, "train/grad_norm" the
+    norm before gradients are scaled down.
+    """
     stats = {"train/grad_norm": 0.0, "train/loss": 0.0, "train/clipped": 0.0, "train/skipped": 0.0}
     stats |= {"policy/sampler_gap": math.nan, "policy/sampler_gap_max": math.nan}  # unmeasured
     taught = [i for i, row in enumerate(rows) if row.advantage != 0 or s.kl > 0]
@@ -277,7 +298,7 @@ def update(
         )
         for part in parts
     ]
-    # Listed before any forward: FSDP then shows gathered weights, which no optimizer owns.
+    # Listed before any forward: after it FSDP shows gathered copies, which no optimizer owns.
     parameters = [p for p in model.parameters() if p.requires_grad]
     if s.updates_per_batch > 1:
         for b in batches:
@@ -295,7 +316,7 @@ def update(
         if not again:
             stats["policy/sampler_gap"] = found["sampler_gap"] / weight
             stats["policy/sampler_gap_max"] = found["sampler_gap_max"]
-        norm = clip(parameters, s.max_norm)
+        norm = clip_gradients(parameters, s.max_norm)
         if math.isfinite(norm):  # one number: the ranks cannot disagree
             optimizer.step()
         else:
@@ -312,25 +333,25 @@ def merge(found: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def pack(which: list[int], lengths: list[int], most: int, ranks: int) -> list[list[int]]:
+def pack(which: list[int], lengths: list[int], most: int, size: int) -> list[list[int]]:
     """Micro-batches of about the same number of tokens, at most `most` unless one row is longer.
 
-    Every rank needs the same number of them, because forward and backward are collective: some may
-    be empty. Largest first, so that the ranks have about as much to do in each round.
+    Each of `size` ranks needs the same number of them, because forward and backward are collective:
+    some may be empty. Largest first, so that the ranks have about as much to do in each round.
     """
     order = sorted(which, key=lambda i: -lengths[i])
-    count = ranks * max(1, -(-sum(lengths[i] for i in which) // (ranks * most)))
+    count = size * max(1, -(-sum(lengths[i] for i in which) // (size * most)))
     while True:
         parts: list[list[int]] = [[] for _ in range(count)]
-        sizes = [(0, part) for part in range(count)]  # a heap: the emptiest first
+        heap = [(0, part) for part in range(count)]  # the emptiest first
         for i in order:
-            size, part = heapq.heappop(sizes)
+            tokens, part = heapq.heappop(heap)
             parts[part].append(i)
-            heapq.heappush(sizes, (size + lengths[i], part))
-        full = dict((part, size) for size, part in sizes)
+            heapq.heappush(heap, (tokens + lengths[i], part))
+        full = dict((part, tokens) for tokens, part in heap)
         if all(full[part] <= most or len(parts[part]) == 1 for part in range(count)):
             return [parts[part] for part in sorted(range(count), key=lambda part: -full[part])]
-        count += ranks
+        count += size
 
 
 class MicroBatch:
@@ -420,6 +441,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     def stage(self, name: str) -> None:
+        """What was done since the last one ended."""
         now = time.perf_counter()
         self.seconds[name] = now - self.last
         self.last = now
@@ -441,7 +463,10 @@ class Clock:
 def describe(
     groups, judged, rewards: Tensor, advantages: Tensor, rows: list[Row], reference
 ) -> dict[str, float | list[int]]:
-    """Means over all samples, trained or not; rewards and KL over those that have a reward."""
+    """Means over all samples, trained or not; rewards and KL over those that have a reward.
+
+    What each is called, README.md says in a table.
+    """
     samples = [sample for group in groups for sample in group]
     known = ~rewards.isnan()
     lengths = [len(sample.ids) for sample in samples]
@@ -472,7 +497,7 @@ def describe(
             for r, theirs in zip(rows, reference, strict=True)
         ]
         total = sum(copies * len(x) for copies, x in gaps) or math.nan
-        # k3: never negative, right on average.
+        # The estimator called k3, exp(x) - 1 - x: never negative, right on average.
         k3 = [copies * float((x.expm1() - x).sum()) for copies, x in gaps]
         metrics["policy/kl"] = sum(k3) / total
     return metrics
@@ -491,19 +516,19 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if len(values) else math.nan
 
 
-def trouble(metrics: dict[str, float], before: dict[str, int]) -> dict[str, int]:
-    """What was missing, and for how many steps in a row."""
-    now = {
+def still_missing(metrics: dict, before: dict[str, int]) -> dict[str, int]:
+    """What there was none of, and for how many steps in a row."""
+    none = {
         "finite gradient": metrics["train/skipped"] > 0,
         "valid score": metrics["judge/invalid"] == 1,
         "sample of the right format": metrics.get("reward/format") == 0,
     }
-    return {what: before.get(what, 0) + 1 for what, missing in now.items() if missing}
+    return {what: before.get(what, 0) + 1 for what, nothing in none.items() if nothing}
 
 
-def check_health(bad: dict[str, int], judged, most: int) -> None:
+def check_health(missing: dict[str, int], judged, most: int) -> None:
     """Stop a run whose gradient, judge or format was of no use for `most` steps in a row."""
-    for what in [what for what, steps in bad.items() if steps >= most]:
+    for what in [what for what, steps in missing.items() if steps >= most]:
         advice = "the weights were left alone; lower --lr"
         if what == "valid score":
             words = [w for row in judged for w in row.words if w != "not judged"][:3]

@@ -303,7 +303,7 @@ def follow(copies: Iterable[Tensor], weights: Iterable[Tensor], decay: float = 0
             mine.lerp_(theirs, 1 - decay)
 
 
-def clip(parameters: list[Tensor], most: float) -> float:
+def clip_gradients(parameters: list[Tensor], most: float) -> float:
     """Scale gradients down to the norm `most`; their norm before, the same on every rank."""
     norm = nn.utils.clip_grad_norm_(parameters, most)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

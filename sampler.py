@@ -22,18 +22,22 @@ so every token is drawn in one place, `step`. A step decodes one token for each 
 When one ends, the last live one moves into its slot and waiting ones join at the end, so a step's
 work follows the sequences that live. Siblings that do not fit wait, their prompt's rows `kept`.
 
-What it asks of a model: `model(ids, positions, cache=view) -> hidden`, where every attention layer
-calls `view.attend(layer, q, k, v)`; `model.logits(hidden)` in fp32; `model.parameters()`; and
-`model.config` with layers, kv_heads, head_dim, max_length, vocab_size.
+What it asks of a model: `model(ids, positions, cache=view) -> hidden`, from (B, T) to (B, T, D),
+where attention layer 0, 1, … calls `view.attend(layer, q, k, v) -> y`: q and y are (B, T, H, E), k
+and v (B, T, K, E), positions already in q and k, the products scaled by E^-½; `model.logits` from
+(M, D) to (M, V) in fp32; `model.parameters()`; and `model.config` with layers, kv_heads, head_dim,
+max_length, vocab_size. Where it computes in another type than its weights have, that is
+`model.compute_dtype`. On a GPU its forward may not wait for the host.
 
 Given its logits, a draw depends on (seed, key, number of the sample, number of the token) alone.
 Keys default to the prompts' places in the call; give `keys` to make samples independent of what
 else is asked, in which order, by how many ranks. The logits of a batch of 3 and of 16 still differ
 in the last bits, so a draw on the very edge of another token's share can flip, and what follows
-with it: very rarely in fp32, more often in bf16.
+with it: very rarely in fp32, more often in bf16. For the same reason `score` finds the log-probs of
+`generate` again but for rounding.
 
-Letters: B sequences in a step, T tokens, H query heads, K key/value heads, E size of a head,
-V vocabulary, S slots, L room of a slot.
+Letters: B sequences in a step, T tokens, D width, H query heads, K key/value heads, E size of a
+head, V vocabulary, S slots, L room of a slot.
 """
 
 import math
@@ -109,7 +113,8 @@ class Prefill:
         if self.mask is None:  # token t sees shared + t + 1 columns, in each of the H/K query heads
             mask = torch.ones(T, shared + T, dtype=torch.bool, device=q.device).tril(shared)
             self.mask = mask.repeat(H // K, 1)
-        # A mask and grouped heads together have no fast kernel: the groups become query tokens.
+        # A mask and grouped heads together have no fast kernel: the groups become query tokens,
+        # all T of one head, then of the next.
         q = q.reshape(B, K, H // K * T, E)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         return y.view(B, H, T, E).transpose(1, 2)
@@ -137,7 +142,7 @@ class Decode:
         keys, values = keys[:B, :, : self.width], values[:B, :, : self.width]  # (B, K, width, E)
         # The H/K query heads of a key head become query tokens: no key needs repeating.
         q = q.view(B, K, H // K, E)
-        # Plain products are three times as fast on a CPU; below fp32 they would round the scores.
+        # Plain products are three times as fast on a CPU; in bf16 they would round the scores.
         if q.dtype in (torch.float32, torch.float64):
             scores = torch.matmul(q * E**-0.5, keys.transpose(2, 3)) + self.bias
             y = torch.matmul(scores.softmax(-1), values)
@@ -257,7 +262,8 @@ class Sampler:
         self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the cache
         self.made = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn
         self.alive = torch.zeros(slots, dtype=torch.bool, device=device)
-        wide = (slots, max_length + 1)  # a dead slot scribbles into the column after its end
+        # A slot is dead from its end to the next look; it still decodes, into the column behind.
+        wide = (slots, max_length + 1)
         self.uniform = torch.zeros(wide, dtype=torch.float64, device=device)
         self.ids = torch.zeros(wide, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(wide, dtype=torch.float32, device=device)
@@ -395,7 +401,8 @@ class Sampler:
         budget = self.prefill_tokens
         while todo:
             T = len(sequences[todo[0]]) - self.shared
-            # The prefix costs no products, but each row of the batch has its own copy of its keys.
+            # The prefix is not computed again, but each sequence reads a copy of its keys: its
+            # tokens count for an eighth.
             fits = max(1, min(budget // T, 8 * budget // (self.shared + T)))
             batch = [i for i in todo[:fits] if 2 * (len(sequences[i]) - self.shared) > T]
             todo = todo[len(batch) :]
@@ -411,22 +418,22 @@ class Sampler:
 
     def admit(self, joining, start: int, waiting, seed: int, max_new_tokens: int) -> None:
         """Give slots `start`, `start + 1`, … to new sequences and prefill what is new of them."""
-        owner: dict[tuple, list[int]] = {}  # prompt -> its slots
+        slots_of: dict[tuple, list[int]] = {}
         for slot, s in enumerate(joining, start):
-            owner.setdefault(s.prompt, []).append(slot)
+            slots_of.setdefault(s.prompt, []).append(slot)
         kept_prompt, kept = self.kept or (None, None)
         self.kept = None
-        fresh = [p for p in owner if p != kept_prompt]
-        for _ in self.prefill([p[:-1] for p in fresh], [owner[p][0] for p in fresh]):
+        fresh = [p for p in slots_of if p != kept_prompt]
+        for _ in self.prefill([p[:-1] for p in fresh], [slots_of[p][0] for p in fresh]):
             pass  # all that is wanted is in the cache
-        for prompt, slots in owner.items():
+        for prompt, slots in slots_of.items():
             span = slice(self.shared, len(prompt) - 1)
             if prompt == kept_prompt:
                 self.kv[:, :, slots[0] : slots[-1] + 1, :, span] = kept
             else:
                 mine = self.kv[:, :, slots[0] : slots[0] + 1, :, span]
                 self.kv[:, :, slots[0] + 1 : slots[-1] + 1, :, span] = mine
-        # A group that did not fit whole: keep its prompt for the siblings who wait.
+        # If the last group did not fit whole: keep its prompt for the siblings who wait.
         if waiting and waiting[-1].prompt == prompt:
             self.kept = prompt, self.kv[:, :, slots[0] : slots[0] + 1, :, span].clone()
 
@@ -460,8 +467,9 @@ class Sampler:
         if self.device.type != "cuda":
             self.step(count, width, rules)
             return
-        # A graph replays fixed shapes: round up. A slot beyond the live ones is dead: it writes at
-        # its own `length`, past any prefix, and whoever joins there overwrites it.
+        # A graph replays fixed shapes: round up. A slot beyond the live ones is dead, and writes at
+        # its own `length`: past this call's prefix, as all slots that have one were filled when the
+        # call began. Whoever joins there overwrites it.
         B = min(self.slots, 1 << (count - 1).bit_length())
         width = min(self.room, max(256, 1 << (width - 1).bit_length()))
         if (B, width, rules) not in self.graphs:
@@ -500,7 +508,7 @@ class Sampler:
         for row, i in enumerate(seen):
             draft, drawn, their = live[i], ids[row][: made[row]], logprobs[row][: made[row]]
             if not all(map(math.isfinite, their)):
-                self.kv.zero_()  # what is not finite there would outlive the weights that made it
+                self.kv.zero_()  # 0 × NaN is NaN: what is masked would spoil all later calls
                 where = f"prompt {draft.place}, sample {draft.sample}"
                 raise FloatingPointError(f"{where}: the model's logits are not finite")
             if not alive[i]:
@@ -546,7 +554,7 @@ class Sampler:
     ) -> Tensor:
         """(len(prompts), len(token_ids)): log-probs of these tokens right after each prompt.
 
-        Normalised over the whole vocabulary: the probabilities of a row sum to at most 1.
+        Normalised over the whole vocabulary.
         """
         prompts, token_ids = plain(prompts), plain([token_ids])[0]
         self.check(prompts, "prompt")
@@ -562,7 +570,8 @@ class Sampler:
     def read(
         self, sequences: list, starts: Ids, columns: list[Tensor], temperature: float
     ) -> list[Tensor]:
-        """Log-probs of the tokens columns[i] (rows, k), the first row after position starts[i]."""
+        """Log-probs of the tokens columns[i] (rows, k): row r asks about what follows position
+        starts[i] + r of sequence i."""
         if not temperature >= 1e-4:
             raise ValueError(f"temperature={temperature} must be at least 0.0001")
         answers = [torch.zeros(c.shape, device=self.device) for c in columns]
@@ -572,7 +581,7 @@ class Sampler:
             rows = zip(hidden, starts_here, sizes, strict=True)
             hidden = torch.cat([h[start : start + size] for h, start, size in rows])
             wanted = torch.cat([columns[i] for i in batch]).to(self.device)
-            parts = []
+            parts = [torch.zeros(0, wanted.shape[1], device=self.device)]
             for start in range(0, len(hidden), self.logit_rows):
                 part = slice(start, start + self.logit_rows)
                 h, column = hidden[part], wanted[part]

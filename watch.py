@@ -267,7 +267,7 @@ class Watch:
         self.first = about["step"]
         # Then it was evaluated as the last step, and its weights may be those in best/.
         self.again = about["settings"]["steps"] == about["step"]
-        return grpo.Step(about["step"], about["metrics"], [], about["bad"])
+        return grpo.Step(about["step"], about["metrics"], [], about["missing"])
 
     def begin(self, step: grpo.Step | None) -> None:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -301,7 +301,7 @@ class Watch:
         self.record(step)
 
     def save(self) -> None:
-        about = {"metrics": self.step.metrics, "bad": self.step.bad, "watch": self.state}
+        about = {"metrics": self.step.metrics, "missing": self.step.missing, "watch": self.state}
         about["groups"] = self.groups
         self.kept.save(self.step.number, about)
 

@@ -515,10 +515,10 @@ def test_trouble_must_come_in_a_row_to_stop_a_run():
 
 def test_a_run_without_one_right_format_stops():
     wrong = {"train/skipped": 0, "judge/invalid": 0.0, "reward/format": 0.0}
-    bad = grpo.trouble(wrong, {})
+    bad = grpo.still_missing(wrong, {})
     grpo.check_health(bad, None, 2)
     with pytest.raises(grpo.Stop, match="no sample of the right format for 2 steps in a row"):
-        grpo.check_health(grpo.trouble(wrong, bad), None, 2)
+        grpo.check_health(grpo.still_missing(wrong, bad), None, 2)
 
 
 def test_steps_in_a_row_are_counted_across_a_restart():

@@ -334,6 +334,13 @@ def test_score_equals_a_full_forward(model, begin, temperature):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
+def test_empty_continuations_have_no_scores(model):
+    assert [len(x) for x in Sampler(model, 4, 64).score([[1, 2, 3], [4, 5, 6, 7]], [[], []])] == [
+        0,
+        0,
+    ]
+
+
 def test_scores_of_samples_are_their_logprobs(model):
     prompts = some_prompts(4)
     sampler = Sampler(model, 4, 64)
