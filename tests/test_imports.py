@@ -1,6 +1,7 @@
 """Who may import whom, and that nothing happens at import: whoever copies a file takes one file."""
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -110,28 +111,62 @@ def test_files_import_only_what_their_arrows_allow(file):
     assert imports(tree, True) <= in_functions
 
 
-@pytest.mark.parametrize("file", ALLOWED)
-def test_a_file_imports_and_nothing_happens(file, tmp_path):
-    """Those that can be copied alone are; the others find what they import beside them."""
-    if file in ALONE:
-        shutil.copy(ROOT / file, tmp_path)
-        module = Path(file).stem
-    else:
-        for name in ALLOWED:
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / name)
-        module = file.removesuffix(".py").replace("/", ".")
-    code = f"""
-import os, sys, torch
-before = dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
-import {module}
-after = dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
-assert before[:3] == after[:3], "an import changed the environment, the dtype or the threads"
-assert torch.equal(before[3], after[3]), "an import drew random numbers"
-assert torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
-assert not torch.cuda.is_initialized()
-assert not (torch.distributed.is_available() and torch.distributed.is_initialized())
-assert {file in NEED_TRANSFORMERS!r} or "transformers" not in sys.modules
+WATCHED = """
+import json, os, sys, torch, traceback
+
+def state():
+    return dict(os.environ), torch.get_default_dtype(), torch.get_num_threads()
+
+for module, folder, transformers in json.load(sys.stdin):
+    said = os.path.join(folder, "said")
+    if os.fork() == 0:  # each sees PyTorch imported, and nothing else
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        before, drawn = state(), torch.get_rng_state()
+        try:
+            __import__(module)
+            assert state() == before, "an import changed the environment, the dtype or the threads"
+            assert torch.equal(torch.get_rng_state(), drawn), "an import drew random numbers"
+            assert torch.is_grad_enabled()
+            assert not torch.are_deterministic_algorithms_enabled()
+            assert not torch.cuda.is_initialized()
+            assert not torch.distributed.is_initialized()
+            assert transformers or "transformers" not in sys.modules, "it needs transformers"
+            words = "well"
+        except BaseException:
+            words = traceback.format_exc()
+        open(said, "w").write(words)
+        os._exit(0)
+    os.wait()
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """What each import came to: in a process of its own, in a folder with what it may have."""
+    jobs, folders = [], {}
+    whole = tmp_path_factory.mktemp("whole")
+    for name in ALLOWED:
+        (whole / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, whole / name)
+    for file in ALLOWED:
+        folder = folders[file] = tmp_path_factory.mktemp(Path(file).stem)
+        if file in ALONE:
+            shutil.copy(ROOT / file, folder)
+            module = Path(file).stem
+        else:  # they find what they import beside them
+            shutil.copytree(whole, folder, dirs_exist_ok=True)
+            module = file.removesuffix(".py").replace("/", ".")
+        jobs.append((module, str(folder), file in NEED_TRANSFORMERS))
+    run = subprocess.run(
+        [sys.executable, "-c", WATCHED], input=json.dumps(jobs), text=True, capture_output=True,
+        cwd=whole.parent,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
+    return {file: (folder / "said").read_text() for file, folder in folders.items()}
+
+
+@pytest.mark.parametrize("file", ALLOWED)
+def test_a_file_imports_and_nothing_happens(file, imported):
+    """Those that can be copied alone are."""
+    assert imported[file] == "well"
