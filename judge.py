@@ -138,7 +138,8 @@ PAPER = Prompts(
 PLAIN = replace(
     PAPER, actor="Translate the following text to {target_language}:\n{source}", tags=False
 )
-# What a very small model can be taught: a few control words, and scores that are one token each.
+# What a very small model can be taught: a few control words, and scores that are one token each,
+# so its judge is asked the same whether the score is written or expected.
 TOY = Prompts(
     actor="translate {source_language} {target_language} {source} =>",
     judge="score {source_language} {target_language} {source} || {translation} =>",

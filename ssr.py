@@ -526,6 +526,7 @@ def learn(
     optimizer = grpo.make_optimizer(model, s)
 
     def batch(number: int) -> list[grpo.Prompt]:
+        """The next P texts, asked as the actor is asked."""
         P = s.prompts_per_step
         tasks = [problem.task(i) for i in range((number - 1) * P, number * P)]
         return asked(s, problem, texts, tasks)

@@ -72,7 +72,8 @@ def main() -> None:
     problem = ssr.toy_problem(ssr.parse(["--preset=toy", f"--model={folder}"]), Ranks())
 
     def batch(number):
-        tasks = [problem.task(number * s.prompts_per_step + i) for i in range(s.prompts_per_step)]
+        P = s.prompts_per_step
+        tasks = [problem.task(i) for i in range((number - 1) * P, number * P)]
         ids = texts.encode([TOY.ask(task) for task in tasks])
         return [grpo.Prompt(*both) for both in zip(ids, tasks, strict=True)]
 

@@ -203,7 +203,8 @@ def rows_torch(z: Tensor, targets: Tensor, temperature: float):
 
 
 def rows_back_torch(saved, targets: Tensor, a: Tensor, b: Tensor | None, temperature: float):
-    """dL/dz (R, V) for a = dL/d log p and b = dL/dH (None: 0), in the place of the saved p."""
+    """(R, V) for a = dL/d log p and b = dL/dH (None: 0), in the place of the saved p: the gradient
+    of W h, before the temperature divides it."""
     p, log_p, entropy, total = saved
     factor = -1 / (total * temperature)
     if b is None:

@@ -14,7 +14,11 @@ from tests.test_imports import ALONE
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "borrowing.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n)*)", TEXT, re.M))  # heading -> what follows
-OTHERS = ("comet_worker.py", "comet-requirements.txt")  # run or read by a file, not imported
+OTHERS = (
+    "comet_worker.py",
+    "comet-requirements.txt",
+    "report_page.html",
+)  # run or read, not imported
 
 
 def blocks(heading):

@@ -87,6 +87,7 @@ ALONE = [
     "ranks.py",
     "sampler.py",
     "judge.py",
+    "report.py",
     "eval/comet.py",
     "kernels/logprob.py",
     "kernels/advantage.py",
