@@ -166,6 +166,8 @@ def gather(
                 count["that cannot be read"] += 1
                 if count["that cannot be read"] <= 3:
                     print(f"left out: {found}")
+                elif count["that cannot be read"] == 4:
+                    print("left out: more like that, which are counted")
             elif isinstance(found, str):
                 count[found] += 1
             elif found[:3] in before and not twice:

@@ -182,7 +182,8 @@ def train(
         refresh(sampler, model)
         clock.stage("train")
         metrics = describe(groups, judged, rewards, advantages, rows, reference)
-        metrics |= trained | clock.metrics(groups, trained["train/tokens"]) | {"train/lr": rate}
+        passed = trained["train/tokens"] * s.updates_per_batch
+        metrics |= trained | clock.metrics(groups, passed) | {"train/lr": rate}
         missing = still_missing(metrics, missing)
         yield Step(number, metrics, groups, missing, prompts, judged, advantages)
         check_health(missing, judged, s.max_bad_steps)

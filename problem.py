@@ -124,13 +124,19 @@ def data_problem(s, ranks: Ranks, comets: Comets) -> Problem:
 
     fit = fitting(corpus.tasks)
     some = fitting(apart) if s.held_out else fit
-    if len(some) < s.eval_prompts + (not s.held_out):
+    asked = s.held_out or s.data
+    if not some:
         raise ValueError(
-            f"{s.held_out or s.data}: {len(some)} texts have a prompt within --max-prompt-tokens "
+            f"{asked}: none of {len(apart if s.held_out else corpus.tasks)} texts has a prompt "
+            f"within --max-prompt-tokens {s.max_prompt_tokens}: raise it"
+        )
+    if not s.held_out and len(some) <= s.eval_prompts:
+        raise ValueError(
+            f"{asked}: {len(some)} texts have a prompt within --max-prompt-tokens "
             f"{s.max_prompt_tokens}, and {s.eval_prompts} are to be held out: add texts, or lower "
             "--eval-prompts"
         )
-    held_out, _ = data.split(some, s.eval_prompts, s.seed)
+    held_out, _ = data.split(some, s.eval_prompts, s.seed)  # a set that is smaller is taken whole
     training = data.without(fit, apart or held_out)
     same = len(fit) - len(training) - (0 if s.held_out else len(held_out))
     print(
@@ -224,7 +230,9 @@ def judge_alone(s, ranks: Ranks, pairs: list[tuple[Task, str]], device: torch.de
     asked = ("prompts", "reading", "judge_samples", "judge_temperature", "judge_max_new_tokens")
     key = {name: getattr(s, name) for name in (*asked, "chat", "seed")}
     if s.judge_url:
-        return judge_behind(s, ranks, prompts), key | {"model": f"{s.judge_model} {s.judge_url}"}
+        return judge_behind(s, ranks, prompts), key | {
+            "model": f"{s.judge_model} {s.judge_url}", "name": s.judge_model,
+        }  # fmt: skip
     if s.model or s.preset != "toy":
         folder = ranks.one_first("fetch the model", lambda: find_folder(s.model))
     else:
@@ -238,7 +246,8 @@ def judge_alone(s, ranks: Ranks, pairs: list[tuple[Task, str]], device: torch.de
     words = s.judge_max_new_tokens if s.reading == "written" else 1
     window = min(longest + words, model.config.max_length)
     judge = judge_of(s, Sampler(model, s.slots, window), texts, prompts)
-    return judge, key | {"model": f"{folder} {fingerprint(folder)}", "dtype": str(dtype)}
+    known = {"model": f"{folder} {fingerprint(folder)}", "name": folder.resolve().name}
+    return judge, key | known | {"dtype": str(dtype)}
 
 
 def judge_of(s, sampler: Sampler, texts: Texts, prompts: Prompts) -> Judge:
@@ -258,7 +267,8 @@ def window_of(s, problem: Problem, texts: Texts, positions: int, more: float = 1
         raise ValueError(
             f"the judge needs room for {needed} tokens ({template} of the template, source, "
             f"candidate, {words} of its own), the model has {positions}: lower "
-            "--max-prompt-tokens, --max-new-tokens or --judge-max-new-tokens"
+            f"--max-prompt-tokens {s.max_prompt_tokens}, --max-new-tokens {s.max_new_tokens} or "
+            f"--judge-max-new-tokens {s.judge_max_new_tokens}"
         )
     return min(needed + 64, positions)  # a text may take more tokens than the model wrote it with
 

@@ -41,8 +41,8 @@ class Panel:
     """What to look for."""
     keys: dict[str, str]
     """Of metrics.jsonl -> what the line is called; the first is solid, the others dashed."""
-    share: bool = False
-    """Lies in 0 … 1."""
+    whole: bool = False
+    """Show all of 0 … 1."""
 
 
 LEARNING = [
@@ -57,7 +57,7 @@ LEARNING = [
            "reward/external": "external", "reward/format": "right form"}),
     Panel("correlation", "Judge's correlation with quality", "On held-out samples at T 1. It falls "
           "as samples grow alike; near 0 the judge says nothing about them.",
-          {"eval/judge_correlation": "Pearson"}),
+          {"eval/judge_correlation": "Pearson"}, True),
 ]  # fmt: skip
 HEALTH = [
     Panel("entropy", "Entropy", "Nats a token. Near 0 all samples are alike, and there is nothing "
@@ -72,10 +72,10 @@ HEALTH = [
           {"length/mean": "mean", "length/max": "longest"}),
     Panel("habit", "Habits", "The beginning or ending that gained most since the start, as a share "
           "of held-out translations. What pleases the judge spreads: quotation marks, say.",
-          {"habit": "most gained"}, True),
+          {"habit": "most gained"}),
     Panel("unusable", "Not usable", "Shares: judgements that are no score, samples of a wrong "
           "form, samples cut off.", {"judge/invalid": "no score", "wrong/format": "wrong form",
-                               "length/truncated": "cut off"}, True),
+                               "length/truncated": "cut off"}),
     Panel("gradient", "Gradient norm", "Before clipping. Spikes: lower --lr.",
           {"train/grad_norm": "norm"}),
     Panel("gap", "Sampler against trainer", "Difference of their log-probs: rounding, unless it "
@@ -84,9 +84,6 @@ HEALTH = [
 COST = [
     Panel("rate", "Tokens sampled a second", "Over the whole step, judging and training included.",
           {"tokens_per_second": "whole step"}),
-    Panel("stages", "Seconds of a step", "By stage.", {
-        "seconds/sample": "sample", "seconds/judge": "judge", "seconds/train": "train",
-        "seconds/reference": "reference", "seconds/wait": "wait"}),
 ]  # fmt: skip
 PANELS = {panel.name: panel for panel in LEARNING + HEALTH + COST}
 STYLES = ["-", (0, (4, 2)), (0, (1, 1.6)), (0, (7, 2, 1, 2)), (0, (2, 4))]
@@ -102,9 +99,15 @@ class Run:
     def __init__(self, path: Path, label: str, ended: bool = False):
         """`ended`: though whoever wrote it still holds its lock."""
         if not (path / "settings.json").is_file():
-            raise ValueError(f"{path} is not the folder of a run: it has no settings.json")
-        self.path, self.label, self.title = path, label, path.resolve().name
-        self.settings = json.loads((path / "settings.json").read_text())
+            inside = sorted(str(x.parent) for x in path.glob("*/settings.json"))
+            hint = f"; inside are {', '.join(inside[:9])}" if inside else ""
+            raise ValueError(f"{path} is not the folder of a run: it has no settings.json{hint}")
+        self.path, self.label, self.title = path, label, label
+        try:
+            self.settings = json.loads((path / "settings.json").read_text())
+            self.settings.keys()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}/settings.json is not one of a run ({error})") from None
         self.about = self.settings.pop("about", {})
         self.resumed = self.settings.pop("resumed", [])
         self.rows = rows_of(path / "metrics.jsonl")
@@ -124,10 +127,7 @@ class Run:
         self.measures = [name for name in named if name != "self"]
         self.running = not ended and is_locked(path / "lock")
         self.step = self.rows[-1]["step"] if self.rows else 0
-        # As best/ has it: by the first measure, else by the judge; the first one where many are.
-        key = f"eval/{self.measures[0]}" if self.measures else "eval/self"
-        known = [row for row in self.measured if row.get(key) is not None]
-        self.best = max(known, key=lambda row: row[key])["step"] if known else 0
+        self.best = self.best_until(self.step)
         self.alarms = [row["step"] for row in self.measured if row.get("eval/alarm")]
 
     def series(self, key: str, points: int = POINTS) -> tuple[list[float], list[float]]:
@@ -135,6 +135,13 @@ class Run:
             key = key.replace("MEASURE", self.measures[0]) if self.measures else ""
         rows = [row for row in self.rows if row.get(key) is not None]
         return thinned([row["step"] for row in rows], [row[key] for row in rows], points)
+
+    def best_until(self, step: int) -> int:
+        """Whose weights best/ held then: the first of the evaluations with the highest measure."""
+        usual = f"eval/{self.measures[0]}" if self.measures else "eval/self"
+        known = [(row.get("eval/best_by", row.get(usual)), row["step"]) for row in self.measured]
+        known = [x for x in known if x[0] is not None and x[1] <= step]
+        return max(known, key=lambda x: (x[0], -x[1]))[1] if known else 0
 
     def at(self, step: int, key: str) -> float | None:
         return next((row.get(key) for row in self.measured if row["step"] == step), None)
@@ -144,7 +151,7 @@ class Run:
         found: dict[str, float] = {}
         for row in self.rows:
             for key, value in row.items():
-                if key.startswith("seconds/"):
+                if key.startswith("seconds/") and value:
                     found[key[8:]] = found.get(key[8:], 0.0) + value
         return found
 
@@ -173,9 +180,11 @@ def rows_of(path: Path) -> list[dict]:
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON with a step ({error})") from None
+        rows.append(row)
     return rows
 
 
@@ -271,15 +280,14 @@ def draw_panel(axes, panel: Panel, runs: list[Run], numbers: dict[str, int], poi
             line = {"run": number, "of": run.title, "name": name, "x": x}
             drawn.append(line | {"y": [round(v, 5) for v in y]})
         if panel.name == "held-out" and run.alarms:
-            x, y = run.series("eval/MEASURE")
-            rung = [point for point in zip(x, y, strict=True) if point[0] in run.alarms]
+            y = [run.at(step, f"eval/{run.measures[0]}") for step in run.alarms]
             ring = {"color": RED, "mfc": "none", "markersize": 5, "clip_on": False}
-            axes.plot(*zip(*rung, strict=True), "o", gid=f"run{number}-{n}alarms", **ring)
+            axes.plot(run.alarms, y, "o", gid=f"run{number}-{n}alarms", **ring)
     values = [v for line in drawn for v in line["y"]]
-    if values and panel.share:
-        axes.set_ylim(min(0.0, *values) if min(values) < 0.4 else None, max(*values, 0.02) * 1.03)
-    elif values and min(values) >= 0:
-        axes.set_ylim(bottom=0 if min(values) < 0.5 * max(values) else None)
+    if values and panel.whole:
+        axes.set_ylim(min(0.0, *values), max(1.02, *values))
+    elif values and 0 <= min(values) < 0.5 * max(values):
+        axes.set_ylim(bottom=0)
     return drawn
 
 
@@ -315,7 +323,7 @@ def histogram(plt, run: Run, n: int, number: int) -> str:
     axes.imshow(picture, origin="lower", aspect="auto", interpolation="nearest",
                 extent=(rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, 0, 1))  # fmt: skip
     axes.grid(False)
-    axes.set(xlabel="step", ylabel="score", title=run.title)
+    axes.set(xlabel="step", ylabel="score", title=run.title.replace("$", r"\$"))
     svg = as_svg(figure, f"histogram{n}")
     plt.close(figure)
     return figure_of(svg, number)
@@ -335,18 +343,18 @@ def scatter(plt, run: Run, n: int, number: int) -> str:
         drawn = rows[step]["sampled"]
         points = [(x, y) for x, y in zip(drawn[measure], drawn["self"], strict=True)
                   if None not in (x, y)]  # fmt: skip
-        one.plot(*zip(*points, strict=True), "o", color=colour(number), alpha=0.25, markersize=2.5,
-                 markeredgewidth=0)  # fmt: skip
+        x, y = zip(*points, strict=True) if points else ([], [])
+        one.plot(x, y, "o", color=colour(number), alpha=0.25, markersize=2.5, markeredgewidth=0)
         r = run.at(step, "eval/judge_correlation")
         one.set(title=f"step {step}" + (f", r = {r:.2f}" if r is not None else ""), xlabel=measure)
-    (axes if len(steps) == 1 else axes[0]).set_ylabel(f"judge, {run.title}")
+    (axes if len(steps) == 1 else axes[0]).set_ylabel("judge, " + run.title.replace("$", r"\$"))
     svg = as_svg(figure, f"scatter{n}")
     plt.close(figure)
     return figure_of(svg, number)
 
 
-def figure_of(svg: str, number: int, caption: str = "") -> str:
-    return f'<figure class="run{number}">{svg}{caption}</figure>'
+def figure_of(svg: str, number: int) -> str:
+    return f'<figure class="run{number}">{svg}</figure>'
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -387,12 +395,16 @@ def overview(runs: list[Run], numbers: dict[str, int]) -> str:
         device = run.about.get("device", "CPU")
         unit = "CPU" if device == "CPU" else "GPU"
         alarm = f'<b class="bad">{len(run.alarms)}</b>' if run.alarms else "none"
+        last = run.measured[-1]["step"] if run.measured else 0
+        own = [number_of(run.at(step, "eval/self")) for step in (0, run.best, last)]
+        if (invalid := run.at(last, "eval/invalid") or 0) > 0.02:
+            own[2] += f" ({invalid:.0%} no score)"
         cells = [
             f'<i class="dot run{numbers[run.label]}"></i>{escape(run.title)}',
             escape(run.state()) + (' <b class="live">running</b>' if run.running else ""),
             escape(measure or "not measured"),
-            *(number_of(run.at(step, f"eval/{measure}")) for step in (0, run.best, run.step)),
-            *(number_of(run.at(step, "eval/self")) for step in (0, run.best, run.step)),
+            *(number_of(run.at(step, f"eval/{measure}")) for step in (0, run.best, last)),
+            *own,
             str(run.best),
             alarm if measure else "cannot ring",
             took(seconds),
@@ -408,30 +420,38 @@ def took(seconds: float) -> str:
 
 
 def verdict(runs: list[Run]) -> str:
-    """What to know before anything else."""
-    said = []
-    for run in runs:
-        name = f"<b>{escape(run.title)}</b>: " if len(runs) > 1 else ""
-        if run.alarms:
-            why = next((e.get("alarm") for e in reversed(run.evaluations) if e.get("alarm")), "")
-            said.append(
-                f'<p class="verdict bad">{name}Alarm at step {", ".join(map(str, run.alarms))}: '
-                f"the model thinks better of itself while its translations get worse "
-                f"({escape(why)}). Trust best/, of step {run.best}, not last/. "
-                '<a href="#alarms">Examples</a></p>'
-            )
-        elif not run.measures:
-            said.append(
-                f'<p class="verdict unsure">{name}Nothing independent was measured, so no alarm '
-                "can ring and the judge's score is all there is. Give --held-out a set with "
-                "references, or --measures cometkiwi</p>"
-            )
-        else:
-            said.append(
-                f'<p class="verdict good">{name}No alarm so far: held-out '
-                f"{escape(run.measures[0])} has not fallen while the judge's score rose</p>"
-            )
-    return "".join(said)
+    """What to know before anything else: how it went, and which weights to take."""
+    return "".join(
+        f'<p class="verdict {kind}">{f"<b>{escape(run.title)}</b>: " if len(runs) > 1 else ""}'
+        f"{escape(words)}{link}</p>"
+        for run in runs
+        for kind, words, link in [verdict_of(run)]
+    )
+
+
+def verdict_of(run: Run) -> tuple[str, str, str]:
+    if not run.measured:
+        return "unsure", "Nothing has been measured yet.", ""
+    last, weights = run.measured[-1]["step"], f"Take best/, of step {run.best}."
+    if run.step and all(row.get("groups/zero_variance", 1) == 1 for row in run.rows):
+        words = "No group of samples ever differed in its reward: nothing was learned. Look at "
+        return "unsure", words + "what could not be used, and at the training groups.", ""
+    if not run.measures:
+        words = "Nothing independent was measured, so no alarm can ring and the judge's score is "
+        words += "all there is. Give --held-out a set with references, or --measures cometkiwi. "
+        return "unsure", words + weights, ""
+    name = run.measures[0]
+    start, now = (number_of(run.at(step, f"eval/{name}")) for step in (0, last))
+    words = f"{run.state().capitalize()}: held-out {name} {start} → {now}. "
+    if not run.alarms:
+        return "good", f"{words}{weights} No alarm.", ""
+    words += f"Alarm at step {', '.join(map(str, run.alarms))}: the model thought better of itself "
+    words += "while its translations got worse"
+    why = next((e["alarm"] for e in reversed(run.evaluations) if e.get("alarm")), "")
+    words += f" ({why}). " if why else ". "
+    words += "It does not ring any more. " if run.alarms[-1] != last else ""
+    words += weights if run.best == last else f"{weights[:-1]}, not last/. "
+    return "bad", words, '<a href="#alarms">Examples</a>' if run.evaluations else ""
 
 
 def stages(runs: list[Run], numbers: dict[str, int]) -> str:
@@ -439,14 +459,14 @@ def stages(runs: list[Run], numbers: dict[str, int]) -> str:
     rows = []
     units = {"sample": "tokens", "judge": "texts", "train": "tokens"}
     for run in runs:
-        seconds = {k: v for k, v in run.seconds().items() if v}
-        total = sum(seconds.values())
+        seconds = dict(sorted(run.seconds().items(), key=lambda item: -item[1]))
+        total = sum(seconds.values()) or 1.0
         bars = "".join(
             f'<span class="stage {k}" style="flex-grow:{v / total:.4f}"></span>'
             for k, v in seconds.items()
         )
         said = []
-        for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        for name, value in seconds.items():
             rates = [row[f"per_second/{name}"] for row in run.rows if f"per_second/{name}" in row]
             rate = f", {statistics.median(rates):,.0f} {units[name]}/s" if rates else ""
             said.append(
@@ -468,7 +488,8 @@ def alarms(runs: list[Run]) -> list[dict]:
         for row in run.evaluations:
             if not row.get("alarm"):
                 continue
-            then, now = rows[run.best]["greedy"], row["greedy"]
+            best = run.best_until(row["step"])
+            then, now = rows[best]["greedy"], row["greedy"]
             by = run.measures[-1]  # the finer one, where there are two
             losses = [
                 (then[by][i] - now[by][i], i)
@@ -483,7 +504,7 @@ def alarms(runs: list[Run]) -> list[dict]:
                 for i in worst
             ]  # fmt: skip
             found.append({"run": run.title, "step": row["step"], "why": row["alarm"],
-                          "best": run.best, "examples": examples})  # fmt: skip
+                          "best": best, "examples": examples})  # fmt: skip
     return found
 
 
@@ -536,13 +557,28 @@ def training(runs: list[Run], numbers: dict[str, int]) -> list[dict]:
 
 
 def settings_html(runs: list[Run]) -> str:
+    """Where runs differ and what their commands say, then all the rest, folded away."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     values = {name: [run.settings.get(name) for run in runs] for name in names}
     differing = [name for name in names if len(runs) > 1 and len(set(map(str, values[name]))) > 1]
+    words = " ".join(said(run.about.get("command", "")) for run in runs)
+    given = {word.replace("-", "_") for word in re.findall(r"--(?:no-)?([a-z-]+)", words)}
     about = list(dict.fromkeys(name for run in runs for name in run.about))
     rows = [(x, [run.about.get(x) for run in runs], "") for x in about if x != "launcher"]
     rows += [(x, values[x], "differs") for x in differing]
-    rows += [(x, values[x], "") for x in names if x not in differing]
+    rows += [(x, values[x], "") for x in names if x in given and x not in differing]
+    rest = [(x, values[x], "") for x in names if x not in given and x not in differing]
+    again = "".join(
+        f"<p>{escape(run.title)} was resumed after step {x['from_step']} ({escape(x['started'])}, "
+        f"commit {escape(x['commit'][:12])})</p>"
+        for run in runs
+        for x in run.resumed
+    )
+    usual = f"<details><summary>all others</summary>{settings_table(runs, rest)}</details>"
+    return settings_table(runs, rows) + again + usual
+
+
+def settings_table(runs: list[Run], rows: list[tuple[str, list, str]]) -> str:
     head = "".join(f"<th>{escape(run.title)}</th>" for run in runs)
     body = "".join(
         f'<tr class="{kind}"><th>{escape(name)}</th>'
@@ -550,13 +586,7 @@ def settings_html(runs: list[Run]) -> str:
         + "</tr>"
         for name, found, kind in rows
     )
-    again = "".join(
-        f"<p>{escape(run.title)} was resumed after step {x['from_step']} ({escape(x['started'])}, "
-        f"commit {escape(x['commit'][:12])})</p>"
-        for run in runs
-        for x in run.resumed
-    )
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>{again}"
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def said(value) -> str:
@@ -578,6 +608,7 @@ def page(runs: list[Run]) -> str:
         "groups": training(runs, numbers),
         "alarms": alarms(runs),
         "running": any(run.running for run in runs),
+        "rang": any(run.alarms for run in runs),
     }
     of_runs = list(enumerate(runs))
     several = f"{len(runs)} runs" if len(runs) > 1 else runs[0].title
@@ -623,7 +654,10 @@ def picture(runs: list[Run], panels: list[Panel]) -> str:
         one.set(title=panel.title, xlabel="step")
     if len(numbers) > 1:
         first = axes if len(panels) == 1 else axes[0]
-        lines = [first.plot([], [], color=colour(i), label=x)[0] for x, i in numbers.items()]
+        lines = [
+            first.plot([], [], color=colour(i), label=x.replace("$", r"\$"))[0]
+            for x, i in numbers.items()
+        ]
         first.legend(handles=lines, frameon=False)
     head, tail = as_svg(figure, "x").split(">", 1)
     plt.close(figure)
@@ -642,7 +676,7 @@ def write(path: Path, text: str) -> None:
     """Whole or not at all: somebody may be looking at it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(text.encode(errors="replace"))  # half of a surrogate pair is no text
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -662,11 +696,15 @@ def main(words: list[str]) -> None:
     args = parser.parse_args(words)
     runs = []
     for word in args.runs:
-        label, _, folder = word.rpartition("=")
-        runs.append(Run(Path(folder), label or Path(folder).resolve().name, args.ended))
-    for run in runs:
-        if sum(other.title == run.title for other in runs) > 1:
-            run.title = str(run.path)
+        label, _, folder = ("", "", word) if Path(word).is_dir() else word.partition("=")
+        runs.append(Run(Path(folder or label), label if folder else "", args.ended))
+    labels = [run.label for run in runs]
+    names = [run.path.resolve().name for run in runs]
+    for run, name in zip(runs, names, strict=True):  # short, and each its own
+        run.title = name if names.count(name) == 1 else str(run.path)
+        if run.label:
+            run.title = run.label if labels.count(run.label) == 1 else f"{run.label}: {run.title}"
+        run.label = run.label or run.title
     if args.svg:
         if unknown := set(args.panels.split(",")) - PANELS.keys():
             raise ValueError(f"--panels {min(unknown)} is unknown; known: {', '.join(PANELS)}")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ALARM = "ALARM: self-score up, held-out quality down"
@@ -40,13 +41,15 @@ class Show:
         """`measure`: of held-out texts, the first; `folder`: the run's, which is written by one."""
         self.s, self.path, self.measure, self.folder = s, path, measure, folder
         self.boards: list = []
-        self.reporter = Reporter(path) if s.report and folder.mine else None
+        self.reporter: Reporter | None = None
         self.alarmed = self.live = False
+        self.logs = True
 
     def begin(self, settings: dict, number: int) -> None:
         """When the folder is there; `number`: of the first step that is logged now."""
         if not self.folder.mine:
             return
+        self.reporter = Reporter(self.path) if self.s.report else None
         for name in check_dashboards(self.s.log_to):
             try:
                 self.boards.append(KINDS[name](self.path, settings, number))
@@ -55,28 +58,34 @@ class Show:
 
     def row(self, row: dict) -> None:
         numbers = {k: v for k, v in row.items() if isinstance(v, float | int) and math.isfinite(v)}
-        for board in self.boards:
-            board(numbers, row["step"])
+        for board in list(self.boards):
+            self.to_board(board, lambda board=board: board(numbers, row["step"]))
+
+    def to_board(self, board, work: Callable) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever they raise
+            self.boards.remove(board)
+            self.say(f"{type(board).__name__} gets no more rows: {error}")
 
     def step(self, number: int, metrics: dict, latest: dict, left: float, last: bool) -> None:
         line = self.line(number, metrics, latest, left)
         self.log(line)
         if sys.stdout.isatty():
-            # What does not fit would leave its first half behind at every step.
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{line[:width]}", end="\n" if last else "", flush=True)
-            self.live = not last
+            self.now(line, "\n" if last else "")
         elif last or number % 10 == 0:
             print(line, flush=True)
 
     def line(self, number: int, metrics: dict, latest: dict, left: float) -> str:
         """The most important first: a terminal cuts off the rest."""
         name = self.measure or "self"
+        held_out = latest[f"eval/{name}"]
+        said = "–" if math.isnan(held_out) else f"{held_out:.3f}"
         parts = [f"step {number}/{self.s.steps}"]
-        parts += [ALARM] if latest.get("eval/alarm") else []
+        parts += ["ALARM"] if latest.get("eval/alarm") else []
         parts += [
+            f"held-out {name} {said} (step {latest['step']})",
             f"reward {metrics['reward/total']:.3f}",
-            f"held-out {name} {latest[f'eval/{name}']:.3f} (step {latest['step']})",
             f"{clock(left)} left",
             f"entropy {metrics['policy/entropy']:.2f}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
@@ -86,11 +95,13 @@ class Show:
         parts += [f"{name} {rates[name]:,.0f} {units[name]}/s" for name in units if name in rates]
         return "  ".join(parts)
 
-    def now(self, words: str) -> None:
-        """A line that the next one writes over; only where somebody looks."""
+    def now(self, words: str, end: str = "") -> None:
+        """A line that the next one writes over; only where somebody looks. What does not fit would
+        leave its first half behind."""
         if sys.stdout.isatty():
-            print(f"\r\033[K{words}", end="", flush=True)
-            self.live = True
+            width = max(shutil.get_terminal_size().columns - 1, 1)
+            print(f"\r\033[K{words[:width]}", end=end, flush=True)
+            self.live = not end
 
     def alarm(self, number: int, why: str) -> None:
         """Said when it begins to ring, not while it goes on."""
@@ -104,15 +115,29 @@ class Show:
         self.log(words)
 
     def log(self, words: str) -> None:
-        self.folder.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {words}\n")
+        if not self.logs:
+            return
+        try:
+            self.folder.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {words}\n")
+        except OSError as error:
+            self.logs = False
+            self.say(f"log.txt ends here: {error}")
 
     def report(self, last: bool = False) -> None:
-        if self.reporter and (trouble := self.reporter.draw(last)):
+        if not self.reporter:
+            return
+        try:
+            trouble = self.reporter.draw(last)
+        except OSError as error:  # no memory for a process, no room for its words
+            trouble = str(error)
+        if trouble:
             self.say(f"no report: {trouble}")
 
     def close(self) -> None:
-        for board in self.boards:
-            board.close()
+        """However the run ended, its report says so."""
+        for board in list(self.boards):
+            self.to_board(board, board.close)
+        self.report(last=True)
 
 
 def clock(seconds: float) -> str:
@@ -142,7 +167,7 @@ class Reporter:
         self.words = tempfile.TemporaryFile()  # noqa: SIM115 (read when it ends)
         script = Path(__file__).with_name("report.py")
         self.process = subprocess.Popen(
-            [sys.executable, str(script), str(self.path), *(["--ended"] if last else [])],
+            [sys.executable, str(script), str(self.path.resolve()), *["--ended"] * last],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.words,
             start_new_session=True,  # Ctrl-C is for the run
         )  # fmt: skip

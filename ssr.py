@@ -25,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -249,6 +250,19 @@ FREE = (
     "threads shard patience max_bad_steps steps gpus gpu comet_batch judge_url judge_parallel "
     "judge_patience judge_only shown_groups report log_to"
 )
+HEADINGS = {  # of --help, by the first setting below each
+    "steps": "learning",
+    "preset": "model and texts",
+    "folder": "the run's folder",
+    "prompts": "prompts and reward",
+    "comet": "COMET in the reward",
+    "judge_model": "somebody else as the judge",
+    "judge": "the model as its own judge",
+    "eval_every": "what can be looked at",
+    "slots": "the machine",
+    "toy_tokens": "the toy",
+    "judge_only": "instead of training",
+}
 ALIASES = {"log_to": ["--log"]}  # shorter, but torchrun takes it for one of its own
 REFUSED = {
     "top_p": "training needs log-probs of the whole distribution; set --temperature instead",
@@ -287,13 +301,16 @@ def parse(words: list[str]) -> Settings:
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
     )  # fmt: skip
     fields, help_of = dataclasses.fields(Settings), docs(Settings)
+    group = parser
     for f in fields:
+        if f.name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[f.name])
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = help_of[f.name] + defaults(f)
         names = [option(f.name), *ALIASES.get(f.name, [])]
-        parser.add_argument(*names, dest=f.name, help=text.replace("%", "%%"), **kind)
+        group.add_argument(*names, dest=f.name, help=text.replace("%", "%%"), **kind)
     parser.error = refuse
     given, unknown = parser.parse_known_args(words)
     for word in unknown:
@@ -304,23 +321,29 @@ def parse(words: list[str]) -> Settings:
         hint = f"; did you mean {option(near[0])}?" if near else ""
         raise ValueError(f"unknown option {word}{hint} (--help lists all)")
     given = vars(given)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not given.get("judge_only"):
         given["resume"] = True  # torchrun started the ranks again
     small = given.get("controls") or not torch.cuda.is_available()
     preset = given.get("preset") or ("toy" if small else "ssr-zero-7b")
-    if (
-        given.get("judge_only")
-        and not given.get("preset")
-        and given.keys() & {"model", "judge_url"}
-    ):
-        preset = "ssr-zero-0.5b"  # whatever the machine: its prompts are for real models
+    judges = given.get("judge_only") and given.keys() & {"model", "judge_url"}
+    if not given.get("preset") and (judges or (small and given.get("data"))):
+        preset = "ssr-zero-0.5b"  # for models and texts of somebody's own
     had = remembered(given, preset) if given.get("resume") else {}
     preset = given.get("preset") or had.get("preset") or preset
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
     usual = PRESETS[preset] | had
+    for name in given.keys() & had.keys() - set(FREE.split()):
+        if given[name] != had[name]:  # said before anything is made or loaded
+            raise ValueError(
+                f"the run that goes on was made with other settings: {option(name)} was "
+                f"{had[name]!r} and is {given[name]!r}. Give the same, or start another --folder"
+            )
     if given.get("data", usual.get("data")) != usual.get("data"):
         usual = {k: v for k, v in usual.items() if k not in TEXTS}  # other texts, other languages
+    if given.get("judge_only"):
+        for name in given.keys() & {"resume", "controls", "dry_run", "data", "held_out", "reward"}:
+            raise ValueError(f"{option(name)} has no effect with --judge-only")
     return check(Settings(**usual | given | {"preset": preset}))
 
 
@@ -402,6 +425,8 @@ def check(s: Settings) -> Settings:
 
 
 def check_judge(s: Settings) -> None:
+    if s.judge_only and s.judge_model and not s.judge_url:
+        raise ValueError("--judge-only judges with --model (or --judge-url and --judge-model)")
     if s.judge_url and not s.judge_model:
         raise ValueError("--judge-url needs --judge-model, the model's name at that endpoint")
     if s.judge_model and "self" not in s.reward:
@@ -664,7 +689,8 @@ def judge_file(s: Settings) -> None:
     pairs = [(item.task, item.translation) for item in items]
     judge, key = judge_alone(s, ranks, pairs, device)
     out = Path(s.folder) if s.folder else files[0].parent
-    path = out / f"{files[0].stem}.judged.jsonl"
+    name = re.sub(r"[^\w.-]+", "_", key["name"])
+    path = out / f"{files[0].stem}.judged-by-{name}.jsonl"
     key |= {"translations": hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]}
     print(f"judged by {key['model']}, score {s.reading}; writing {path}", flush=True)
     rows = agreement.judged(items, judge, ranks, path, key, 8 * s.slots * ranks.size)

@@ -84,7 +84,7 @@ class Evaluation:
         self.prompts, self.stop_ids, self.s, self.ranks = prompts, stop_ids, s, ranks
         self.best: Reading | None = None
         self.past: list[tuple[Reading, Reading]] = []  # of the measure and of the self-score
-        self.alarm = ""  # why it rings, as of the last evaluation
+        self.alarm = ""  # why it rings, if it does
 
     def candidates(
         self, count: int, n: int, temperature: float, number: int
@@ -133,9 +133,12 @@ class Evaluation:
         )
         best = self.best is None or now.mean > self.best.mean
         self.best = now if best else self.best
+        metrics["eval/best_by"] = now.mean
         row = {"step": number, "greedy": rounded(greedy), "sampled": rounded(sampled)}
         if measures:
             self.alarm = self.alarming(now, own)
+            if self.alarm and metrics["eval/invalid"] > 0.02:
+                self.alarm += f"; {metrics['eval/invalid']:.0%} of its answers are no score"
             metrics["eval/alarm"] = float(bool(self.alarm))
             row["alarm"] = self.alarm
         if not self.past:  # once is enough
@@ -185,12 +188,11 @@ class Evaluation:
         return rows
 
     def state(self) -> dict:
-        return {"best": self.best, "past": list(self.past), "alarm": self.alarm}
+        return {"best": self.best, "past": list(self.past)}
 
     def restore(self, state: dict) -> None:
         self.best = Reading(*state["best"])
         self.past = [tuple(Reading(*x) for x in pair) for pair in state["past"]]
-        self.alarm = state["alarm"]
 
 
 def rounded(values: dict[str, list]) -> dict[str, list]:
@@ -264,6 +266,7 @@ class Watch:
         self.evaluation.restore(state.pop("evaluation"))
         self.groups = about["groups"]
         vars(self).update(state)
+        self.show.alarmed = bool(self.latest.get("eval/alarm"))
         self.first = about["step"]
         # Then it was evaluated as the last step, and its weights may be those in best/.
         self.again = about["settings"]["steps"] == about["step"]
@@ -383,7 +386,6 @@ class Watch:
         self.keep("last")
         self.written()
         number, path = self.step.number, self.folder.path
-        self.show.report(last=True)
         self.show.say(f"stopped after step {number}; go on with --resume --folder {path}")
 
     def give_up(self) -> None:
@@ -391,7 +393,6 @@ class Watch:
         self.ranks.ending = True
         self.keep("last")
         self.kept.wait()
-        self.show.report(last=True)
         self.ranks.gather(None)  # no rank leaves before
 
     def written(self) -> None:
@@ -408,7 +409,6 @@ class Watch:
         content = {"steps": self.s.steps, "seconds": seconds, "best_step": self.best_step}
         content |= {"alarms": self.alarms, "before": self.before, "after": self.latest}
         self.folder.write("result.json", content)
-        self.show.report(last=True)
         print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
         others = {f"eval/{n}": f"{n}, greedy" for n in self.evaluation.problem.measures}
         for key, label in (others | SHOWN).items():
@@ -422,9 +422,9 @@ class Watch:
                 "samples.jsonl, and reward/format and judge/invalid in metrics.jsonl"
             )
         print(
-            f"\n{self.s.steps} steps in {seconds:.0f} s; the best weights are those of step "
-            f"{self.best_step}\n{self.folder.path}/: best/, last/, metrics.jsonl, samples.jsonl, …"
-            + "\nlook at report.html there"
+            f"\n{self.s.steps} steps in {seconds:.0f} s\nweights: {self.folder.path / 'best'}, of "
+            f"step {self.best_step}"
+            + f"\nreport:  {self.folder.path / 'report.html'}"
             * self.s.report
         )
         if not self.evaluation.problem.measures:
@@ -530,9 +530,14 @@ class RunFolder:
         if self.locked or not (self.mine and self.path.is_dir()):
             return
         self.locked = open(self.path / "lock", "a+")  # noqa: SIM115 (open as long as we live)
-        try:
-            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for last in (False, True):  # whoever only looks if it is locked holds it for a moment
+            try:
+                fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not last:
+                    time.sleep(0.3)
+                    continue
             self.locked.seek(0)
             raise ValueError(
                 f"{self.path} is being written by another run ({self.locked.read().strip()}): wait "

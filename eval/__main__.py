@@ -63,7 +63,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     option = parser.add_argument
-    option("--model", action="append", default=[], help="[NAME=]folder or hub id; once a system")
+    option(
+        "--model", action="append", default=[], help="[NAME=]folder, hub id or toy; once a system"
+    )
     option(
         "--translations",
         action="append",
@@ -135,8 +137,8 @@ def systems_of(args: argparse.Namespace, chosen: list[Set]) -> list[System]:
 def check_model(args: argparse.Namespace, words: str, model: str) -> None:
     """What is no model's folder is said before any other model is at work."""
     folder = Path(model).expanduser()
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
-        return  # an id of the hub
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+|toy\d*", model):
+        return  # an id of the hub, or the toy's own
     if not (folder / "config.json").is_file():
         best = folder / "best"
         hint = f"; did you mean {best}?" if (best / "config.json").is_file() else ""

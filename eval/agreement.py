@@ -12,7 +12,9 @@ siblings, and "same text" is how often the judge prefers the better of two.
 
 import json
 import math
-from bisect import bisect_right, insort
+import re
+import statistics
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -52,11 +54,12 @@ def read_one(path: Path, pairs: list[tuple[str, str]]) -> list[Item]:
                 row = parsed(line)
                 if not isinstance(row.get("translation"), str):
                     raise ValueError('"translation" is missing, or no string')
+                row["translation"].encode()  # half of a surrogate pair is no text
                 task, *more = tasks_of(row, pairs, False)
                 if more:
                     raise ValueError("into which language? --target names several")
                 items.append(Item(task, row["translation"], scores_in(row)))
-            except (ValueError, RecursionError) as error:
+            except (ValueError, RecursionError, OverflowError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not items:
         raise ValueError(f"{path} holds no translations")
@@ -94,7 +97,9 @@ def judged(
             for i, (s,) in zip(numbers, found, strict=True)
         ]  # fmt: skip
 
-    return in_rounds(ranks, lambda: Rows(path, key), "judged", len(items), size, work)
+    return in_rounds(
+        ranks, lambda: Rows(path, key, elsewhere="--folder"), "judged", len(items), size, work
+    )
 
 
 # ---------------------------------------------------------------------------------- agreement
@@ -160,14 +165,12 @@ def agreement(name: str, items: list[Item], scores: list[float | None]) -> Agree
     for i, x in known:
         groups.setdefault(items[i].task[:3], []).append((x, items[i].given[name]))
     here, there = [x for _, x in known], [items[i].given[name] for i, _ in known]
-    # From the mean, so that sums of squares keep their digits.
-    mx, my = (sum(v) / max(len(v), 1) for v in (here, there))
-    moments = [
-        np.sum(
-            [(1, x, y, x * x, y * y, x * y) for x, y in ((a - mx, b - my) for a, b in g)], axis=0
-        )
-        for g in groups.values()
-    ]
+    # In standard deviations from the mean: whatever the scale, sums of squares keep their digits.
+    (mx, sx), (my, sy) = standard(here), standard(there)
+    moments = []
+    for group in groups.values():
+        points = [((x - mx) / sx, (y - my) / sy) for x, y in group]
+        moments.append(np.sum([(1, x, y, x * x, y * y, x * y) for x, y in points], axis=0))
     inside = [count_pairs(*map(list, zip(*group, strict=True))) for group in groups.values()]
     counts = [(p.alike + p.tied_here / 2, p.alike + p.opposed + p.tied_here) for p in inside]
     pairs = count_pairs(here, there)
@@ -181,7 +184,14 @@ def agreement(name: str, items: list[Item], scores: list[float | None]) -> Agree
 def pearson(sums) -> float:
     n, x, y, xx, yy, xy = map(float, sums)
     below = (n * xx - x * x) * (n * yy - y * y)
-    return (n * xy - x * y) / math.sqrt(below) if n and below > 1e-18 * n**4 else math.nan
+    return (n * xy - x * y) / math.sqrt(below) if n and below > 1e-12 * n**4 else math.nan
+
+
+def standard(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation; 1 where they are all the same."""
+    if len(set(values)) < 2:
+        return values[0] if values else 0.0, 1.0
+    return statistics.fmean(values), statistics.pstdev(values)
 
 
 def share(sums) -> float:
@@ -199,7 +209,7 @@ def drawn(table: list, total: Callable) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------- to read
 
 
-def report(items: list[Item], rows: list[dict], who: str) -> str:
+def report(items: list[Item], rows: list[dict], who: str, against: list[Agreement]) -> str:
     """What a person wants to know of a judge, in words and numbers."""
     scores = [row["score"] for row in rows]
     known = [x for x in scores if x is not None]
@@ -207,25 +217,24 @@ def report(items: list[Item], rows: list[dict], who: str) -> str:
     if not known:
         return lines[0] + "\nnot one of the judge's answers is a score" + examples(rows)
     bad = len(rows) - len(known)
-    mean = sum(known) / len(known)
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in known) / len(known))
+    mean, deviation = standard(known)
     most, often = Counter(round(x, 2) for x in known).most_common(1)[0]
     lines.append(
-        f"scores: mean {100 * mean:.1f}, standard deviation {100 * deviation:.1f}, "
-        f"{len(set(known)):,} different; {often / len(known):.0%} are {100 * most:.0f}; "
-        f"{bad / len(rows):.1%} of the answers are no score" + (examples(rows) if bad else "")
+        f"scores: mean {100 * mean:.1f}, standard deviation "
+        f"{100 * deviation if len(set(known)) > 1 else 0:.1f}, {len(set(known)):,} different; "
+        f"{often / len(known):.0%} are {100 * most:.0f}; {bad / len(rows):.1%} of the answers are "
+        "no score" + (examples(rows) if bad else "")
     )
-    names = list(dict.fromkeys(name for item in items for name in item.given))
-    if not names:
+    if not against:
         lines.append('no "score" is given to compare them with')
-    for name in names:
-        lines.append("\n" + said(agreement(name, items, scores)))
-        lines.append(extremes(name, items, rows))
+    for a in against:
+        lines += ["\n" + said(a), extremes(a.name, items, rows)]
     return "\n".join(lines)
 
 
 def examples(rows: list[dict]) -> str:
-    words = dict.fromkeys(row["judge"][-200:] for row in rows if row["score"] is None)
+    bad = [row["judge"] for row in rows if row["score"] is None]
+    words = dict.fromkeys(re.sub(r"\s{2,}", " … ", text)[-100:] for text in bad)
     return ", such as " + ", ".join(repr(w) for w in list(words)[:3])
 
 
@@ -260,8 +269,8 @@ def extremes(name: str, items: list[Item], rows: list[dict], count: int = 3) -> 
     theirs = ranks_of([items[i].given[name] for i in known])
     order = sorted(range(len(known)), key=lambda n: theirs[n] - ours[n])
     lines = []
-    for title, chosen in (("overrated", order[:count]), ("underrated", order[::-1][:count])):
-        for n in [n for n in chosen if ours[n] != theirs[n]]:
+    for title, chosen, sign in (("overrated", order, 1), ("underrated", order[::-1], -1)):
+        for n in [n for n in chosen[:count] if sign * (ours[n] - theirs[n]) > 0]:
             score, item = rows[known[n]]["score"], items[known[n]]
             lines.append(
                 f"  {title}: judge {100 * score:.0f}, {name} {item.given[name]:.4g}  "
@@ -271,22 +280,32 @@ def extremes(name: str, items: list[Item], rows: list[dict], count: int = 3) -> 
 
 
 def ranks_of(values: list[float]) -> list[float]:
-    """0 … 1; equal values share theirs."""
+    """0 … 1; equal values share the middle of theirs."""
     order = sorted(values)
-    return [bisect_right(order, v) / len(order) for v in values]
+    return [(bisect_left(order, v) + bisect_right(order, v)) / (2 * len(order)) for v in values]
 
 
 def tell(items: list[Item], rows: list[dict], path: Path, who: str) -> None:
     """To a person, and as JSON beside the rows, for programs."""
     names = list(dict.fromkeys(name for item in items for name in item.given))
     scores = [row["score"] for row in rows]
-    found = {}
-    for a in (agreement(name, items, scores) for name in names):
-        found[a.name] = a._asdict() | {
-            "pairs": a.pairs._asdict() | {"accuracy": a.pairs.accuracy()},
-            "siblings": a.siblings._asdict() | {"accuracy": a.siblings.accuracy()},
-        }
-    content = {"judge": who, "rows": len(rows), "invalid": scores.count(None), "against": found}
-    print(f"\n{report(items, rows, who)}\n\n{path}: its score and words for each")
-    with whole(path.with_name(path.name.replace(".judged.jsonl", ".agreement.json"))) as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False).replace("NaN", "null") + "\n")
+    against = [agreement(name, items, scores) for name in names]
+    print(f"\n{report(items, rows, who, against)}\n\n{path}: its score and words for each")
+    content = {"judge": who, "rows": len(rows), "invalid": scores.count(None)}
+    content["against"] = {a.name: as_json(a) for a in against}
+    with whole(path.with_name(path.name.replace(".jsonl", ".agreement.json"))) as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def as_json(a: Agreement) -> dict:
+    """JSON has no NaN: a number that is not there is null."""
+
+    def there(x):
+        if isinstance(x, tuple):
+            return [there(value) for value in x]
+        return None if isinstance(x, float) and math.isnan(x) else x
+
+    found = {name: there(value) for name, value in a._asdict().items()}
+    for name, pairs in (("pairs", a.pairs), ("siblings", a.siblings)):
+        found[name] = pairs._asdict() | {"accuracy": there(pairs.accuracy())}
+    return found

@@ -22,8 +22,9 @@ from ranks import Ranks
 class Rows:
     """A file of JSON lines that grows while work goes on. Its first line says what they are of."""
 
-    def __init__(self, path: Path, key: dict, anew: bool = False):
-        """`anew`: rows of another key are put aside; else they are an error."""
+    def __init__(self, path: Path, key: dict, anew: bool = False, elsewhere: str = "--out"):
+        """`anew`: rows of another key are put aside; else they are an error, which names the option
+        that writes `elsewhere`."""
         self.path, self.key = path, key
         self.rows: list[dict] = []
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +40,8 @@ class Rows:
             other = next(k for k in key | had if had.get(k) != key.get(k))
             if not anew:
                 raise ValueError(
-                    f"{path} was made with another {other}: {had.get(other)}, "
-                    f"now {key.get(other)}; write elsewhere (--out, --folder), or remove it"
+                    f"{path}: its {other} was {had.get(other)}, now {key.get(other)}: name another "
+                    f"{elsewhere}, or remove it"
                 )
             print(f"{path.name}: another {other} than before, scored again")
             lines = []
@@ -54,8 +55,7 @@ class Rows:
             row[wanted]
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{self.path}, line {number} is not what we wrote there: remove the file, or name "
-                "another --out"
+                f"{self.path}, line {number} is not what we wrote there: remove the file"
             ) from None
         return row
 

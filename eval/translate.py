@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from model import find_folder, load, load_tokenizer
 from problem import TEMPLATES
 from ranks import Ranks
 from sampler import Sampler
+from toy.pretrain import Recipe, make
 
 ROUND = 8  # times the slots: segments between two writes
 
@@ -30,7 +32,7 @@ class System(NamedTuple):
 def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) -> dict[str, list]:
     """Rows by set. The model is loaded when there is something left to translate."""
     device = device_of(args)
-    folder = ranks.one_first("fetch the model", lambda: find_folder(system.model))
+    folder = ranks.one_first("fetch the model", lambda: folder_of(system.model))
     texts = Texts(load_tokenizer(folder), args.chat)
     prompts = TEMPLATES[args.prompts]
     key = {"model": weights_of(folder), "prompts": args.prompts, "chat": args.chat}
@@ -117,6 +119,14 @@ def row_in(path: Path, number: int, line: str) -> dict:
             f'{path}, line {number}: not a JSON row with a "translation" ({error})'
         ) from None
     return row
+
+
+def folder_of(model: str) -> Path:
+    """ "toy", "toy1", …: the toy's pretrained model of that seed, made when it is not there."""
+    toy = re.fullmatch(r"toy(\d*)", model)
+    if toy and not Path(model).exists():
+        return make(Recipe(seed=int(toy[1] or 0)))
+    return find_folder(model)
 
 
 def device_of(args: argparse.Namespace) -> torch.device:

@@ -11,7 +11,8 @@ import pytest
 import ssr
 from eval import agreement
 from eval.agreement import Item, count_pairs, read, scores_in
-from judge import Task
+from judge import Score, Task
+from ranks import Ranks
 from toy.languages import Languages, quality
 
 
@@ -41,21 +42,22 @@ def test_pairs_are_counted_as_one_by_one():
 
 
 def test_kendall_and_accuracy_of_a_known_case():
-    """tau-b of scipy.stats.kendalltau([1, 2, 2, 4, 5], [2, 1, 3, 3, 5])."""
-    found = count_pairs([1, 2, 2, 4, 5], [2, 1, 3, 3, 5])
-    assert found == (7, 1, 1, 1, 0)
-    assert found.tau() == pytest.approx(6 / 9)
-    assert found.accuracy() == pytest.approx(7.5 / 9)  # a tie of the judge is half right
+    """tau-b of scipy.stats.kendalltau([1, 2, 2, 2, 5], [2, 1, 3, 3, 5])."""
+    found = count_pairs([1, 2, 2, 2, 5], [2, 1, 3, 3, 5])
+    assert found == (6, 1, 2, 0, 1)
+    assert found.tau() == pytest.approx(5 / 63**0.5)
+    assert found.accuracy() == pytest.approx(7 / 9)  # a tie of the judge is half right
     assert math.isnan(count_pairs([1, 1], [1, 1]).tau())
     assert math.isnan(count_pairs([], []).accuracy())
 
 
-def test_pearson_is_the_usual_one_also_far_from_zero():
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e100])
+def test_pearson_is_the_usual_one_on_whatever_scale(scale):
     rng = random.Random(1)
-    given = [1e6 + rng.random() for _ in range(40)]
-    scores = [x - 1e6 + 0.3 * rng.random() for x in given]
+    given = [scale * (1e6 + rng.random()) for _ in range(40)]
+    scores = [x / scale - 1e6 + 0.3 * rng.random() for x in given]
     found = agreement.agreement("human", items_of(given), scores)
-    assert found.pearson == pytest.approx(statistics.correlation(scores, given), abs=1e-7)
+    assert found.pearson == pytest.approx(statistics.correlation(scores, given), abs=1e-6)
     low, high = found.pearson_interval
     assert low < found.pearson < high and high - low < 0.3
     constant = agreement.agreement("human", items_of([5.0] * 10), [0.1 * i for i in range(10)])
@@ -70,6 +72,54 @@ def test_siblings_are_compared_with_siblings_alone():
     assert found.siblings.accuracy() == 1 and found.siblings.alike == 9
     assert found.pairs.accuracy() == 9 / 36
     assert found.siblings_interval == (1, 1)
+
+
+def test_the_same_words_into_two_languages_are_two_texts():
+    items = items_of([1.0, 2.0], ["a", "a"])
+    items[1] = items[1]._replace(task=items[1].task._replace(target="French"))
+    found = agreement.agreement("human", items, [0.1, 0.2])
+    assert sum(found.siblings) == 0 and found.pairs.alike == 1
+
+
+def test_the_interval_of_siblings_counts_half_for_ties():
+    """A judge that never decides is at chance, whichever texts are drawn."""
+    found = agreement.agreement("human", items_of([1, 2] * 6, sorted([*range(6)] * 2)), [0.5] * 12)
+    assert found.siblings_interval == (0.5, 0.5)
+
+
+def test_what_differs_most_is_shown_by_rank_and_on_its_own_side():
+    items = items_of([10.0, 20.0, 30.0, 40.0])
+    rows = [{"score": x, "judge": ""} for x in (0.9, 0.2, 0.3, 0.1)]
+    lines = agreement.extremes("human", items, rows, 1).splitlines()
+    assert [line.split(":")[0].strip() for line in lines] == ["overrated", "underrated"]
+    assert "judge 90, human 10 " in lines[0] and "judge 10, human 40 " in lines[1]
+    constant = [{"score": 0.5, "judge": ""}] * 4
+    shown = agreement.extremes("human", items, constant, 4).splitlines()
+    assert len(shown) == len(set(shown)) == 4 and shown[0].split(":")[1] not in shown[2]
+
+
+def test_what_is_not_there_is_null_in_json(tmp_path, capsys):
+    items = [item._replace(given={"NaN metric": 1.0}) for item in items_of([1, 2, 3])]
+    rows = [{"score": 0.5, "judge": "50"}] * 3
+    agreement.tell(items, rows, tmp_path / "x.judged-by-y.jsonl", "NaN judge")
+    text = (tmp_path / "x.judged-by-y.agreement.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert found["judge"] == "NaN judge" and found["against"]["NaN metric"]["kendall"] is None
+
+
+def test_the_judge_sees_no_reference_and_what_does_not_fit_has_no_score(tmp_path):
+    asked = []
+
+    def judge(tasks, answers, step):
+        asked.extend(tasks)
+        return [
+            [Score(0.0, "too long to judge") if "1" in a else Score(0.5, "50")] for [a] in answers
+        ]
+
+    items = [i._replace(task=i.task._replace(reference="secret")) for i in items_of([1, 2, 3])]
+    rows = agreement.judged(items, judge, Ranks(), tmp_path / "x.jsonl", {"model": "m"}, 2)
+    assert [row["score"] for row in rows] == [0.5, None, 0.5]
+    assert len(asked) == 3 and all(task.reference is None for task in asked)
 
 
 def test_intervals_draw_texts_not_rows():
@@ -88,11 +138,11 @@ def test_rows_without_a_score_are_left_out_and_counted():
     rows = [{"score": x, "judge": "?"} for x in (0.1, None, 0.3, 0.9)]
     found = agreement.agreement("human", items, [row["score"] for row in rows])
     assert found.rows == 2 and found.pairs.alike == 1
-    text = agreement.report(items, rows, "somebody")
+    text = agreement.report(items, rows, "somebody", [found])
     assert "25.0% of the answers are no score, such as '?'" in text and "(2 rows)" in text
     nothing = [{"score": None, "judge": "I cannot"}] * 4
     assert "not one of the judge's answers is a score, such as 'I cannot'" in agreement.report(
-        items, nothing, "somebody"
+        items, nothing, "somebody", []
     )
 
 
@@ -106,6 +156,15 @@ def test_rows_without_a_score_are_left_out_and_counted():
         (
             '{"text": "a", "translation": "b", "source": "en", "target": "de", "score": "5"}',
             "line 2: the score \"score\" is '5', no number",
+        ),
+        (
+            '{"text": "a", "translation": "b\\ud800", "source": "en", "target": "de"}',
+            "line 2: 'utf-8' codec can't encode",
+        ),
+        (
+            '{"text": "a", "translation": "b", "source": "en", "target": "de", "score": 1%s}'
+            % ("0" * 400),
+            "line 2: int too large",
         ),
         (
             '{"text": "a", "translation": "b", "source": "en", "target": "de", "scores": [5]}',
@@ -151,21 +210,29 @@ def test_a_file_is_judged_and_the_agreement_said(toy, tmp_path, capsys):
     ssr.main(words)
     out = capsys.readouterr().out
     assert "24 translations of 6 texts" in out and 'against "score"' in out
-    judged = [
-        json.loads(line) for line in (tmp_path / "rows.judged.jsonl").read_text().splitlines()
-    ]
+    path = tmp_path / f"rows.judged-by-{toy.name}.jsonl"
+    judged = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["segment"] for row in judged[1:]] == list(range(24))
     assert all(0 <= row["score"] <= 1 for row in judged[1:] if row["score"] is not None)
-    found = json.loads((tmp_path / "rows.agreement.json").read_text())
+    found = json.loads(path.with_suffix(".agreement.json").read_text())
     scores = [row["score"] for row in judged[1:]]
     again = agreement.agreement("score", read([file]), scores)
     assert found["against"]["score"]["kendall"] == pytest.approx(again.kendall, nan_ok=True)
     # It goes on where it was, and does not mix judges.
-    path = tmp_path / "rows.judged.jsonl"
     whole = path.read_text()
     path.write_text("".join(line + "\n" for line in whole.splitlines()[:9]))
     ssr.main(words)
     assert path.read_text() == whole and "judged: 24/24" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="made with another reading: expected, now written"):
+    with pytest.raises(SystemExit, match="its reading was expected, now written: name another --f"):
         ssr.main([*words, "--reading=written"])
+    file.write_text(file.read_text().replace("xk=Kasu", "xk=Kusu"))
+    with pytest.raises(SystemExit, match="its translations was "):
+        ssr.main(words)
+    ssr.main([*words, f"--folder={tmp_path / 'elsewhere'}"])
+    assert (tmp_path / "elsewhere" / path.name).exists()
+    for more in ("--resume", "--data=x", "--judge-model=x"):
+        with pytest.raises(
+            SystemExit, match=r"has no effect with --judge-only|judges with --model"
+        ):
+            ssr.main([*words, more])
     assert len(read([file, file])) == 48  # of several systems, say

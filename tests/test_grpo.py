@@ -402,6 +402,19 @@ def test_a_histogram_counts_what_was_judged():
     assert metrics["histogram/self"] == [*[0] * 10, 1, *[0] * 9]
 
 
+def test_rates_are_what_was_done_over_its_time():
+    clock = grpo.Clock()
+    clock.seconds = {"sample": 2.0, "judge": 4.0, "train": 5.0}
+    clock.start, clock.last = 0.0, 10.0
+    group = [Sample([3, EOS], [-1.0, -1.0], True), Sample([4, 5, 6], [-1.0] * 3, False)]
+    found = clock.metrics([group], 50)
+    rates = {k: v for k, v in found.items() if "per" in k}
+    assert rates == {
+        "per_second/sample": 2.5, "per_second/judge": 0.5, "per_second/train": 10.0,
+        "tokens_per_second": 0.5,
+    }  # fmt: skip
+
+
 def test_ten_golden_steps_are_reproduced():
     """Bit for bit from run to run; to eight decimals in float64, on whatever machine."""
     from tests import golden

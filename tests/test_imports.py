@@ -54,7 +54,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "eval/rows.py": ({"ranks"}, set()),
     "eval/table.py": ({"numpy", "eval"}, set()),
     "eval/translate.py": (
-        {"torch", "checkpoint", "eval", "judge", "model", "problem", "ranks", "sampler"},
+        {"torch", "checkpoint", "eval", "judge", "model", "problem", "ranks", "sampler", "toy"},
         set(),
     ),
     "eval/__main__.py": ({"torch", "data", "eval", "judge", "problem", "ranks"}, set()),

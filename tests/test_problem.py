@@ -218,7 +218,7 @@ def test_an_endpoint_judges(pupil, texts, tmp_path, monkeypatch):
         (["--held-out=gone.jsonl"], "gone.jsonl: there is no such file"),
         (["--measures=chrf,x/self"], "a second one is called self"),
         (["--eval-prompts=30"], "24 texts have a prompt within .*30 are to be held out"),
-        (["--max-prompt-tokens=20"], "0 texts have a prompt within --max-prompt-tokens 20"),
+        (["--max-prompt-tokens=20"], "none of 24 texts has a prompt within --max-prompt-tokens 20"),
     ],
 )
 def test_what_cannot_be_learned_is_refused_before_anything_is_written(
@@ -253,8 +253,19 @@ def test_held_out_texts_that_do_not_fit_are_not_replaced_by_others(pupil, texts,
     long = tmp_path / "long.jsonl"
     row = {"text": "long " * 900, "source": "en", "target": "zh", "reference": "x"}
     long.write_text(json.dumps(row) + "\n")
-    with pytest.raises(SystemExit, match=r"long\.jsonl: 0 texts have a prompt within"):
+    with pytest.raises(
+        SystemExit,
+        match=r"long\.jsonl: none of 1 texts has a prompt within --max-prompt-tokens 400: raise",
+    ):
         go(pupil, texts, tmp_path / "run", f"--held-out={long}")
+
+
+def test_a_small_held_out_set_is_taken_whole(pupil, texts, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    row = {"text": "A short text.", "source": "en", "target": "zh", "reference": "x"}
+    few.write_text("".join(json.dumps(row | {"text": f"Text {i}."}) + "\n" for i in range(2)))
+    go(pupil, texts, tmp_path / "run", f"--held-out={few}")
+    assert "; 2 held out from " in capsys.readouterr().out
 
 
 def test_a_run_that_learns_nothing_says_so(pupil, texts, tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_a_translation_cannot_become_a_part_of_the_page(page):
 def test_curves_are_the_runs_numbers(runs, page):
     rows = rows_of(runs[0] / "metrics.jsonl")
     series = data_in(page)["panels"]["entropy"]["series"]
-    assert [line["of"] for line in series] == ["good", "bad"]
+    assert [line["of"] for line in series] == ["fine", "hacked"]
     assert series[0]["x"] == [1, 2, 3, 4, 5]
     assert series[0]["y"] == pytest.approx([r["policy/entropy"] for r in rows[1:]], abs=1e-5)
     held_out = data_in(page)["panels"]["held-out"]["series"]
@@ -170,8 +170,17 @@ def test_the_page_says_first_what_to_know(runs, tmp_path):
     def verdict(folder):
         return report.verdict([report.Run(folder, "a")])
 
-    assert "No alarm so far" in verdict(runs[0])
-    assert "Alarm at step 5" in verdict(runs[1]) and "Trust best/, of step 0" in verdict(runs[1])
+    good, bad = (report.Run(folder, "a") for folder in runs)
+    numbers = [f"{good.at(step, 'eval/exact_match'):.3f}" for step in (0, 5)]
+    assert f"5 steps: held-out exact_match {numbers[0]} → {numbers[1]}. " in verdict(runs[0])
+    assert f"Take best/, of step {good.best}. No alarm." in verdict(runs[0])
+    assert "Alarm at step 5: " in verdict(runs[1]) and "score is high)" in verdict(runs[1])
+    assert "Take best/, of step 0, not last/" in verdict(runs[1])
+    bad.measured.append(bad.measured[-1] | {"step": 6, "eval/alarm": 0.0})
+    assert "It does not ring any more." in report.verdict_of(bad)[1]
+    for row in good.rows:
+        row["groups/zero_variance"] = 1.0
+    assert "nothing was learned" in report.verdict_of(good)[1]
     unmeasured = tmp_path / "unmeasured"
     shutil.copytree(runs[0], unmeasured)
 
@@ -187,6 +196,133 @@ def test_the_page_says_first_what_to_know(runs, tmp_path):
     assert "no alarm can ring" in verdict(unmeasured)
     report.main([str(unmeasured)])
     assert "held-out" not in data_in(unmeasured / "report.html")["panels"]
+    rewrite(  # then best/ goes by the judge's score, where what has none counts 0: it is in the log
+        unmeasured / "metrics.jsonl",
+        lambda row: (
+            row | {"eval/self": row["step"] / 9, "eval/best_by": float(row["step"] == 2)}
+            if "eval/self" in row
+            else row
+        ),
+    )
+    assert report.Run(unmeasured, "a").best == 2
+
+
+def test_an_alarm_is_compared_with_the_best_until_then(runs):
+    run = report.Run(runs[1], "a")
+    run.measured[-1]["eval/best_by"] = 2.0  # the last evaluation becomes the best of all
+    run.evaluations[1]["alarm"] = "early"
+    run.best = run.best_until(5)
+    early, late = report.alarms([run])
+    assert (early["step"], early["best"]) == (2, 0) and (late["step"], late["best"]) == (5, 5)
+
+
+def test_the_overview_has_the_numbers_of_start_best_and_last(runs):
+    run = report.Run(runs[1], "a")
+    run.title = run.label = "a"
+    run.about |= {"ranks": 8, "device": "NVIDIA H100"}
+    for row, values in zip(
+        run.measured, ((0.25, 0.5), (0.5, 0.6), (0.125, 0.7), (0.0, 0.9)), strict=True
+    ):
+        row |= {"eval/exact_match": values[0], "eval/self": values[1], "eval/best_by": values[0]}
+    run.measured[-1]["eval/invalid"] = 0.5
+    run.rows = [row | {"seconds/train": 90.0} for row in run.rows if row.get("seconds/train")][:5]
+    for row in run.rows:
+        for key in [k for k in row if k.startswith("seconds/") and k != "seconds/train"]:
+            del row[key]
+    run.best = run.best_until(5)
+    cells = re.findall(r"<td>(.*?)</td>", report.overview([run], {"a": 0}))
+    assert cells[3:6] == ["0.250", "0.500", "0.000"]
+    assert cells[6:9] == ["0.500", "0.600", "0.900 (50% no score)"]
+    assert cells[9] == "2" and ">1<" in cells[10]
+    assert cells[11:] == ["7 min 30 s", "1 GPU hours"]
+
+
+def test_where_time_went_is_said_of_the_whole_run(runs):
+    run = report.Run(runs[0], "a")
+    run.rows = [
+        {"step": 1, "seconds/train": 3.0, "seconds/judge": 1.0, "per_second/train": 10.0},
+        {"step": 2, "seconds/train": 3.0, "seconds/judge": 1.0, "per_second/train": 30.0},
+        {"step": 3, "seconds/train": 0.0, "seconds/judge": None, "per_second/train": 90.0},
+    ]
+    text = report.stages([run], {"a": 0})
+    assert "train 75%, 30 tokens/s" in text and "judge 25%<" in text
+    assert text.index("train 75%") < text.index("judge 25%")
+
+
+def drawings(monkeypatch, wanted="plot"):
+    """What is drawn, instead of how it looks."""
+    found = []
+    from matplotlib.axes import Axes
+
+    real = getattr(Axes, wanted)
+
+    def draw(self, *args, **more):
+        found.append((args, more, self))
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(Axes, wanted, draw)
+    return found
+
+
+def test_rings_stand_where_the_alarm_rang(runs, monkeypatch):
+    drawn = drawings(monkeypatch)
+    run = report.Run(runs[1], "a")
+    monkeypatch.setattr(report, "POINTS", 1)  # however few points the curve has
+    plt = report.pyplot()
+    report.draw_panel(plt.subplots()[1], report.PANELS["held-out"], [run], {"a": 0}, 1)
+    rings = [args for args, more, _ in drawn if more.get("mfc") == "none"]
+    assert rings == [([5], [0.0], "o")]
+    run.alarms = []
+    drawn.clear()
+    report.draw_panel(plt.subplots()[1], report.PANELS["held-out"], [run], {"a": 0}, 1)
+    assert not [more for _, more, _ in drawn if more.get("mfc") == "none"]
+
+
+def test_the_scatter_shows_samples_of_its_own_step(runs, monkeypatch):
+    drawn = drawings(monkeypatch)
+    run = report.Run(runs[1], "a")
+    run.evaluations[-1]["sampled"]["self"] = [None] * 16
+    report.scatter(report.pyplot(), run, 0, 0)
+    (first, _, axes), (last, _, _) = drawn
+    sampled = run.evaluations[0]["sampled"]
+    assert list(first[0]) == sampled["quality"] and list(first[1]) == sampled["self"]
+    assert list(last[0]) == []  # a judge that gave no score has no points, and no ghost of one
+    assert axes.get_title() == f"step 0, r = {run.at(0, 'eval/judge_correlation'):.2f}"
+
+
+def test_a_long_histogram_adds_neighbours_up(runs, monkeypatch):
+    drawn = drawings(monkeypatch, "imshow")
+    run = report.Run(runs[0], "a")
+    run.rows = [{"step": i, "histogram/self": [i % 2, 3 - i % 2, *[0] * 18]} for i in range(400)]
+    report.histogram(report.pyplot(), run, 0, 0)
+    picture = drawn[0][0][0]
+    assert len(picture) == 20 and len(picture[0]) == 200
+    shares = [picture[b][7][3] ** (1 / 0.6) for b in (0, 1)]
+    assert shares[0] / shares[1] == pytest.approx(1 / 5)
+
+
+def test_only_so_many_letters_go_into_a_page(runs, monkeypatch):
+    run = report.Run(runs[0], "a")
+    everything = report.sentences([run], {"a": 0})
+    monkeypatch.setattr(report, "LETTERS", 1500)
+    some = report.sentences([run], {"a": 0})
+    assert 0 < len(some["rows"]) < len(everything["rows"]) == some["all"]
+
+
+def test_names_are_each_their_own(runs, tmp_path):
+    """Also with = or $ in a folder's name, and with two folders of one name."""
+    odd = tmp_path / "lr=2e-4 $x" / "good"
+    shutil.copytree(runs[0], odd)
+    out = tmp_path / "out.html"
+    report.main([str(odd), str(runs[0]), f"mine={runs[1]}", f"--out={out}"])
+    text = out.read_text()
+    titles = re.findall(r'<i class="dot run\d"></i>(.*?)</td>', text)
+    assert titles == [str(odd), str(runs[0]), "mine"]
+    report.main([f"a={runs[0]}", f"a={runs[1]}", f"--out={out}"])
+    titles = re.findall(r'<i class="dot run\d"></i>(.*?)</td>', out.read_text())
+    assert titles == ["a: good", "a: bad"] and data_in(out)["labels"] == ["a"]
+    with pytest.raises(ValueError, match=r"no settings\.json; inside are .*/good"):
+        report.main([str(odd.parent)])
 
 
 def test_several_runs_say_where_they_differ(runs, toy, tmp_path):
@@ -229,8 +365,12 @@ def test_a_page_can_be_made_at_any_moment_of_a_run(runs, tmp_path):
     assert len(page["sentences"]["rows"]) == len(
         set(rows_of(runs[0] / "evaluations.jsonl")[0]["source"])
     )
-    (run / "metrics.jsonl").write_text('{"step": 0}\n{"step\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+    for broken in ('{"step', "[]", "{}"):
+        (run / "metrics.jsonl").write_text('{"step": 0}\n' + broken + "\n")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON with a step"):
+            report.Run(run, "a")
+    (run / "settings.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"settings\.json is not one of a run"):
         report.Run(run, "a")
 
 
@@ -336,14 +476,66 @@ def test_a_person_can_choose_runs_steps_and_sentences(page, tmp_path):
     found = drive(page, tmp_path, script)
     assert found["runs"] == ["fine", "hacked"]
     assert found["hidden"] == 0 and found["lines"] == found["again"] > 10 < found["first"]
-    assert found["chips"][0].startswith("good 0") and found["chips"][-1] == "bad 5 (alarm)"
+    assert found["chips"][0].startswith("fine 0") and found["chips"][-1] == "hacked 5 (alarm)"
     assert found["cells"] >= 4 and found["none"] == 0
     assert found["hits"] == 1 and found["text"] == NASTY
     assert found["marked"] > 0 and found["plain"] == 0 and found["images"] == 0
     assert found["empty"] == "no sentence has that" and found["more"] > 8
     assert "judge 0.90 · exact_match 0.00 · quality 0.03" in found["proud"]
-    assert found["group"].startswith("step 5 of bad") and found["before"].startswith(
-        "step 4 of bad"
+    assert found["group"].startswith("step 5 of hacked") and found["before"].startswith(
+        "step 4 of hacked"
     )
     assert found["alarms"] == 5
-    assert re.match(r"step 5: good policy [\d.]+ · bad policy [\d.]+$", found["read"])
+    assert re.match(r"step 5: fine policy [\d.]+ · hacked policy [\d.]+$", found["read"])
+
+
+@needs_chromium
+def test_differences_are_marked_word_by_word_and_letter_by_letter(runs, tmp_path):
+    """Of Chinese single letters; of what is too long to compare, all between the same ends."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    long = [" ".join(f"{word}{i}" for i in range(2500)) for word in ("old", "new")]
+    pairs = [
+        ("the old cat sat", "the new cat sat down"),
+        ("他在十号房间开会", "他在九号房间开会吗"),
+        (f"same {long[0]} end", f"same {long[1]} end"),
+        ("a", "a\n\n\n\n\nb"),
+    ]
+
+    def change(row):
+        for i, (reference, text) in enumerate(pairs):
+            if "reference" in row:
+                row["source"][i], row["reference"][i] = f"text number {i}", reference
+            row["greedy"]["text"][i] = reference if row["step"] == 0 else text
+            row["greedy"]["quality"][i] = 1.0 if row["step"] == 0 else i / 10
+        if row["step"] == 0:
+            row["greedy"]["quality"][5] = 0.0
+
+    rewrite(run / "evaluations.jsonl", change)
+    report.main([str(run)])
+    script = """
+    const set = (id, value) => { $(id).value = value; $(id).dispatchEvent(new page.Event("input")); };
+    const marks = (tag, cell) => [...cell.querySelectorAll(tag)].map((x) => x.textContent);
+    const cells = () => [...page.document.querySelectorAll("#rows article")].map((x) => x.querySelectorAll(".cell"));
+    const found = {};
+    set("base", "reference");
+    set("search", "text number");
+    found.marks = cells().map((x) => [marks("del", x[x.length - 1]), marks("ins", x[x.length - 1])]);
+    found.first = cells().map((x) => x[0].querySelectorAll("ins, del").length);
+    found.gap = cells()[3][1].querySelector(".text").textContent;
+    set("base", "before");
+    found.before = cells().map((x) => marks("ins", x[x.length - 1]).length);
+    set("search", "");
+    set("order", "fell");
+    found.fell = page.document.querySelector("#rows article .text").textContent;
+    set("order", "rose");
+    found.rose = page.document.querySelector("#rows article .text").textContent;
+    return found;
+    """  # noqa: E501
+    found = drive(run / "report.html", tmp_path, script)
+    assert found["marks"][0] == [["old"], ["new", " down"]]
+    assert found["marks"][1] == [["十"], ["九", "吗"]]
+    assert found["marks"][2] == [[long[0]], [long[1]]]
+    assert found["first"] == [0, 0, 0, 0] and min(found["before"]) > 0
+    assert "⏎×5" in found["gap"]
+    assert found["fell"] == "text number 0" and found["rose"] != "text number 0"

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -49,11 +50,14 @@ def test_the_line_says_the_most_important_first(tmp_path):
     latest = {"eval/chrf": 0.5, "step": 25}
     line = shown(tmp_path).line(30, METRICS, latest, 3725.0)
     assert line == (
-        "step 30/100  reward 0.712  held-out chrf 0.500 (step 25)  1:02:05 left  entropy 0.50  "
+        "step 30/100  held-out chrf 0.500 (step 25)  reward 0.712  1:02:05 left  entropy 0.50  "
         "8,927 tokens/s  sample 29,012 tokens/s  judge 6,500 texts/s  train 25,001 tokens/s"
     )
     rung = shown(tmp_path).line(30, METRICS, latest | {"eval/alarm": 1.0}, 5.0)
-    assert rung.startswith(f"step 30/100  {ALARM}  reward") and "0:05 left" in rung
+    assert rung.startswith("step 30/100  ALARM  held-out chrf 0.500 (step 25)  reward 0.712")
+    assert len(rung[: rung.index(" left")]) < 80
+    nothing = shown(tmp_path).line(30, METRICS, {"eval/chrf": math.nan, "step": 0}, 5.0)
+    assert "held-out chrf – (step 0)" in nothing
 
 
 def test_time_left_is_said_as_a_clock_does():
@@ -91,7 +95,7 @@ def test_the_live_line_stays_one_line_in_a_narrow_terminal(toy, tmp_path):
     assert process.wait(60) == 0
     lines = re.findall(r"\r\x1b\[K([^\r]*)", said.decode())
     assert [x for x in lines if x.startswith("step 0  evaluating 4 held-out texts …")]
-    steps = [x for x in lines if re.match(r"step [1-4]/4  reward", x)]
+    steps = [x for x in lines if re.match(r"step [1-4]/4  held-out", x)]
     assert len(steps) == 4 and all(len(x) == 59 for x in steps)
     log = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert len(log) == 4 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step", x) for x in log)
@@ -104,7 +108,9 @@ def test_a_run_draws_its_report(toy, tmp_path, capsys):
     text = (run / "report.html").read_text()
     data = json.loads(re.search(r'id="data">(.*)</script>', text)[1])
     assert data["panels"]["entropy"]["series"][0]["x"] == [1, 2]  # to its last step
-    assert not data["running"] and "look at report.html" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert not data["running"] and f"report:  {run / 'report.html'}" in out
+    assert re.search(r"(?m)^step 2/2  held-out", out)  # the last step is said wherever it falls
     assert not list(run.glob("*.partial"))
 
 
@@ -137,6 +143,51 @@ def test_reports_are_drawn_in_the_background_and_not_too_often(toy, tmp_path, mo
     monkeypatch.setattr(show, "PAUSE", 0.0)
     assert reporter.draw(False) == "" and reporter.process is not None
     assert reporter.draw(True) == "" and reporter.process is None  # the last one is waited for
+
+
+def test_what_fails_is_said_once_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
+    class Board:
+        rows = 0
+
+        def __call__(self, numbers, step):
+            self.rows += 1
+            raise ConnectionError("no network")
+
+    def full(*_):
+        raise OSError("cannot write log.txt: No space left")
+
+    watching = shown(tmp_path, report=True)
+    watching.begin({}, 0)
+    board = Board()
+    watching.boards = [board]
+    watching.folder.append = full
+    monkeypatch.setattr(show.subprocess, "Popen", lambda *_, **__: full())
+    for step in (1, 2):
+        watching.row({"step": step, "x": 1.0})
+        watching.step(step, METRICS, {"eval/chrf": 0.5, "step": 0}, 1.0, False)
+    watching.report()
+    out = capsys.readouterr().out
+    assert out.count("Board gets no more rows: no network") == 1 and board.rows == 1
+    assert out.count("log.txt ends here: cannot write") == 1
+    assert "no report: cannot write" in out
+    watching.close()
+
+
+def test_a_run_that_ends_with_an_error_has_a_report_that_says_so(toy, tmp_path, monkeypatch):
+    real = ssr.grpo.train
+
+    def broken(*args):
+        for step in real(*args):
+            yield step
+            if step.number == 2:
+                raise OSError("the disk is gone")
+
+    monkeypatch.setattr(ssr.grpo, "train", broken)
+    run = tmp_path / "lr=1 run"
+    with pytest.raises(SystemExit, match="the disk is gone"):
+        ssr.main([*SMALL, "--steps=5", f"--model={toy}", f"--folder={run}"])
+    text = (run / "report.html").read_text()
+    assert '"running": false' in text and "stopped at step 2 of 5" in text
 
 
 def test_dashboards_that_are_unknown_or_missing_are_refused_at_once(tmp_path, monkeypatch):

@@ -67,6 +67,16 @@ def test_a_run_leaves_what_the_readme_says(toy, tmp_path, capsys):
     assert samples[0]["source"] == samples[2]["source"] != samples[1]["source"]
     assert len(samples[0]["candidates"]) == 5 and samples[0]["candidates"][0]["greedy"]
     assert {"text", "score", "judge", "quality"} <= samples[0]["candidates"][1].keys()
+    evaluations = rows_of(run / "evaluations.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 3]
+    for row in evaluations:
+        logged = rows[row["step"]]
+        for kind, prefix in (("greedy", "eval/"), ("sampled", "eval/sampled_")):
+            assert len(row[kind]["text"]) == len(row[kind]["judge"]) == 16
+            quality = sum(row[kind]["quality"]) / 16
+            assert quality == pytest.approx(logged[f"{prefix}quality"], abs=1e-4)
+    assert len(evaluations[0]["source"]) == 16 and "source" not in evaluations[1]
+    assert rows[3]["eval/best_by"] == rows[3]["eval/exact_match"]
     settings = json.loads((run / "settings.json").read_text())
     assert settings["samples_per_prompt"] == 4 and settings["about"]["commit"]
     result = json.loads((run / "result.json").read_text())
@@ -75,6 +85,23 @@ def test_a_run_leaves_what_the_readme_says(toy, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 steps of 4 prompts × 4 samples = 16 translations, 1 update each" in out
     assert "before   after" in out and "SSR-Zero, preset toy (as asked)" in out
+
+
+def test_training_groups_are_kept_with_what_they_were_worth(toy, tmp_path):
+    """Two of each step's; what was cut off is shown to its last word."""
+    run = tmp_path / "run"
+    go(run, toy, "--steps=2", "--shown-groups=2", "--max-new-tokens=3")
+    groups = rows_of(run / "groups.jsonl")
+    assert [row["step"] for row in groups] == [1, 1, 2, 2]
+    assert groups[0]["source"] != groups[1]["source"]
+    for row in groups:
+        rewards = torch.tensor([x["reward"] for x in row["samples"]], dtype=torch.float64)
+        advantages = ssr.grpo.group_advantage(rewards[None])[0]
+        assert [x["advantage"] for x in row["samples"]] == pytest.approx(advantages.tolist())
+        for x in row["samples"]:
+            assert x["self"] == x["reward"] == x["reward"] * x["format"]
+            assert len(x["text"].split()) == 3 if x["cut"] else x["format"] in (0, 1)
+    assert any(x["cut"] for row in groups for x in row["samples"])
 
 
 def test_best_and_last_are_hugging_face_folders_with_the_tokenizer(toy, tmp_path):
