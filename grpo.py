@@ -466,7 +466,7 @@ def describe(
 ) -> dict[str, float | list[int]]:
     """Means over all samples, trained or not; rewards and KL over those that have a reward.
 
-    What each is called, README.md says in a table.
+    What each means, docs/run-folder.md says in a table.
     """
     samples = [sample for group in groups for sample in group]
     known = ~rewards.isnan()

@@ -243,9 +243,12 @@ def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> R
     watchdog.start()
 
     def part() -> None:
-        """A thread that is still in C++ when the interpreter goes would abort the process."""
+        """Threads that are still in C++ when the interpreter goes would abort the process: ours, and
+        those of a process group that nobody has taken down."""
         ranks.over.set()
         watchdog.join(timeout=10)  # its store may be gone
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     atexit.register(part)
     if rank:

@@ -229,7 +229,7 @@ def filling_up(rank, words):
     ssr.main(words)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_at_a_save_is_said_and_the_one_before_is_whole(toy, tmp_path, size):
     run = tmp_path / "run"
     words = [*SMALL, f"--model={toy}", f"--folder={run}", "--steps=4", "--save-every=2"]

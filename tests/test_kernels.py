@@ -38,9 +38,10 @@ def test_plain_torch(case):
     case("torch", "cpu")
 
 
-def test_triton_kernels_in_the_interpreter():
+@pytest.mark.parametrize("every", ["500", pytest.param("25", marks=pytest.mark.slow)])
+def test_triton_kernels_in_the_interpreter(every):
     pytest.importorskip("triton")
-    output = run("-m", "tests.kernel_cases", "triton", "cpu", interpret=True)
+    output = run("-m", "tests.kernel_cases", "triton", "cpu", every, interpret=True)
     assert output.split() == [case.__name__ for case in CASES]
 
 

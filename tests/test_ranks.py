@@ -122,7 +122,7 @@ def test_ranks_learn_what_one_process_learns(toy, tmp_path):
         (1, []),
         (2, []),
         (1, ["--judge=ema", "--kl=0.1", "--updates-per-batch=2", "--reading=written"]),
-        (2, ["--judge=ema", "--ema-decay=0.5"]),
+        pytest.param(2, ["--judge=ema", "--ema-decay=0.5"], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_stopped_ends_where_it_would_have_ended(toy, tmp_path, size, words):
@@ -140,6 +140,7 @@ def test_a_run_that_was_stopped_ends_where_it_would_have_ended(toy, tmp_path, si
     assert kept == ["newest", "step-000004", "step-000005"]
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_can_go_on(toy, tmp_path):
     words = [f"--model={toy}", "--steps=4"]
     go(tmp_path / "one", 1, *words)

@@ -209,6 +209,7 @@ def two_rows(monkeypatch):
     monkeypatch.setattr(controls, "ROWS", rows)
 
 
+@pytest.mark.slow
 def test_controls_do_not_take_a_run_for_done_that_is_not(folder, two_rows, tmp_path, capsys):
     """Begun and not ended, or with other settings: those are run again, the rest is not."""
     small = ["--prompts-per-step=2", "--samples-per-prompt=2", "--eval-prompts=4"]

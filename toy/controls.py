@@ -126,7 +126,7 @@ def is_done(row: str, seed: int, folder: Path, settings: dict, rows: dict) -> bo
         return False
     had = json.loads((folder / "settings.json").read_text())
     asked = settings | rows[row] | {"seed": seed}
-    free = ("folder", "threads", "controls", "seeds")
+    free = ("folder", "threads", "controls", "seeds", "report")
     same = all(had.get(k) == v for k, v in asked.items() if k not in free)
     return same and result(folder)["steps"] == asked["steps"]
 
@@ -135,7 +135,7 @@ def launch(row: str, seed: int, folder: Path, own: dict):
     if folder.exists():  # begun and not ended, or with other settings
         folder.rename(folder.with_name(f"{folder.name}.old-{time.time_ns()}"))
     command = [sys.executable, str(Path(__file__).parent.parent / "ssr.py"), "--preset=toy"]
-    command += [f"--seed={seed}", f"--folder={folder}"]
+    command += [f"--seed={seed}", f"--folder={folder}", "--no-report"]
     for name, value in own.items():
         option = name.replace("_", "-")
         command.append(f"--no-{option}" if value is False else f"--{option}={value}")
