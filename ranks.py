@@ -243,8 +243,8 @@ def join(device: str, patience: float = 1800.0, within_nodes: bool = False) -> R
     watchdog.start()
 
     def part() -> None:
-        """Threads that are still in C++ when the interpreter goes would abort the process: ours, and
-        those of a process group that nobody has taken down."""
+        """Threads that are still in C++ when the interpreter goes would abort the process: ours,
+        and those of a process group that nobody has taken down."""
         ranks.over.set()
         watchdog.join(timeout=10)  # its store may be gone
         if dist.is_initialized():

@@ -41,6 +41,7 @@ def test_a_file_that_imports_no_other_has_an_example():
     assert all(blocks(heading) for heading in SECTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heading", SECTIONS, ids=lambda heading: heading.split(", ")[0])
 def test_an_example_runs_beside_the_files_it_names(heading, tmp_path):
     copied = copy(heading, tmp_path)

@@ -415,6 +415,7 @@ def test_somebody_elses_translations_are_scored(here, tmp_path):
     assert again["systems"]["one"] == go(here, ours, f"--model={here}/one")["systems"]["one"]
 
 
+@pytest.mark.slow
 def test_two_ranks_translate_as_one(here, tmp_path):
     words = [f"--sets={here}/there.jsonl", "--metrics=chrf", "--max-new-tokens=12", "--slots=4"]
     words += [f"--model={here}/one"]
