@@ -60,7 +60,7 @@ def begin(folder: str, rank: int, words: dict, work, args) -> None:
     work(rank, *args)
 
 
-def finish(folder: Path, processes: list, timeout: float = 60) -> SimpleNamespace:
+def finish(folder: Path, processes: list, timeout: float = 240) -> SimpleNamespace:
     """Their exit codes and what they said; none is left behind. When one has failed the others
     have five seconds to end by themselves."""
     deadline = time.monotonic() + timeout

@@ -316,7 +316,7 @@ def test_sigterm_ends_what_comes_before_the_first_step_also_in_the_background(tm
     )  # fmt: skip
     assert "SSR-Zero" in process.stdout.readline() and "Making" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "ssr.py: stopped" in err
 
 
@@ -371,7 +371,7 @@ def test_torchrun_says_once_what_is_wrong():
     process = torchrun(
         "--nproc_per_node=2", f"--master-port={free_port()}", "ssr.py", "--sampels-per-prompt=4"
     )
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=180)
     assert process.returncode == 1
     assert out.count("did you mean --samples-per-prompt?") == 1
 
@@ -426,7 +426,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(toy, 
         old = workers()
         os.kill(old[1], signal.SIGKILL)
         wait_for(lambda old=old: len(workers()) == 2 and not set(workers()) & set(old))
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -445,7 +445,7 @@ def test_two_nodes_with_an_agent_each(toy, tmp_path):
         )
         for node in range(2)
     ]  # fmt: skip
-    out = [agent.communicate(timeout=120)[0] for agent in agents]
+    out = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], out
     rows = [rows_of(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
     for a, b in zip(*rows, strict=True):
@@ -462,7 +462,7 @@ def test_sigterm_to_torchrun_keeps_the_last_step(toy, tmp_path):
     )  # fmt: skip
     wait_for(lambda: len(lines(run / "metrics.jsonl")) > 5)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=180)
     rows = rows_of(run / "metrics.jsonl")
     newest = (run / "checkpoints" / "newest").read_text().strip()
     assert newest == f"step-{rows[-1]['step']:06}" and "go on with --resume" in out, out

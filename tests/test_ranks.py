@@ -267,7 +267,7 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
