@@ -502,7 +502,9 @@ def test_a_run_that_cheats_is_said_to_in_terminal_and_report(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["alarms"] and result["after"]["eval/exact_match"] < 0.3
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Alarm at step" in page and f"Trust best/, of step {result['best_step']}" in page
+    assert (
+        "Alarm at step" in page and f"Take best/, of step {result['best_step']}, not last/" in page
+    )
     alarms = json.loads(re.search(r'id="data">(.*)</script>', page)[1])["alarms"]
     assert [x["step"] for x in alarms] == result["alarms"]
     assert any(alarm["examples"] for alarm in alarms)
