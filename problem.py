@@ -16,7 +16,7 @@ from checkpoint import fingerprint
 from eval import sets
 from eval.comet import Comet, rows_of, where
 from judge import PAPER, PLAIN, TOY, Judge, Outside, Prompts, Task, Texts
-from model import find_folder, load, load_tokenizer, read_config
+from model import Transformer, find_folder, load, load_tokenizer, read_config
 from ranks import Ranks
 from remote import RemoteJudge
 from sampler import Sampler
@@ -85,9 +85,17 @@ def each(measure) -> Measure:
     ]
 
 
-def toy_problem(s, ranks: Ranks) -> Problem:
+def toy_folder(s, ranks: Ranks) -> Path:
     recipe = Recipe(seed=s.seed, tokens=s.toy_tokens)
-    folder = Path(s.model) if s.model else ranks.one_first("make the toy", lambda: make(recipe))
+    return ranks.one_first("make the toy", lambda: make(recipe))
+
+
+def policy_folder(s, ranks: Ranks) -> Path:
+    return ranks.one_first("fetch the model", lambda: find_folder(s.model))
+
+
+def toy_problem(s, ranks: Ranks) -> Problem:
+    folder = Path(s.model) if s.model else toy_folder(s, ranks)
     pair = Languages(s.seed)
     known = load_tokenizer(folder).get_vocab().keys()
     if foreign := {word for words in pair.vocabulary.values() for word in words} - known:
@@ -113,7 +121,7 @@ def data_problem(s, ranks: Ranks, comets: Comets) -> Problem:
         return corpus, sets.held_out(s.held_out, pairs) if s.held_out else []
 
     corpus, apart = ranks.on_first("read the texts", read)
-    folder = ranks.one_first("fetch the model", lambda: find_folder(s.model))
+    folder = policy_folder(s, ranks)
     prompts = TEMPLATES[s.prompts]
     read_config(folder)  # the first to say that a folder is no model's
     texts = Texts(load_tokenizer(folder), s.chat)
@@ -204,9 +212,7 @@ def another_judge(
     if s.judge_url:
         return judge_behind(s, ranks, problem.prompts)
     folder = ranks.one_first("fetch the judge", lambda: find_folder(s.judge_model))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load(folder, dtype=dtype, device=device)
-    texts = Texts(load_tokenizer(folder), s.judge_chat)
+    model, texts = loaded(folder, device, s.judge_chat)
     # Its tokenizer may need more tokens for the same texts than the policy's.
     asked = [problem.prompts.ask(task) for task in problem.held_out]
     pairs = zip(texts.encode(asked), policy.encode(asked), strict=True)
@@ -233,21 +239,25 @@ def judge_alone(s, ranks: Ranks, pairs: list[tuple[Task, str]], device: torch.de
         return judge_behind(s, ranks, prompts), key | {
             "model": f"{s.judge_model} {s.judge_url}", "name": s.judge_model,
         }  # fmt: skip
-    if s.model or s.preset != "toy":
-        folder = ranks.one_first("fetch the model", lambda: find_folder(s.model))
-    else:
-        recipe = Recipe(seed=s.seed, tokens=s.toy_tokens)
-        folder = ranks.one_first("make the toy", lambda: make(recipe))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load(folder, dtype=dtype, device=device)
-    texts = Texts(load_tokenizer(folder), s.chat)
+    toy = s.preset == "toy" and not s.model
+    folder = toy_folder(s, ranks) if toy else policy_folder(s, ranks)
+    model, texts = loaded(folder, device, s.chat)
     longest = max(len(ids) for ids in texts.encode(
         [prompts.ask_judge(task, text, s.reading) for task, text in pairs]))  # fmt: skip
-    words = s.judge_max_new_tokens if s.reading == "written" else 1
-    window = min(longest + words, model.config.max_length)
+    window = min(longest + judge_words(s), model.config.max_length)
     judge = judge_of(s, Sampler(model, s.slots, window), texts, prompts)
     known = {"model": f"{folder} {fingerprint(folder)}", "name": folder.resolve().name}
-    return judge, key | known | {"dtype": str(dtype)}
+    return judge, key | known | {"dtype": str(next(model.parameters()).dtype)}
+
+
+def loaded(folder: Path, device: torch.device, chat: bool) -> tuple[Transformer, Texts]:
+    """A model that only judges."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return load(folder, dtype=dtype, device=device), Texts(load_tokenizer(folder), chat)
+
+
+def judge_words(s) -> int:
+    return s.judge_max_new_tokens if s.reading == "written" else 1
 
 
 def judge_of(s, sampler: Sampler, texts: Texts, prompts: Prompts) -> Judge:
@@ -261,7 +271,7 @@ def window_of(s, problem: Problem, texts: Texts, positions: int, more: float = 1
     """Room for a prompt and its candidate, and for both in the judge's prompt and its words."""
     task = problem.held_out[0]._replace(text="")
     template = len(texts.encode([problem.prompts.ask_judge(task, "", s.reading)])[0])
-    words = s.judge_max_new_tokens if s.reading == "written" else 1
+    words = judge_words(s)
     needed = template + int(more * (s.max_prompt_tokens + s.max_new_tokens)) + words
     if needed > positions:
         raise ValueError(

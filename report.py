@@ -260,6 +260,16 @@ def as_svg(figure, prefix: str) -> str:
     return text.replace(INK, "currentColor").replace(RULE, "var(--line)").replace(RED, "var(--red)")
 
 
+def numbered(runs: list[Run]) -> dict[str, int]:
+    """Runs of one label have one colour."""
+    return {label: i for i, label in enumerate(dict.fromkeys(run.label for run in runs))}
+
+
+def plain(name: str) -> str:
+    """Between dollars matplotlib sees mathematics."""
+    return name.replace("$", r"\$")
+
+
 def palette(colours: list[str]) -> str:
     return "".join(f"--run{i}:{c};" for i, c in enumerate(colours))
 
@@ -323,7 +333,7 @@ def histogram(plt, run: Run, n: int, number: int) -> str:
     axes.imshow(picture, origin="lower", aspect="auto", interpolation="nearest",
                 extent=(rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, 0, 1))  # fmt: skip
     axes.grid(False)
-    axes.set(xlabel="step", ylabel="score", title=run.title.replace("$", r"\$"))
+    axes.set(xlabel="step", ylabel="score", title=plain(run.title))
     svg = as_svg(figure, f"histogram{n}")
     plt.close(figure)
     return figure_of(svg, number)
@@ -347,7 +357,7 @@ def scatter(plt, run: Run, n: int, number: int) -> str:
         one.plot(x, y, "o", color=colour(number), alpha=0.25, markersize=2.5, markeredgewidth=0)
         r = run.at(step, "eval/judge_correlation")
         one.set(title=f"step {step}" + (f", r = {r:.2f}" if r is not None else ""), xlabel=measure)
-    (axes if len(steps) == 1 else axes[0]).set_ylabel("judge, " + run.title.replace("$", r"\$"))
+    (axes if len(steps) == 1 else axes[0]).set_ylabel(f"judge, {plain(run.title)}")
     svg = as_svg(figure, f"scatter{n}")
     plt.close(figure)
     return figure_of(svg, number)
@@ -595,7 +605,7 @@ def said(value) -> str:
 
 def page(runs: list[Run]) -> str:
     plt = pyplot()
-    numbers = {label: i for i, label in enumerate(dict.fromkeys(run.label for run in runs))}
+    numbers = numbered(runs)
     drawn = {p.name: panel_of(plt, p, runs, numbers) for p in PANELS.values()}
     data = {
         "panels": {
@@ -644,7 +654,7 @@ def page(runs: list[Run]) -> str:
 def picture(runs: list[Run], panels: list[Panel]) -> str:
     """Some panels side by side, as a file of its own for light and dark pages."""
     plt = pyplot()
-    numbers = {label: i for i, label in enumerate(dict.fromkeys(run.label for run in runs))}
+    numbers = numbered(runs)
     width = max(4.0, 3.6 * len(panels))
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 3), layout="constrained")
     for one, panel in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
@@ -654,11 +664,8 @@ def picture(runs: list[Run], panels: list[Panel]) -> str:
         one.set(title=panel.title, xlabel="step")
     if len(numbers) > 1:
         first = axes if len(panels) == 1 else axes[0]
-        lines = [
-            first.plot([], [], color=colour(i), label=x.replace("$", r"\$"))[0]
-            for x, i in numbers.items()
-        ]
-        first.legend(handles=lines, frameon=False)
+        lines = [first.plot([], [], color=colour(i), label=plain(x)) for x, i in numbers.items()]
+        first.legend(handles=[line for [line] in lines], frameon=False)
     head, tail = as_svg(figure, "x").split(">", 1)
     plt.close(figure)
     style = (

@@ -500,14 +500,19 @@ def arithmetic(s: Settings) -> str:
 # --------------------------------------------------------------------------------------- the run
 
 
-def run(s: Settings) -> None:
+def place(s: Settings) -> tuple[torch.device, Ranks]:
     device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ranks = join(device.type, s.patience, s.shard == "node")
-    agree(ranks, {option(name): value for name, value in dataclasses.asdict(s).items()})
-    agree(ranks, {"the code": commit(), "PyTorch": torch.__version__})
     if device.type == "cuda" and ranks.size > 1:
         device = torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(s.threads or torch.get_num_threads())
+    return device, ranks
+
+
+def run(s: Settings) -> None:
+    device, ranks = place(s)
+    agree(ranks, {option(name): value for name, value in dataclasses.asdict(s).items()})
+    agree(ranks, {"the code": commit(), "PyTorch": torch.__version__})
     with contextlib.closing(Comets(s, device)) as comets:
         if "comet" in s.reward:
             comets.start(s.comet)  # it loads while we go on
@@ -677,11 +682,7 @@ def dry_run(s: Settings) -> None:
 
 def judge_file(s: Settings) -> None:
     """Rows are kept as they are made: the same command goes on where it was stopped."""
-    device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    ranks = join(device.type, s.patience)
-    if device.type == "cuda" and ranks.size > 1:
-        device = torch.device("cuda", torch.cuda.current_device())
-    torch.set_num_threads(s.threads or torch.get_num_threads())
+    device, ranks = place(s)
     files = [Path(name).expanduser() for name in s.judge_only.split(",")]
     items = ranks.on_first(
         "read the translations", lambda: agreement.read(files, s.source, s.target)

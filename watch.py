@@ -245,7 +245,7 @@ class Watch:
         self.before: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.alarms: list[int] = []
-        self.best_step, self.first, self.again = 0, 0, False
+        self.first, self.again = 0, False
         self.taught = False  # some group had a difference to learn from
         self.step: grpo.Step | None = None
         self.state: dict = {}  # as it was before `step` was recorded
@@ -293,7 +293,7 @@ class Watch:
 
     def after(self, step: grpo.Step) -> None:
         spent = self.spent + time.perf_counter() - self.begun
-        names = ("before", "latest", "alarms", "best_step", "taught")
+        names = ("before", "latest", "alarms", "taught")
         if step.prompts:  # else a run goes on with its row, and has them
             self.groups = self.groups_of(step)
         self.step, self.state = step, {name: getattr(self, name) for name in names}
@@ -352,7 +352,6 @@ class Watch:
         self.log({"step": number} | metrics | found)
         self.latest, self.before = found, self.before or found
         if best:
-            self.best_step = number
             self.keep("best")
         if found.get("eval/alarm"):
             self.alarms = [*self.alarms, number]
@@ -406,7 +405,8 @@ class Watch:
         self.ranks.ending = True
         self.keep("last")
         seconds = self.spent + time.perf_counter() - self.begun
-        content = {"steps": self.s.steps, "seconds": seconds, "best_step": self.best_step}
+        best = self.evaluation.best.step
+        content = {"steps": self.s.steps, "seconds": seconds, "best_step": best}
         content |= {"alarms": self.alarms, "before": self.before, "after": self.latest}
         self.folder.write("result.json", content)
         print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
@@ -423,9 +423,7 @@ class Watch:
             )
         print(
             f"\n{self.s.steps} steps in {seconds:.0f} s\nweights: {self.folder.path / 'best'}, of "
-            f"step {self.best_step}"
-            + f"\nreport:  {self.folder.path / 'report.html'}"
-            * self.s.report
+            f"step {best}" + f"\nreport:  {self.folder.path / 'report.html'}" * self.s.report
         )
         if not self.evaluation.problem.measures:
             print(

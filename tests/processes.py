@@ -40,6 +40,8 @@ def start(folder: Path, size: int, work, *args, per_node: int | None = None, env
             "TORCHELASTIC_USE_AGENT_STORE": True,
         }  # fmt: skip
         words = {} if size == 1 else {k: str(v) for k, v in words.items()}
+        for name in ("out", "err"):  # there even if it is killed before it can open them
+            (folder / f"{name}-{rank}").write_text("")
         job = (str(folder), rank, words | (env or {}), work, args)
         processes.append(context.Process(target=begin, args=job))
         processes[-1].start()

@@ -345,10 +345,16 @@ def test_names_of_files_do_not_meet(here, tmp_path):
               "--metrics=chrf", f"--out={tmp_path}/out"])  # fmt: skip
 
 
-def test_a_moved_model_is_the_same_and_another_tokenizer_is_not(here, tmp_path):
+@pytest.fixture
+def made(here, tmp_path):
+    """An evaluation's folder, and what it has of one set."""
     out = tmp_path / "out"
     go(here, out, f"--model={here}/one")
-    before = (out / "one" / "there.en-zh.jsonl").read_bytes()
+    return out, (out / "one" / "there.en-zh.jsonl").read_bytes()
+
+
+def test_a_moved_model_is_the_same_and_another_tokenizer_is_not(here, made, tmp_path):
+    out, before = made
     shutil.copytree(here / "one", tmp_path / "moved" / "one")
     go(here, out, f"--model={tmp_path}/moved/one")
     assert (out / "one" / "there.en-zh.jsonl").read_bytes() == before
@@ -496,10 +502,8 @@ def test_translations_of_another_length_are_refused(here, tmp_path):
                   "--metrics=bleu", f"--out={tmp_path}/out"])  # fmt: skip
 
 
-def test_translations_made_otherwise_are_not_mixed(here, tmp_path):
-    out = tmp_path / "out"
-    go(here, out, f"--model={here}/one")
-    before = (out / "one" / "there.en-zh.jsonl").read_bytes()
+def test_translations_made_otherwise_are_not_mixed(here, made):
+    out, before = made
     with pytest.raises(SystemExit, match="its max_new_tokens was 12, now 13: name another --out"):
         go(here, out, f"--model={here}/one", "--max-new-tokens=13")
     with pytest.raises(SystemExit, match=r"its model was \w+ \w+, now \w+"):
