@@ -9,9 +9,10 @@ What the loop needs of others; text it passes on, and reads none:
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards; NaN: none), `.parts` (by name
   N numbers; "format" is 1 where the form was right, and only then was anything judged), `.words`;
 - `sampler`: `.model`, `.generate(prompts, n, max_new_tokens, temperature, stop_ids=, seed=, keys=)`
-  and, for KL, `.score(prompts, continuations, temperature)`, as sampler.py has them;
-- `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of sequences end to end in one row;
-  `.head_weight` (V, D), whose product with them are the logits.
+  as sampler.py has it;
+- `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of sequences end to end in one row,
+  a prompt once before all its samples (`Transformer.forward` says how); `.head_weight` (V, D),
+  whose product with them are the logits.
 
 Group Relative Policy Optimisation, as it is done here:
 
@@ -39,6 +40,7 @@ Letters: P prompts, N samples of each, T tokens, D width, V vocabulary.
 """
 
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,13 +158,13 @@ def train(
     done: Step | None = None,
 ) -> Iterator[Step]:
     """Steps 1 … s.steps; or those after `done`, the last one of a run that goes on. `start`: a
-    sampler of the weights at the start, for the KL.
+    model with the weights of the start, for the KL.
 
     What a step does depends on the settings, the weights, the optimizer's state and the step's
     number alone. A run's health is looked at after the yield: the caller has the step by then.
     """
     if s.kl > 0 and start is None:
-        raise ValueError(f"kl={s.kl} needs `start`, a sampler of the weights at the start")
+        raise ValueError(f"kl={s.kl} needs `start`, a model with the weights of the start")
     ranks = ranks or Ranks()
     missing = dict(done.missing) if done else {}
     refresh(sampler, model)
@@ -256,14 +258,25 @@ def weights_of(rows: list[Row], s: Settings) -> list[float]:
 
 
 def reference_logprobs(start, rows: list[Row], s: Settings, ranks: Ranks) -> list[Tensor] | None:
+    """Of each row's tokens, by the weights of the start."""
     if start is None:
         return None
+    parts = [x for x in pack(range(len(rows)), rows, s.micro_batch_tokens, ranks.size) if x]
 
-    def score(mine: list[Row]) -> list[Tensor]:
-        found = start.score([r.prompt for r in mine], [r.ids for r in mine], s.temperature)
-        return [logprobs.cpu() for logprobs in found]
+    def score(mine: list[list[int]]) -> list[Sequence[Tensor]]:
+        found = []
+        for part in mine:
+            b = MicroBatch(
+                [rows[i] for i in part], [0.0] * len(part), None, start.head_weight.device
+            )
+            logprobs = b.logprobs(start, s.temperature).cpu()
+            found.append(logprobs.split([len(rows[i].ids) for i in part]))
+        return found
 
-    return ranks.share("reference", rows, score)
+    of: dict[int, Tensor] = {}
+    for part, logprobs in zip(parts, ranks.share("reference", parts, score), strict=True):
+        of |= zip(part, logprobs, strict=True)
+    return [of[i] for i in range(len(rows))]
 
 
 def update(
@@ -285,11 +298,11 @@ def update(
     stats = {"train/grad_norm": 0.0, "train/loss": 0.0, "train/clipped": 0.0, "train/skipped": 0.0}
     stats |= {"policy/sampler_gap": math.nan, "policy/sampler_gap_max": math.nan}  # unmeasured
     taught = [i for i, row in enumerate(rows) if row.advantage != 0 or s.kl > 0]
-    lengths = [len(r.prompt) + len(r.ids) - 1 for r in rows]
-    stats |= {"train/rows": len(taught), "train/tokens": sum(lengths[i] for i in taught)}
+    parts = pack(taught, rows, s.micro_batch_tokens, ranks.size)
+    passed = sum(sum(map(sum, segments_of([rows[i] for i in part]))) for part in parts)
+    stats |= {"train/rows": len(taught), "train/tokens": passed}
     if not taught:
         return stats
-    parts = pack(taught, lengths, s.micro_batch_tokens, ranks.size)[ranks.rank :: ranks.size]
     batches = [
         MicroBatch(
             [rows[i] for i in part],
@@ -297,7 +310,7 @@ def update(
             None if s.kl == 0 else [reference[i] for i in part],
             model.head_weight.device,
         )
-        for part in parts
+        for part in parts[ranks.rank :: ranks.size]
     ]
     # Listed before any forward: after it FSDP shows gathered copies, which no optimizer owns.
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -334,29 +347,52 @@ def merge(found: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def pack(which: list[int], lengths: list[int], most: int, size: int) -> list[list[int]]:
+def pack(which: Sequence[int], rows: list[Row], most: int, size: int) -> list[list[int]]:
     """Micro-batches of about the same number of tokens, at most `most` unless one row is longer.
+
+    Rows of one prompt stay together, as far as they fit: the prompt is computed once for them. Each
+    still reads a copy of its keys, for which its tokens count an eighth.
 
     Each of `size` ranks needs the same number of them, because forward and backward are collective:
     some may be empty. Largest first, so that the ranks have about as much to do in each round.
     """
-    order = sorted(which, key=lambda i: -lengths[i])
-    count = size * max(1, -(-sum(lengths[i] for i in which) // (size * most)))
+    groups: list[list[int]] = []
+    lengths: list[int] = []
+    for i in which:
+        prompt, more = rows[i].prompt, len(rows[i].ids) - 1
+        again = more + len(prompt) // 8
+        if groups and rows[groups[-1][0]].prompt == prompt and lengths[-1] + again <= most:
+            groups[-1].append(i)
+            lengths[-1] += again
+        else:
+            groups.append([i])
+            lengths.append(len(prompt) + more)
+    order = sorted(range(len(groups)), key=lambda g: -lengths[g])
+    count = size * max(1, -(-sum(lengths) // (size * most)))
     while True:
         parts: list[list[int]] = [[] for _ in range(count)]
         heap = [(0, part) for part in range(count)]  # the emptiest first
-        for i in order:
+        for g in order:
             tokens, part = heapq.heappop(heap)
-            parts[part].append(i)
-            heapq.heappush(heap, (tokens + lengths[i], part))
+            parts[part].append(g)
+            heapq.heappush(heap, (tokens + lengths[g], part))
         full = dict((part, tokens) for tokens, part in heap)
         if all(full[part] <= most or len(parts[part]) == 1 for part in range(count)):
-            return [parts[part] for part in sorted(range(count), key=lambda part: -full[part])]
+            fullest = sorted(range(count), key=lambda part: -full[part])
+            return [[i for g in parts[part] for i in groups[g]] for part in fullest]
         count += size
 
 
+def segments_of(rows: list[Row]) -> list[list[int]]:
+    """As the model wants them: the length of a prompt, then of what follows it in each sample. The
+    last token of a sample is predicted, and not read."""
+    groups = itertools.groupby(rows, key=lambda row: row.prompt)
+    return [[len(prompt), *(len(r.ids) - 1 for r in group)] for prompt, group in groups]
+
+
 class MicroBatch:
-    """Some rows end to end in one row of tokens, each seeing itself alone. No masks, no padding."""
+    """Some rows end to end in one row of tokens, each seeing its prompt and itself alone. No masks,
+    no padding. What lies where follows from lengths, never from token values."""
 
     def __init__(
         self, rows: list[Row], weights: list[float], reference: list[Tensor] | None, device
@@ -364,17 +400,20 @@ class MicroBatch:
         self.empty = not rows
         if self.empty:  # a rank without work still takes part: one token that weighs nothing
             rows, weights, reference = [Row([0], [0], [0.0], 0.0, 1)], [0.0], None
-        # The last token is predicted, not read; the first completion token comes from the prompt's
-        # last position. Where completions lie follows from lengths, never from token values.
-        sequences = [r.prompt + r.ids[:-1] for r in rows]
-        self.lengths = [len(x) for x in sequences]
-        self.ids = torch.tensor([[i for x in sequences for i in x]], device=device)
+        self.segments = segments_of(rows)
+        ids: list[int] = []
+        places: list[int] = []  # of the hidden states that predict: the prompt's last, and so on
+        waiting = iter(rows)
+        for _, *more in self.segments:
+            group = [next(waiting) for _ in more]
+            ids += group[0].prompt
+            last = len(ids) - 1
+            for row in group:
+                places += [last, *range(len(ids), len(ids) + len(row.ids) - 1)]
+                ids += row.ids[:-1]
+        self.ids = torch.tensor([ids], device=device)
+        self.places = torch.tensor(places, device=device)
         sizes = torch.tensor([len(r.ids) for r in rows])
-        ends = torch.tensor(self.lengths).cumsum(0)
-        places = [
-            torch.arange(e - n, e) for e, n in zip(ends.tolist(), sizes.tolist(), strict=True)
-        ]
-        self.places = torch.cat(places).to(device)
         self.targets = torch.tensor([i for r in rows for i in r.ids], device=device)
 
         def per_token(values: list[float]) -> Tensor:
@@ -388,7 +427,7 @@ class MicroBatch:
         self.old: Tensor | None = None
 
     def hidden(self, model) -> Tensor:
-        return model(self.ids, segments=self.lengths)[0, self.places]
+        return model(self.ids, segments=self.segments)[0, self.places]
 
     @torch.no_grad()
     def logprobs(self, model, temperature: float) -> Tensor:

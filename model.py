@@ -193,12 +193,14 @@ class Transformer(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         cache=None,
-        segments: Sequence[int] | None = None,
+        segments: Sequence[int | Sequence[int]] | None = None,
     ) -> Tensor:
         """Token ids (B, T) -> hidden states (B, T, D) after the last norm.
 
         `segments`: the lengths of the sequences that lie end to end in the one row of `ids`. Each
         sees itself alone. They are plain integers, so no mask is ever inferred from token values.
+        (9, 3, 4) stands for 9 tokens that two sequences begin with, and for the 3 and the 4 with
+        which they go on, without seeing each other: a prompt is computed once for all its samples.
         `cache`: anything with `attend(layer, q, k, v) -> y`, q and y (B, T, H, E), k and v
         (B, T, K, E); it stores the keys and values and does the attention (see sampler.py).
         `positions` (B, T) default to 0, 1, 2, … in each row or segment; a cache requires them.
@@ -220,8 +222,9 @@ class Transformer(nn.Module):
             raise ValueError(f"positions {tuple(positions.shape)} for ids {tuple(ids.shape)}")
         packing = None
         if segments is not None:
-            segments = [int(length) for length in segments]
-            if B != 1 or sum(segments) != T or min(segments, default=1) < 1:
+            segments = [(s,) if isinstance(s, int) else tuple(s) for s in segments]
+            total, least = sum(map(sum, segments)), min((s[0] for s in segments), default=1)
+            if B != 1 or total != T or least < 1 or min(map(min, segments), default=0) < 0:
                 raise ValueError(
                     f"segments {segments} must be positive lengths that fill the one row of "
                     f"ids, which has the shape {tuple(ids.shape)}"
@@ -306,26 +309,31 @@ class Packing(NamedTuple):
     positions: Tensor  # (T,) 0, 1, 2, … in each sequence
 
 
-def pack(lengths: Sequence[int], device: torch.device) -> Packing:
+def pack(segments: Sequence[Sequence[int]], device: torch.device) -> Packing:
     """Group sequences so that the longest of a bucket is less than twice the shortest.
 
-    Less than half of a bucket's grid is padding then, whatever the mixture of lengths.
+    Less than half of a bucket's grid is padding then, whatever the mixture of lengths. What several
+    sequences begin with stands in the row once, and in the grid for each of them.
     """
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    groups: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        groups.setdefault(length.bit_length(), []).append(i)
-    back, grids, filled = torch.empty(sum(lengths), dtype=torch.int64), [], 0
-    for members in groups.values():
-        sizes = torch.tensor([lengths[i] for i in members])[:, None]
-        offsets = torch.arange(int(sizes.max()))
-        grid = starts[members][:, None] + offsets.minimum(sizes - 1)  # padding repeats the last
-        real = offsets < sizes
-        back[grid[real]] = filled + real.flatten().nonzero()[:, 0]
-        filled += grid.numel()
-        grids.append(grid.to(device))
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    return Packing(grids, back.to(device), positions.to(device))
+    positions: list[int] = []
+    buckets: dict[int, list[list[int]]] = {}
+    for first, *rest in segments:
+        shared = list(range(len(positions), len(positions) + first))
+        positions += range(first)
+        for more in rest or [0]:
+            whole = shared + list(range(len(positions), len(positions) + more))
+            positions += range(first, first + more)
+            buckets.setdefault(len(whole).bit_length(), []).append(whole)
+    back, grids, filled = [0] * len(positions), [], 0
+    for members in buckets.values():
+        width = max(map(len, members))
+        for whole in members:
+            for place, position in enumerate(whole, filled):
+                back[position] = place
+            filled += width
+        padded = [whole + whole[-1:] * (width - len(whole)) for whole in members]
+        grids.append(torch.tensor(padded, device=device))
+    return Packing(grids, *(torch.tensor(x, device=device) for x in (back, positions)))
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

@@ -160,9 +160,9 @@ class Work(NamedTuple):
         return bool(self.s.track_kl or self.s.kl or self.s.judge == "frozen")
 
     @property
-    def start_slots(self) -> int:
-        """To read takes one slot."""
-        return self.slots if self.s.judge == "frozen" and self.s.reading == "written" else 1
+    def judge_slots(self) -> int:
+        """Of a judge that is another than the actor. To read takes one slot."""
+        return self.slots if self.s.reading == "written" else 1
 
     @property
     def judge_words(self) -> int:
@@ -176,6 +176,12 @@ class Work(NamedTuple):
     def sequences(self) -> int:
         """Of the busiest rank."""
         return -(-self.s.prompts_per_step // self.G) * self.s.samples_per_prompt
+
+    @property
+    def passed(self) -> int:
+        """Tokens that it trains at most: a prompt is read once for all its samples."""
+        prompts = self.sequences // self.s.samples_per_prompt
+        return prompts * self.s.max_prompt_tokens + self.sequences * self.s.max_new_tokens
 
     @property
     def slots(self) -> int:
@@ -214,9 +220,9 @@ def memory(k: Work) -> dict[str, float]:
         parts["the sampler's copy"] = wide * N
     parts["its KV cache"] = k.slots * slot
     if k.keeps_start:
-        parts["the starting weights"] = wide * N + k.start_slots * slot
+        parts["the starting weights"] = wide * N + (s.judge == "frozen") * k.judge_slots * slot
     if s.judge == "ema":
-        parts["the EMA and its judge"] = 4 * N / k.S + wide * N + k.slots * slot
+        parts["the EMA and its judge"] = 4 * N / k.S + wide * N + k.judge_slots * slot
     if k.judge:
         room = k.slots * window * (k.cache_of(k.judge) + 20)
         parts["the judge"] = wide * params_of(k.judge)[0] + room
@@ -233,7 +239,7 @@ def memory(k: Work) -> dict[str, float]:
         6 * c.hidden_size + 4 * (H + 2 * K) * E + 2 * H * E + 4 * c.intermediate_size
     )
     between = c.layers * wide * c.hidden_size if k.cuda else (c.layers - 1) * in_block
-    tokens = min(s.micro_batch_tokens, k.sequences * k.longest)
+    tokens = min(s.micro_batch_tokens, k.passed)
     tokens *= between + in_block + 2 * wide * c.intermediate_size
     # Gathered weights and their gradients, then in fp32 on their way to their shares.
     whole = (2 * block + root) * (2 * wide + 4) if k.S > 1 else wide * c.vocab_size * c.hidden_size
@@ -283,11 +289,12 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
     if s.reading == "written":
         parts["judge"] += s.judge_samples * decode(sequences, k.template + k.longest, k.judge_words)
     logits = sequences * s.max_new_tokens * head
+    whole = forward(sequences, k.longest) - (2 * N - head) * (sequences * k.longest - k.passed)
     if s.track_kl or s.kl:
-        parts["reference"] = (forward(sequences, k.longest) + logits) / flops
+        parts["reference"] = (whole + logits) / flops
     passes = 4 if k.cuda else 3  # forward, twice that on the way back, where blocks run again
-    work = (passes * forward(sequences, k.longest) + 3 * logits) / flops
-    rounds = -(-sequences * k.longest // s.micro_batch_tokens)
+    work = (passes * whole + 3 * logits) / flops
+    rounds = -(-k.passed // s.micro_batch_tokens)
     moved = rounds * (2 * k.wide + 4) * N / (m.link * 1e9) * (k.S > 1)
     parts["train"] = s.updates_per_batch * max(work, moved)
     if not k.alone:

@@ -550,7 +550,7 @@ def prepare(
 
 def learn(
     s: Settings, ranks: Ranks, problem: Problem, texts: Texts, model: Transformer, reward: Reward,
-    evaluation: Evaluation, sampler: Sampler, start: Sampler | None, judging: Sampler,
+    evaluation: Evaluation, sampler: Sampler, start: Transformer | None, judging: Sampler,
     average: list[Tensor], comets: Comets,
 ) -> None:  # fmt: skip
     optimizer = grpo.make_optimizer(model, s)
@@ -633,7 +633,7 @@ def folder_of(preset: str, folder: str, resume: bool) -> Path:
 def samplers(
     s: Settings, model: Transformer, window: int, device: torch.device, work: plan.Work
 ) -> tuple:
-    """Of the actor, of the starting weights (or None), of the judge; and the EMA's weights."""
+    """The actor's, a model with the starting weights (or None), the judge's; the EMA's weights."""
     # On a GPU the samplers have bf16 copies of the weights, the master weights stay fp32.
     half = torch.bfloat16 if device.type == "cuda" else None
     model.compute_dtype, model.checkpointing = half, half is not None
@@ -646,15 +646,16 @@ def samplers(
         return twin
 
     actor = Sampler(model if work.alone else copied(), work.slots, window)
-    start, average = None, []
+    start, judge, average = None, actor, []
     if work.keeps_start:
-        start = Sampler(copied(), work.start_slots, window)
-    judge = start if s.judge == "frozen" else actor
+        start = copied()
+    if s.judge == "frozen":
+        judge = Sampler(start, work.judge_slots, window)
     if (
         s.judge == "ema"
     ):  # fp32, spread like the weights: in bf16 a step of it would be rounded away
         average = [p.detach().clone() for p in model.parameters()]
-        judge = Sampler(copied(), work.slots, window)
+        judge = Sampler(copied(), work.judge_slots, window)
     return actor, start, judge, average
 
 

@@ -40,7 +40,7 @@ class Trip:
     """One sentence through step 1. Most methods write the block of their name."""
 
     def __init__(self, step: grpo.Step, reward, s, start: Sampler, place: int):
-        """`start` has the weights from before the step."""
+        """`start`: a sampler of the weights from before the step."""
         self.step, self.s, self.start, self.place = step, s, start, place
         self.texts, self.templates = reward.texts, reward.prompts
         self.ids, self.asked = step.prompts[place]
@@ -236,10 +236,11 @@ def blocks(folder: Path, place: int | None = None, *options: str) -> dict[str, s
         nonlocal trip
         for step in train(model, sampler, reward, batch, s, optimizer, stop_ids, start, *rest):
             if step.number == 1:
-                trip = Trip(step, reward, s, start, choose(step) if place is None else place)
-                pairs = zip(start.model.parameters(), model.parameters(), strict=True)
+                first = Sampler(start, 24, sampler.max_length)
+                trip = Trip(step, reward, s, first, choose(step) if place is None else place)
+                pairs = zip(start.parameters(), model.parameters(), strict=True)
                 trip.moved = max(float((a - b.detach()).abs().max()) for a, b in pairs)
-                now.append(["before", *trip.now(start, stop_ids)])
+                now.append(["before", *trip.now(first, stop_ids)])
             if step.number in (1, s.steps):
                 now.append([f"after step {step.number}", *trip.now(sampler, stop_ids)])
             yield step

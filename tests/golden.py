@@ -68,7 +68,7 @@ def steps(ranks=None, **changes):
 
     reward = Reward(texts, prompts, {"self": (1.0, judge)})
     optimizer = grpo.make_optimizer(model, s)
-    start = Sampler(make_model(), 24, 96)
+    start = make_model()
     for step in grpo.train(model, sampler, reward, batch, s, optimizer, stop_ids, start, ranks):
         if many:  # every rank holds the same weights
             whole = [p.detach().numpy().tobytes() for p in sampler.model.parameters()]

@@ -161,7 +161,39 @@ def test_packed_neighbours_do_not_see_each_other(tmp_path):
     assert not torch.equal(before[:, :4], after[:, :4])
 
 
-@pytest.mark.parametrize("segments", [[4, 4], [9, 0], [10, -1]])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_what_sequences_begin_with_is_computed_once(tmp_path, family):
+    """Forward and backward, beside each sequence alone: (first, of each what follows)."""
+    make_model(tmp_path, family)
+    model = ours.load(tmp_path, dtype=torch.float64)
+    shapes = [(9, 3, 4, 17), (5,), (2, 0, 6), (7, 0)]
+    row = some_ids((1, sum(map(sum, shapes))))
+    draw = torch.Generator().manual_seed(2)
+    weights = torch.randn((*row.shape, model.config.hidden_size), generator=draw).double()
+    want, at, loss = torch.empty_like(weights), 0, 0.0
+    for first, *rest in shapes:
+        prompt = slice(at, at + first)
+        at += first
+        alone = model(row[:, prompt])
+        want[:, prompt] = alone.detach()
+        loss = loss + (alone * weights[:, prompt]).sum()
+        for more in rest:
+            here = slice(at, at + more)
+            at += more
+            alone = model(torch.cat((row[:, prompt], row[:, here]), dim=1))[:, first:]
+            want[:, here] = alone.detach()
+            loss = loss + (alone * weights[:, here]).sum()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    packed = model(row, segments=shapes)
+    torch.testing.assert_close(packed, want, atol=1e-12, rtol=0)
+    (packed * weights).sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], msg=name)
+
+
+@pytest.mark.parametrize("segments", [[4, 4], [9, 0], [10, -1], [(5, 5)], [(0, 9)], [(10, -1)]])
 def test_segments_that_do_not_fill_the_row_are_refused(tmp_path, segments):
     make_model(tmp_path)
     with pytest.raises(ValueError, match="segments"):

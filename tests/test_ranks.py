@@ -303,17 +303,33 @@ def test_an_interrupt_reaches_only_work_that_changes_nothing():
 
 
 def test_micro_batches_are_whole_even_and_a_multiple_of_the_ranks():
+    def rows_of(lengths: list[int]) -> list[grpo.Row]:
+        """Each of a prompt of its own."""
+        return [grpo.Row([n], [0] * x, [0.0] * x, 1.0, 1) for n, x in enumerate(lengths)]
+
     lengths = [7, 1, 5, 5, 3, 9, 2, 4, 30]
+    rows = rows_of(lengths)
     for ranks in (1, 2, 3, 4):
-        parts = grpo.pack(list(range(9)), lengths, 12, ranks)
+        parts = grpo.pack(range(9), rows, 12, ranks)
         assert sorted(i for part in parts for i in part) == list(range(9))
         assert len(parts) % ranks == 0
         sizes = [sum(lengths[i] for i in part) for part in parts]
         assert all(size <= 12 or len(part) == 1 for size, part in zip(sizes, parts, strict=True))
         assert sizes == sorted(sizes, reverse=True)
-    assert grpo.pack([4], lengths, 12, 3) == [[4], [], []]
-    even = grpo.pack(list(range(64)), [10] * 64, 100, 4)
+    assert grpo.pack([4], rows, 12, 3) == [[4], [], []]
+    even = grpo.pack(range(64), rows_of([10] * 64), 100, 4)
     assert {len(part) for part in even} == {8}
+
+
+def test_the_rows_of_a_prompt_stay_together_while_they_fit():
+    rows = [grpo.Row([p] * 9, [0] * 5, [0.0] * 5, 1.0, 1) for p in (1, 2, 3) for _ in range(4)]
+    # A prompt of 9 and four times 4 tokens, and an eighth of 9 for three of the four: 28.
+    parts = grpo.pack(range(12), rows, 28, 1)
+    assert sorted(parts) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert grpo.segments_of(rows[:5]) == [[9, 4, 4, 4, 4], [9, 4]]
+    split = grpo.pack(range(12), rows, 27, 1)
+    assert sorted(i for part in split for i in part) == list(range(12))
+    assert max(sum(map(sum, grpo.segments_of([rows[i] for i in part]))) for part in split) <= 27
 
 
 def test_no_option_of_ours_begins_one_of_torchruns():
