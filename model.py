@@ -208,7 +208,9 @@ class Transformer(nn.Module):
         if ids.dim() != 2 or ids.numel() == 0:
             raise ValueError(f"ids must be (rows, tokens), not empty; not {tuple(ids.shape)}")
         B, T = ids.shape
-        if ids.device.type == "cpu":  # on a GPU this check would stall the stream
+        if (
+            ids.device.type == "cpu" and cache is None
+        ):  # it would stall a GPU; the sampler has looked
             low, high = ids.aminmax()
             if low < 0 or high >= self.config.vocab_size:
                 bad, size = int(low if low < 0 else high), self.config.vocab_size
