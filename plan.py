@@ -94,7 +94,9 @@ def machine_of(words: str, device: torch.device) -> Machine:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     many = torch.empty(2**28 if cuda else 2**25, device=device)
     rates = []
-    for work, amount in ((lambda: a @ b, 2 * size**3), (lambda: many.clone(), 2 * many.nbytes)):
+    other = torch.zeros_like(many)  # written once: a new page costs more than a copy
+    products = (lambda: a @ b), 2 * size**3
+    for work, amount in (products, ((lambda: other.copy_(many)), 2 * many.nbytes)):
         best = 1e9
         for _ in range(5):
             start = time.perf_counter()
@@ -231,8 +233,10 @@ def memory(k: Work) -> dict[str, float]:
         parts[f"COMET ({Path(name).name})"] = each + 2.5e9 * k.cuda
     if k.cuda:
         parts["CUDA and its libraries"] = 1.5e9
-    prefill = 8192 * wide * (2 * c.hidden_size + 3 * (H + 2 * K) * E + 3 * c.intermediate_size)
-    parts[SAMPLING] = prefill + max(4 * 4 * k.slots * c.vocab_size, 3 * 2**28)
+    prefill = min(8192, k.sequences * (k.template + k.longest)) * wide
+    prefill *= 2 * c.hidden_size + 3 * (H + 2 * K) * E + 3 * c.intermediate_size
+    read = min(3 * 2**28, 12 * k.sequences * c.vocab_size)  # scores that are read at once
+    parts[SAMPLING] = prefill + max(4 * 4 * k.slots * c.vocab_size, read)
     # Of a token in a block, kept for the way back: norms, q, k, v and their turned and packed
     # copies, the attention's output, the MLP's three; and what the way back itself takes.
     in_block = wide * (
@@ -243,7 +247,8 @@ def memory(k: Work) -> dict[str, float]:
     tokens *= between + in_block + 2 * wide * c.intermediate_size
     # Gathered weights and their gradients, then in fp32 on their way to their shares.
     whole = (2 * block + root) * (2 * wide + 4) if k.S > 1 else wide * c.vocab_size * c.hidden_size
-    parts[TRAINING] = tokens + whole + 2 * CHUNK_BYTES["cuda" if k.cuda else "cpu"]
+    chunk = min(CHUNK_BYTES["cuda" if k.cuda else "cpu"], 4 * k.passed * c.vocab_size)
+    parts[TRAINING] = tokens + whole + 2 * chunk
     return parts
 
 

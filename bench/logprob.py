@@ -1,9 +1,7 @@
 """The fused policy loss beside plain torch, Liger and TRL: time, peak memory, gradients.
 
-    pip install --no-deps --target .peers liger-kernel==0.8.5 trl==1.16.0 accelerate datasets \
-        pandas python-dateutil six psutil pyarrow dill multiprocess xxhash rich jinja2 markupsafe
-    python -m bench.logprob --peers .peers                     # M 2048, D 896, V 151,936 on a CPU
-    python -m bench.logprob --peers .peers --shape 8192 3584 152064            # on a GPU
+    python -m bench logprob                  # M 2048, D 896, V 151,936, in the peers' environment
+    python -m bench.logprob --shape 8192 3584 152064                                   # on a GPU
 
 Every side computes the same thing: the on-policy GRPO loss of M tokens in sequences of 128, its
 gradient in hidden states and head weight, and each token's log-prob (ours, plain and TRL: entropy
@@ -168,12 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", type=int, nargs=3, default=[2048, 896, 151_936])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", help="folder with liger_kernel and trl, see above")
     parser.add_argument("--out", default="bench/results/logprob.json")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.peers:
-        sys.path.append(options.peers)
     if options.peak:
         peak(options.peak, options.shape)
         return
@@ -200,7 +195,6 @@ def main() -> None:
     rows = {}
     for name in sides:
         command = [sys.executable, "-m", "bench.logprob", "--peak", name]
-        command += ["--peers", options.peers] if options.peers else []
         command += ["--shape", *map(str, options.shape)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         middle = statistics.median(times[name])

@@ -1,6 +1,6 @@
 """What --dry-run says of memory beside what a step takes: python -m bench.memory [SHAPE …]
 
-Random weights, the paper's prompts, two steps with a KL in the loss, so that every part is at work.
+Random weights, the paper's prompts, three steps with a KL in the loss: every part is at work.
 On a GPU: Qwen2.5-0.5B's and 1.5B's shapes, the peak of PyTorch's allocator. On a CPU: small shapes,
 the peak of what is resident beyond what was there before loading.
 """
@@ -49,7 +49,7 @@ def settings(shape: str, folder: Path) -> ssr.Settings:
     (folder / "texts").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return ssr.parse([
         "--preset=ssr-zero-7b", f"--model={folder / 'model'}", f"--data={folder / 'texts'}",
-        f"--folder={folder / 'run'}", "--steps=2", f"--prompts-per-step={prompts}", "--kl=0.1",
+        f"--folder={folder / 'run'}", "--steps=3", f"--prompts-per-step={prompts}", "--kl=0.1",
         f"--samples-per-prompt={samples}", f"--max-prompt-tokens={longest + 900}",
         f"--max-new-tokens={new}", "--judge-max-new-tokens=16", "--eval-prompts=8",
         "--shown-prompts=1", f"--slots={slots}", f"--micro-batch-tokens={tokens}",
@@ -67,8 +67,14 @@ def measure(shape: str) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
     plan.check_room = check_room
-    for name in ("evaluate", "after", "finish"):  # steps, and nothing else
+    for name in ("evaluate", "finish"):  # steps, and nothing else
         setattr(watch.Watch, name, lambda *_: None)
+    seconds: dict[str, float] = {}
+
+    def after(_, step: grpo.Step) -> None:
+        seconds.update({k: v for k, v in step.metrics.items() if k.startswith("seconds/")})
+
+    watch.Watch.after = after
     # The tests' tokenizer knows few words: a template has nearly as many tokens as letters.
     ssr.judge_template = lambda s: len("".join(ssr.PAPER.ask_judge(ssr.Task("", "a", "b"), "")))
     # An untrained model earns nothing: any format and any score will do for the memory.
@@ -84,7 +90,8 @@ def measure(shape: str) -> None:
     parts = found["estimate"]
     if CUDA:  # not in the allocator's count
         parts["CUDA and its libraries"] = 0
-    print(json.dumps({"parts": parts, "estimate": plan.peak(parts), "measured": peak}))
+    found = {"parts": parts, "estimate": plan.peak(parts), "measured": peak}
+    print(json.dumps(found | {"last step": seconds}))
 
 
 def main() -> None:
@@ -102,8 +109,10 @@ def main() -> None:
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         rows[shape] = row = json.loads(output.splitlines()[-1])
         error = row["estimate"] / row["measured"] - 1
-        print(f"{shape:28} estimate {row['estimate'] / 1e6:8,.0f} MB, measured "
-              f"{row['measured'] / 1e6:8,.0f} MB: {error:+.0%}", flush=True)  # fmt: skip
+        stages = ", ".join(f"{k[8:]} {v:.2f}" for k, v in row["last step"].items())
+        sizes = [row[name] / 1e6 for name in ("estimate", "measured")]
+        print("{:28} estimate {:8,.0f} MB, measured {:8,.0f} MB".format(shape, *sizes)
+              + f": {error:+.0%}; step 3, s: {stages}", flush=True)  # fmt: skip
     if options.out:
         about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         options.out.write_text(json.dumps({"rows": rows, **about}, indent=1) + "\n")

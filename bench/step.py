@@ -11,8 +11,9 @@ machine slows both. Peak memory is each process's, above what it had before load
     toy, truth     the toy's own model and sentences, 24 prompts x 8 samples, rewarded by the truth
     toy, self      the same, judged by itself: in our loop; theirs asks its model with `generate`
 
-`products` is what our step's matrix products take when nothing else is run. `--until 0.8` goes on
-with the toy's rows until so many held-out translations are right, and prints the seconds that took.
+`products` is what our step's matrix products take when nothing else is run. The toy's rows also
+translate 500 held-out sentences greedily (`evaluation`). `--until 0.8` trains them from the start
+until so many of those are right, and prints the seconds that took.
 """
 
 import argparse
@@ -27,12 +28,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROWS = {  # hidden, layers, vocabulary; prompts, samples, new tokens
-    "hidden 64": ((64, 2, 320), (2, 4, 16)),
-    "hidden 256": ((256, 4, 320), (4, 8, 64)),
-    "vocabulary": ((64, 2, 151_936), (4, 8, 64)),
-    "toy, truth": (None, (24, 8, 20)),
-    "toy, self": (None, (24, 8, 20)),
+ROWS = {  # hidden, layers, vocabulary; prompts, samples, new tokens; reward
+    "hidden 64": ((64, 2, 320), (2, 4, 16), "letters"),
+    "hidden 256": ((256, 4, 320), (4, 8, 64), "letters"),
+    "vocabulary": ((64, 2, 151_936), (4, 8, 64), "letters"),
+    "toy, truth": (None, (24, 8, 20), "truth"),
+    "toy, self": (None, (24, 8, 20), "self"),
 }
 LR, WARMUP, JUDGE = 2e-4, 10, "score {source} {target} {text} || {answer} =>"
 TURN = 0.5  # seconds, at least, before it is the other's turn: caches are warm again
@@ -61,6 +62,15 @@ def resident(key: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
+def warm_up() -> None:
+    """Libraries that are mapped on first use are not the step's memory."""
+    import torch
+
+    some = torch.randn(256, 256, requires_grad=True)
+    torch.optim.AdamW([some], fused=True).zero_grad()
+    (some @ some).softmax(-1).square().sum().backward()
+
+
 def obey(answer: dict) -> str:
     """Tell the parent, wait for its next word."""
     print("BENCH " + json.dumps(answer), flush=True)
@@ -84,6 +94,7 @@ class Ours:
         from sampler import Sampler
 
         torch.set_num_threads(work["threads"])
+        warm_up()
         self.before = resident("VmRSS")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.texts, self.work = Texts(tokenizer), work
@@ -170,10 +181,11 @@ def ours(folder: Path, work: dict) -> None:
     side = Ours(folder, work)
     word = obey({"ready": True})
     while True:
+        begun = time.perf_counter()
         if word == "step":
             answer = side.step()
         elif word == "right":
-            answer = {"right": side.right()}
+            answer = {"right": side.right(), "seconds": time.perf_counter() - begun}
         elif word == "products":
             answer = {"products": side.products()}
         else:
@@ -190,6 +202,7 @@ def theirs(folder: Path, work: dict) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(work["threads"])
+    warm_up()
     transformers.utils.logging.set_verbosity_error()
     before = resident("VmRSS")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -231,12 +244,15 @@ def theirs(folder: Path, work: dict) -> None:
         return kinds[work["reward"]](completions, task)
 
     class Turns(transformers.TrainerCallback):
-        answer = {"ready": True}
+        def __init__(self):
+            self.answer = {"ready": True}
 
         def on_step_begin(self, *_, **__):
             while (word := obey(self.answer)) != "step":
+                begun = time.perf_counter()
                 if word == "right":
-                    self.answer = {"right": self.right()}
+                    found = self.right()
+                    self.answer = {"right": found, "seconds": time.perf_counter() - begun}
                 else:
                     self.answer = {"memory": resident("VmHWM") - before}
             self.begun = time.perf_counter()
@@ -312,8 +328,8 @@ class Side:
         self.process.wait()
 
 
-def prepare(row: str, folder: Path, threads: int, liger: bool) -> None:
-    """The model's folder and work.json: what both sides read."""
+def prepare(folder: Path, shape, sizes, reward="letters", threads=1, liger=False) -> None:
+    """The model's folder and work.json: what both sides read. Without a shape, the toy's."""
     import dataclasses
 
     import torch
@@ -323,12 +339,11 @@ def prepare(row: str, folder: Path, threads: int, liger: bool) -> None:
     from model import Config, Transformer, save
     from tests.tiny import make_tokenizer
 
-    shape, sizes = ROWS[row]
     if shape:
         hidden, layers, vocabulary = shape
         torch.manual_seed(0)
         config = Config(
-            "qwen2", vocabulary, hidden, 2 * hidden, layers, 4, 2, hidden // 4, 512, True
+            "qwen2", vocabulary, hidden, 2 * hidden, layers, 4, 2, hidden // 4, 1024, True
         )
         make_tokenizer(folder, size=300)
         save(Transformer(dataclasses.replace(config, hub={"eos_token_id": 0})), folder)
@@ -351,7 +366,7 @@ def prepare(row: str, folder: Path, threads: int, liger: bool) -> None:
     ids = Texts(AutoTokenizer.from_pretrained(folder)).encode([[t["prompt"]] for t in tasks])
     work = {
         "sizes": sizes, "tasks": tasks, "held_out": held_out, "ids": ids, "threads": threads,
-        "liger": liger, "reward": {"toy, truth": "truth", "toy, self": "self"}.get(row, "letters"),
+        "liger": liger, "reward": reward,
     }  # fmt: skip
     (folder / "work.json").write_text(json.dumps(work))
 
@@ -359,7 +374,7 @@ def prepare(row: str, folder: Path, threads: int, liger: bool) -> None:
 def compare(row: str, peer: str, pairs: int, threads: int, until: float, liger=False) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(row, folder, threads, liger)
+        prepare(folder, *ROWS[row], threads, liger)
         sides = {"ours": Side("ours", sys.executable, folder)}
         if peer:
             sides["trl"] = Side("trl", peer, folder)
@@ -383,9 +398,13 @@ def compare(row: str, peer: str, pairs: int, threads: int, until: float, liger=F
         }  # fmt: skip
         result["products"] = sides["ours"].ask("products")["products"]
         if peer:
-            result["ratio"] = statistics.median(
-                t / o for o, t in zip(times["ours"], times["trl"], strict=True)
-            )
+            ratios = [t / o for o, t in zip(times["ours"], times["trl"], strict=True)]
+            result["ratio"], result["ratios"] = statistics.median(ratios), sorted(ratios)
+        if row.startswith("toy"):
+            for _ in range(3):
+                for name, side in sides.items():
+                    took = side.ask("right")["seconds"]
+                    result.setdefault("evaluation", {}).setdefault(name, []).append(took)
         for side in sides.values():
             side.close()
         if until and row.startswith("toy"):
@@ -442,13 +461,25 @@ def main() -> None:
 
 def said(r: dict) -> str:
     text = f"{r['row']}: " + ", ".join(
-        f"{name} {1e3 * seconds:.0f} ms, {r['memory'][name] / 1e6:.0f} MB"
+        f"{name} {1e3 * seconds:.0f} ms and {r['memory'][name] / 1e6:.0f} MB"
         for name, seconds in r["seconds"].items()
     )
-    text += f"; products {1e3 * r['products']:.0f} ms"
     if "ratio" in r:
-        text += f"; ratio {r['ratio']:.2f}"
-    return text + "; " + ", ".join(f"{k} {1e3 * v:.0f}" for k, v in r["stages"].items())
+        text += f", ratio {r['ratio']:.2f} ({r['ratios'][0]:.2f} to {r['ratios'][-1]:.2f})"
+    text += f"; products alone {1e3 * r['products']:.0f} ms; of ours, ms: "
+    text += ", ".join(f"{k} {1e3 * v:.0f}" for k, v in r["stages"].items())
+    if "evaluation" in r:
+        rates = {k: 500 / statistics.median(v) for k, v in r["evaluation"].items()}
+        text += "; evaluation, translations/s: " + ", ".join(
+            f"{k} {v:.0f}" for k, v in rates.items()
+        )
+    if "until" in r:
+        text += f"; until {r['until']['right']} are right: " + ", ".join(
+            f"{k} {v['seconds']:.1f} s, {v['steps']} steps"
+            for k, v in r["until"].items()
+            if k != "right"
+        )
+    return text
 
 
 if __name__ == "__main__":
