@@ -90,7 +90,8 @@ class Settings:
     loss_norm: str = "token"
     """Each "token" weighs the same, or each "sequence"."""
     micro_batch_tokens: int = 16384
-    """Tokens in one forward and backward; memory, not the result, depends on it."""
+    """Tokens in one forward and backward, where a prompt counts once, and an eighth for each other
+    sample of it; memory, not the result, depends on it."""
     lr: float = 1e-6
     """Learning rate of AdamW, before warm-up and decay are multiplied in."""
     warmup_steps: int = 10
@@ -158,7 +159,7 @@ def train(
     done: Step | None = None,
 ) -> Iterator[Step]:
     """Steps 1 … s.steps; or those after `done`, the last one of a run that goes on. `start`: a
-    model with the weights of the start, for the KL.
+    model with the weights of the start, whole on every rank, for the KL.
 
     What a step does depends on the settings, the weights, the optimizer's state and the step's
     number alone. A run's health is looked at after the yield: the caller has the step by then.
@@ -263,14 +264,15 @@ def reference_logprobs(start, rows: list[Row], s: Settings, ranks: Ranks) -> lis
         return None
     parts = [x for x in pack(range(len(rows)), rows, s.micro_batch_tokens, ranks.size) if x]
 
-    def score(mine: list[list[int]]) -> list[Sequence[Tensor]]:
+    def score(mine: list[list[int]]) -> list[list[Tensor]]:
         found = []
         for part in mine:
             b = MicroBatch(
                 [rows[i] for i in part], [0.0] * len(part), None, start.head_weight.device
             )
             logprobs = b.logprobs(start, s.temperature).cpu()
-            found.append(logprobs.split([len(rows[i].ids) for i in part]))
+            sizes = [len(rows[i].ids) for i in part]
+            found.append([x.clone() for x in logprobs.split(sizes)])  # to send no more than it is
         return found
 
     of: dict[int, Tensor] = {}
@@ -356,19 +358,27 @@ def pack(which: Sequence[int], rows: list[Row], most: int, size: int) -> list[li
     Each of `size` ranks needs the same number of them, because forward and backward are collective:
     some may be empty. Largest first, so that the ranks have about as much to do in each round.
     """
-    groups: list[list[int]] = []
-    lengths: list[int] = []
-    for i in which:
-        prompt, more = rows[i].prompt, len(rows[i].ids) - 1
-        again = more + len(prompt) // 8
-        if groups and rows[groups[-1][0]].prompt == prompt and lengths[-1] + again <= most:
-            groups[-1].append(i)
-            lengths[-1] += again
+
+    def length(group: list[int]) -> int:
+        prompt = len(rows[group[0]].prompt)
+        return prompt + sum(len(rows[i].ids) - 1 for i in group) + (len(group) - 1) * (prompt // 8)
+
+    waiting = [list(g) for _, g in itertools.groupby(which, key=lambda i: rows[i].prompt)]
+    groups = []
+    while waiting:  # in halves, until it fits
+        group = waiting.pop(0)
+        if length(group) > most and len(group) > 1:
+            waiting[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
         else:
-            groups.append([i])
-            lengths.append(len(prompt) + more)
+            groups.append(group)
+    while len(groups) < size and (several := [g for g in groups if len(g) > 1]):  # work for each
+        group = max(several, key=length)
+        place = groups.index(group)
+        groups[place : place + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    lengths = [length(group) for group in groups]
     order = sorted(range(len(groups)), key=lambda g: -lengths[g])
-    count = size * max(1, -(-sum(lengths) // (size * most)))
+    count = min(sum(lengths) / most, len(groups))  # of which none need be empty
+    count = size * max(1, math.ceil(count / size))
     while True:
         parts: list[list[int]] = [[] for _ in range(count)]
         heap = [(0, part) for part in range(count)]  # the emptiest first
@@ -397,9 +407,9 @@ class MicroBatch:
     def __init__(
         self, rows: list[Row], weights: list[float], reference: list[Tensor] | None, device
     ):
-        self.empty = not rows
-        if self.empty:  # a rank without work still takes part: one token that weighs nothing
-            rows, weights, reference = [Row([0], [0], [0.0], 0.0, 1)], [0.0], None
+        if not rows:  # a rank without work still takes part: one token that weighs nothing
+            rows, weights = [Row([0], [0], [0.0], 0.0, 1)], [0.0]
+            reference = None if reference is None else [torch.zeros(1)]
         self.segments = segments_of(rows)
         ids: list[int] = []
         places: list[int] = []  # of the hidden states that predict: the prompt's last, and so on
@@ -446,7 +456,7 @@ class MicroBatch:
             old_logprobs=self.old,
             ref_logprobs=self.reference,
             clip=(s.clip_low, s.clip_high),
-            kl=0.0 if self.empty else s.kl,
+            kl=s.kl,
             temperature=s.temperature,
             sampler_logprobs=self.sampled,
         )

@@ -208,9 +208,8 @@ class Transformer(nn.Module):
         if ids.dim() != 2 or ids.numel() == 0:
             raise ValueError(f"ids must be (rows, tokens), not empty; not {tuple(ids.shape)}")
         B, T = ids.shape
-        if (
-            ids.device.type == "cpu" and cache is None
-        ):  # it would stall a GPU; the sampler has looked
+        # On a GPU this look would stall the stream; a sampler has looked before it fills a cache.
+        if ids.device.type == "cpu" and cache is None:
             low, high = ids.aminmax()
             if low < 0 or high >= self.config.vocab_size:
                 bad, size = int(low if low < 0 else high), self.config.vocab_size
@@ -224,9 +223,15 @@ class Transformer(nn.Module):
             raise ValueError(f"positions {tuple(positions.shape)} for ids {tuple(ids.shape)}")
         packing = None
         if segments is not None:
-            segments = [(s,) if isinstance(s, int) else tuple(s) for s in segments]
-            total, least = sum(map(sum, segments)), min((s[0] for s in segments), default=1)
-            if B != 1 or total != T or least < 1 or min(map(min, segments), default=0) < 0:
+            segments = [
+                tuple(map(int, s)) if isinstance(s, Sequence) else (int(s),) for s in segments
+            ]
+            if (
+                B != 1
+                or sum(map(sum, segments)) != T
+                or min((s[0] if s else 0 for s in segments), default=1) < 1
+                or min(map(min, segments)) < 0
+            ):
                 raise ValueError(
                     f"segments {segments} must be positive lengths that fill the one row of "
                     f"ids, which has the shape {tuple(ids.shape)}"

@@ -180,10 +180,22 @@ class Work(NamedTuple):
         return -(-self.s.prompts_per_step // self.G) * self.s.samples_per_prompt
 
     @property
-    def passed(self) -> int:
-        """Tokens that it trains at most: a prompt is read once for all its samples."""
-        prompts = self.sequences // self.s.samples_per_prompt
-        return prompts * self.s.max_prompt_tokens + self.sequences * self.s.max_new_tokens
+    def training(self) -> tuple[int, int, int]:
+        """At most: tokens that are read, as `grpo.pack` counts them (an eighth of a prompt for each
+        sample but its first), and micro-batches. A prompt is read once for the samples that fit."""
+        s, P = self.s, self.s.max_prompt_tokens
+        prompts, together = self.sequences // s.samples_per_prompt, s.samples_per_prompt
+
+        def counted(samples: int) -> int:
+            return P + samples * s.max_new_tokens + (samples - 1) * (P // 8)
+
+        while counted(together) > s.micro_batch_tokens and together > 1:
+            together = -(-together // 2)
+        groups = prompts * -(-s.samples_per_prompt // together)
+        fit = max(1, s.micro_batch_tokens // counted(together))
+        read = groups * P + self.sequences * s.max_new_tokens
+        more = (self.sequences - groups) * (P // 8)
+        return read, read + more, -(-groups // fit)
 
     @property
     def slots(self) -> int:
@@ -243,11 +255,12 @@ def memory(k: Work) -> dict[str, float]:
         6 * c.hidden_size + 4 * (H + 2 * K) * E + 2 * H * E + 4 * c.intermediate_size
     )
     between = c.layers * wide * c.hidden_size if k.cuda else (c.layers - 1) * in_block
-    tokens = min(s.micro_batch_tokens, k.passed)
+    read, counted, _ = k.training
+    tokens = min(s.micro_batch_tokens, counted)
     tokens *= between + in_block + 2 * wide * c.intermediate_size
     # Gathered weights and their gradients, then in fp32 on their way to their shares.
     whole = (2 * block + root) * (2 * wide + 4) if k.S > 1 else wide * c.vocab_size * c.hidden_size
-    chunk = min(CHUNK_BYTES["cuda" if k.cuda else "cpu"], 4 * k.passed * c.vocab_size)
+    chunk = min(CHUNK_BYTES["cuda" if k.cuda else "cpu"], 4 * read * c.vocab_size)
     parts[TRAINING] = tokens + whole + 2 * chunk
     return parts
 
@@ -294,12 +307,12 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
     if s.reading == "written":
         parts["judge"] += s.judge_samples * decode(sequences, k.template + k.longest, k.judge_words)
     logits = sequences * s.max_new_tokens * head
-    whole = forward(sequences, k.longest) - (2 * N - head) * (sequences * k.longest - k.passed)
+    read, _, rounds = k.training
+    whole = forward(sequences, k.longest) - (2 * N - head) * (sequences * k.longest - read)
     if s.track_kl or s.kl:
         parts["reference"] = (whole + logits) / flops
     passes = 4 if k.cuda else 3  # forward, twice that on the way back, where blocks run again
     work = (passes * whole + 3 * logits) / flops
-    rounds = -(-k.passed // s.micro_batch_tokens)
     moved = rounds * (2 * k.wide + 4) * N / (m.link * 1e9) * (k.S > 1)
     parts["train"] = s.updates_per_batch * max(work, moved)
     if not k.alone:

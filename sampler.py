@@ -27,7 +27,8 @@ where attention layer 0, 1, … calls `view.attend(layer, q, k, v) -> y`: q and 
 and v (B, T, K, E), positions already in q and k, the products scaled by E^-½; `model.logits` from
 (M, D) to (M, V) in fp32; `model.parameters()`; and `model.config` with layers, kv_heads, head_dim,
 max_length, vocab_size. Where it computes in another type than its weights have, that is
-`model.compute_dtype`. On a GPU its forward may not wait for the host.
+`model.compute_dtype`. On a GPU its forward may not wait for the host. `generate` calls it in
+inference mode: a tensor that it makes there, and keeps, cannot be trained through later.
 
 Given its logits, a draw depends on (seed, key, number of the sample, number of the token) alone.
 Keys default to the prompts' places in the call; give `keys` to make samples independent of what
@@ -134,8 +135,10 @@ class Decode:
         self.places = (first + lengths[:, None]).flatten()  # (B·K,) among a layer's S·K·L
         unseen = torch.arange(width, device=kv.device) > lengths[:, None]
         bias = torch.zeros(unseen.shape, dtype=kv.dtype, device=kv.device)
-        self.bias = bias.masked_fill_(unseen, -math.inf)[:, None, None]  # (B, 1, 1, width)
-        self.wide = self.bias[:, 0].repeat_interleave(K, dim=0)  # (B·K, 1, width)
+        bias = bias.masked_fill_(unseen, -math.inf)[:, None]  # (B, 1, width)
+        # Plain products are three times as fast on a CPU; in bf16 they would round the scores.
+        self.plain = kv.dtype in (torch.float32, torch.float64)
+        self.bias = bias.repeat_interleave(K, dim=0) if self.plain else bias[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, _, H, E = q.shape
@@ -145,11 +148,10 @@ class Decode:
         values.view(-1, E).index_copy_(0, self.places, v.reshape(B * K, E))
         keys, values = keys[:B, :, : self.width], values[:B, :, : self.width]  # (B, K, width, E)
         # The H/K query heads of a key head become query tokens: no key needs repeating.
-        # Plain products are three times as fast on a CPU; in bf16 they would round the scores.
-        if q.dtype in (torch.float32, torch.float64):
+        if self.plain:
             keys, values = keys.flatten(0, 1), values.flatten(0, 1)
             q = q.reshape(B * K, H // K, E)
-            scores = torch.baddbmm(self.wide, q, keys.transpose(1, 2), alpha=E**-0.5)
+            scores = torch.baddbmm(self.bias, q, keys.transpose(1, 2), alpha=E**-0.5)
             y = torch.bmm(scores.softmax(-1), values)
         else:
             q = q.reshape(B, K, H // K, E)

@@ -62,7 +62,8 @@ def steps(ranks=None, **changes):
     s = dataclasses.replace(s, **changes)
 
     def batch(number):
-        tasks = [pair.task("train", 6 * number + i) for i in range(6)]
+        P = s.prompts_per_step
+        tasks = [pair.task("train", P * number + i) for i in range(P)]
         ids = texts.encode([prompts.ask(task) for task in tasks])
         return [grpo.Prompt(*both) for both in zip(ids, tasks, strict=True)]
 

@@ -187,6 +187,14 @@ def test_the_kl_pulls_with_the_gradient_of_the_exact_kl():
     assert max(g.abs().max() for g in ours.values()) > 1e-3
 
 
+def test_tokens_that_pass_are_counted_a_prompt_once():
+    model, s = tiny_model(), settings()
+    rows = [grpo.Row([7, 8, 9], ids, [0.0] * len(ids), 1.0, 1) for ids in ([1, 2], [3], [4, 5, 6])]
+    rows += [grpo.Row([7, 8], [1, 2], [0.0] * 2, 1.0, 1), rows[0]._replace(advantage=0.0)]
+    _, stats = gradient_of_update(model, rows, s)
+    assert stats["train/tokens"] == 3 + 1 + 0 + 2 + 2 + 1 and stats["train/rows"] == 4
+
+
 def test_the_ratio_is_exactly_one_when_old_is_new():
     """The first of two updates has the gradient of one, and clips nothing."""
     model, s = tiny_model(), settings(clip_low=0.0, clip_high=0.0)

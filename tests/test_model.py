@@ -193,7 +193,16 @@ def test_what_sequences_begin_with_is_computed_once(tmp_path, family):
         torch.testing.assert_close(p.grad, gradients[name], msg=name)
 
 
-@pytest.mark.parametrize("segments", [[4, 4], [9, 0], [10, -1], [(5, 5)], [(0, 9)], [(10, -1)]])
+def test_short_sequences_are_not_padded_to_the_longest():
+    packing = ours.pack([(3,), (100,), (4, 2, 90), (1, 1)], torch.device("cpu"))
+    shapes = sorted(tuple(grid.shape) for grid in packing.grids)
+    assert shapes == [(1, 6), (2, 3), (2, 100)]  # of 3 and 2, of 6, of 100 and 94
+    assert sorted(packing.back.tolist()) == sorted({*packing.back.tolist()})
+
+
+@pytest.mark.parametrize(
+    "segments", [[4, 4], [9, 0], [10, -1], [(5, 5)], [(0, 9)], [(10, -1)], [(), (9,)]]
+)
 def test_segments_that_do_not_fill_the_row_are_refused(tmp_path, segments):
     make_model(tmp_path)
     with pytest.raises(ValueError, match="segments"):

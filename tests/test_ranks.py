@@ -56,6 +56,14 @@ def test_ranks_clip_and_update_again_as_one_process_does(tmp_path):
     assert done.err == [expected] * 3 and expected != golden.FILE.read_text()
 
 
+def test_a_rank_without_a_row_takes_part(tmp_path):
+    """One prompt with two samples for three ranks, and a KL, which the empty one has none of."""
+    changes = {"prompts_per_step": 1, "samples_per_prompt": 2, "kl": 0.1, "steps": 3}
+    done = processes.run(tmp_path, 3, golden_steps, False, changes)
+    assert done.codes == [0] * 3, done.err
+    assert done.err == [golden.as_text(golden.steps(**changes))] * 3
+
+
 def train(rank, words, stop_after=0):
     """A run; every rank gets SIGTERM after that step."""
     real = ssr.Watch.after
@@ -327,9 +335,11 @@ def test_the_rows_of_a_prompt_stay_together_while_they_fit():
     parts = grpo.pack(range(12), rows, 28, 1)
     assert sorted(parts) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert grpo.segments_of(rows[:5]) == [[9, 4, 4, 4, 4], [9, 4]]
-    split = grpo.pack(range(12), rows, 27, 1)
-    assert sorted(i for part in split for i in part) == list(range(12))
-    assert max(sum(map(sum, grpo.segments_of([rows[i] for i in part]))) for part in split) <= 27
+    halves = [[2 * i, 2 * i + 1] for i in range(6)]
+    assert sorted(grpo.pack(range(12), rows, 27, 1)) == halves
+    assert sorted(grpo.pack(range(12), rows, 9, 1)) == [[i] for i in range(12)]  # each alone
+    assert sorted(grpo.pack(range(12), rows, 1000, 6)) == halves  # or three ranks would idle
+    assert sorted(grpo.pack(range(4), rows, 1000, 6)) == [[], [], [0], [1], [2], [3]]
 
 
 def test_no_option_of_ours_begins_one_of_torchruns():
