@@ -8,8 +8,8 @@
     memory      what --dry-run says beside what is taken
 
 TRL, Liger and transformers get an environment of their own, .peers, made on first use (some minutes
-and 2 GB). What was measured goes to bench/results/*.json; docs/bench.svg is drawn from it, and the
-tables are printed. On a GPU: python -m bench.gpu.
+and 2 GB). What was measured goes to bench/results/*.json; the tables of docs/performance.md and
+docs/bench.svg are made from that. On a GPU: python -m bench.gpu.
 """
 
 import argparse
@@ -58,6 +58,95 @@ def machine() -> str:
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def stamp(part: str) -> None:
+    """When and where, into what a part has written."""
+    import importlib.metadata
+
+    file = RESULTS / f"{part}.json"
+    found = json.loads(file.read_text())
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    found["where"] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **versions}
+    file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def markdown(head: str, rows: list) -> str:
+    names = head.split(" | ")
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def tables() -> dict[str, str]:
+    """Of each part its name -> its table, from what was measured last."""
+    of = {part: json.loads((RESULTS / f"{part}.json").read_text()) for part in PARTS}
+    found = {}
+    ms, mb = lambda x: f"{1e3 * x:,.0f}", lambda x: f"{x / 1e6:,.0f}"
+    rows, until = [], []
+    for r in of["step"]["rows"]:
+        ours, trl = r["seconds"]["ours"], r["seconds"]["trl"]
+        low, *_, high = r["ratios"]
+        rows.append([r["row"], ms(ours), ms(trl), f"**{r['ratio']:.1f}×** ({low:.1f}–{high:.1f})",
+                     f"{mb(r['memory']['ours'])} / {mb(r['memory']['trl'])}",
+                     f"{r['products'] / ours:.0%}"])  # fmt: skip
+        if "until" in r:
+            mine, theirs = r["until"]["ours"], r["until"]["trl"]
+            rates = [500 / sorted(r["evaluation"][k])[1] for k in ("ours", "trl")]
+            until.append([r["row"], f"{mine['seconds']:.1f} s, {mine['steps']} steps",
+                          f"{theirs['seconds']:.1f} s, {theirs['steps']} steps",
+                          f"**{theirs['seconds'] / mine['seconds']:.1f}×**",
+                          *(f"{rate:,.0f}" for rate in rates)])  # fmt: skip
+    found["step"] = markdown("step | ours, ms | TRL, ms | TRL ÷ ours (range) | MB, ours / TRL | "
+                             "products alone, of ours", rows)  # fmt: skip
+    found["step"] += "\n" + markdown(
+        "until 0.8 of 500 are right | ours | TRL | TRL ÷ ours | greedy translations/s, ours | "
+        "transformers", until)  # fmt: skip
+    rows = [[r["shape"], f"{r['ours tokens/s']:,.0f}", f"{r['transformers tokens/s']:,.0f}",
+             f"**{r['ratio']:.1f}×** ({r['ratio range'][0]:.1f}–{r['ratio range'][1]:.1f})",
+             f"{r['products share']:.0%}",
+             f"{r['peak MB ours']:,.0f} / {r['peak MB transformers']:,.0f}"]
+            for r in of["sampler"]["rows"]]  # fmt: skip
+    found["sampler"] = markdown("shape | ours, tokens/s | transformers, tokens/s | ratio (range) | "
+                                "products alone, of ours | MB, ours / theirs", rows)  # fmt: skip
+    rows = [[name, f"{r['seconds']:.1f}", f"{r['share of matmul rate']:.0%}",
+             f"{r['peak MB']:,.0f}"] for name, r in of["logprob"]["sides"].items()]  # fmt: skip
+    found["logprob"] = markdown("side | seconds | of the matmul rate | MB", rows)
+    rows = [[name, f"{1e3 * r['seconds']:.1f}", *(f"{r[k]:.0%}" for k in
+             ("share", "operators", "products", "limit"))]
+            for name, r in of["loop"]["stages"].items()]  # fmt: skip
+    rows.append(["**step**", f"{1e3 * of['loop']['step_seconds']:.1f}", "", "", "", ""])
+    found["loop"] = markdown("stage | ms a step | of the step | in operators | in products | "
+                             "at the rate of one large product", rows)  # fmt: skip
+    rows = []
+    for axis, points in of["scaling"]["rows"].items():
+        for size, r in points.items():
+            row = [axis, size, ms(r["seconds"]), f"{r['power']:.2f}" if "power" in r else ""]
+            if "estimate" in r:
+                for name, show in (("sample", ms), ("train", ms), ("memory", mb)):
+                    off = r["estimate"][name] / r[name] - 1
+                    row += [show(r[name]), f"{show(r['estimate'][name])} ({off:+.0%})"]
+            rows.append(row + [""] * (10 - len(row)))
+    found["scaling"] = markdown("grown | to | ms a step | power | sample, ms | estimate | "
+                                "train, ms | estimate | MB | estimate", rows)  # fmt: skip
+    rows = [[name, mb(r["estimate"]), mb(r["measured"]),
+             f"{r['estimate'] / r['measured'] - 1:+.1%}"]
+            for name, r in of["memory"]["rows"].items()]  # fmt: skip
+    found["memory"] = markdown("shape | estimate, MB | measured, MB | off by", rows)
+    for part in found:
+        w = of[part]["where"]
+        found[part] += (f"\n{w['machine']}, torch {w['torch']}, transformers {w['transformers']}, "
+                        f"{w['date']}; `python -m bench {part}`.\n")  # fmt: skip
+    return found
+
+
+def write(page: Path) -> None:
+    """Each table between the page's two comments of its name."""
+    text = page.read_text()
+    for part, table in tables().items():
+        begin, end = f"<!-- {part} -->\n", f"<!-- /{part} -->"
+        before, rest = text.split(begin)
+        text = before + begin + table + end + rest.split(end, 1)[1]
+    page.write_text(text)
 
 
 def draw(out: Path) -> None:
@@ -113,7 +202,9 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--draw", action="store_true", help="only draw docs/bench.svg again")
+    parser.add_argument(
+        "--draw", action="store_true", help="only make docs' picture and tables again"
+    )
     args = parser.parse_args()
     if unknown := set(args.parts) - {*PARTS}:
         sys.exit(f"bench: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
@@ -125,8 +216,10 @@ def main() -> None:
             begun = time.time()
             print(f"\n== {part}", flush=True)
             run(part, peer, args.threads, args.pairs)
+            stamp(part)
             print(f"({time.time() - begun:.0f} s)", flush=True)
     draw(ROOT / "docs" / "bench.svg")
+    write(ROOT / "docs" / "performance.md")
 
 
 if __name__ == "__main__":

@@ -382,7 +382,9 @@ def compare(row: str, peer: str, pairs: int, threads: int, until: float, liger=F
         stages: list[dict] = []
         for side in sides.values():
             side.ask("step"), side.ask("step")  # warm up
-        for _ in range(pairs):
+        for _ in range(
+            min(pairs, 3) if row == "vocabulary" else pairs
+        ):  # TRL takes most of a minute
             for name, side in sides.items():
                 turn: list[dict] = []
                 while sum(answer["seconds"] for answer in turn) < TURN:
