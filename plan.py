@@ -34,6 +34,9 @@ COMETS = {"comet22": 0.58, "cometkiwi": 0.57}  # billions of parameters, of eval
 COMETS |= dict.fromkeys(("cometkiwi-xl", "xcomet-xl"), 3.5)
 COMETS |= dict.fromkeys(("cometkiwi-xxl", "xcomet-xxl"), 10.7)
 REACHED = {"products": 0.45, "bytes": 0.65}
+# Seconds that a block of a decoding step takes on a CPU to start its operators, measured; a GPU
+# replays a graph.
+STARTING = 4e-4
 SAMPLING, TRAINING = "while sampling, or", "while training"
 
 
@@ -297,6 +300,7 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
         together = min(count, k.slots)
         cached = together * (before + new / 2) * k.cache_bytes
         step = max((k.wide * N + cached) / reads, 2 * N * together / flops)
+        step += 0 if k.cuda else c.layers * STARTING
         return count / together * new * step
 
     parts = {

@@ -17,10 +17,11 @@ import torch
 
 import grpo
 import plan
+import problem
 import ssr
 import watch
 from bench.sampler import resident
-from judge import Judge, Score
+from judge import PAPER, Judge, Score, Task
 from model import Config, Transformer, save
 from tests.tiny import make_tokenizer
 
@@ -46,13 +47,13 @@ def settings(shape: str, folder: Path) -> ssr.Settings:
     make_tokenizer(folder / "model")
     row = {"source": "English", "target": "Chinese"}
     rows = [row | {"text": f"{i} {'sun ' * (longest // 8)}"} for i in range(prompts + 8)]
-    (folder / "texts").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return ssr.parse([
-        "--preset=ssr-zero-7b", f"--model={folder / 'model'}", f"--data={folder / 'texts'}",
+        "--preset=ssr-zero-7b", f"--model={folder / 'model'}", f"--data={folder / 'texts.jsonl'}",
         f"--folder={folder / 'run'}", "--steps=3", f"--prompts-per-step={prompts}", "--kl=0.1",
         f"--samples-per-prompt={samples}", f"--max-prompt-tokens={longest + 900}",
         f"--max-new-tokens={new}", "--judge-max-new-tokens=16", "--eval-prompts=8",
-        "--shown-prompts=1", f"--slots={slots}", f"--micro-batch-tokens={tokens}",
+        "--shown-prompts=1", f"--slots={slots}", f"--micro-batch-tokens={tokens}", "--no-report",
     ])  # fmt: skip
 
 
@@ -76,10 +77,10 @@ def measure(shape: str) -> None:
 
     watch.Watch.after = after
     # The tests' tokenizer knows few words: a template has nearly as many tokens as letters.
-    ssr.judge_template = lambda s: len("".join(ssr.PAPER.ask_judge(ssr.Task("", "a", "b"), "")))
+    ssr.judge_template = lambda s: len("".join(PAPER.ask_judge(Task("", "a", "b"), "")))
     # An untrained model earns nothing: any format and any score will do for the memory.
     grpo.check_health = lambda *_: None
-    ssr.TEMPLATES["paper"] = dataclasses.replace(ssr.PAPER, tags=False)
+    problem.TEMPLATES["paper"] = dataclasses.replace(PAPER, tags=False)
     judge = Judge.judge
     Judge.judge = lambda self, pairs, step: {
         p: Score(hash(p) % 100 / 100, "") for p in judge(self, pairs, step)

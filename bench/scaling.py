@@ -32,14 +32,34 @@ AXES = {
 }
 
 
-def measure(point: dict, machine: plan.Machine, steps: int) -> dict:
+def sizes_of(point: dict) -> tuple:
     shape = point["width"], 4, point["vocabulary"]
-    sizes = point["prompts"], point["samples"], point["tokens"]
+    return shape, (point["prompts"], point["samples"], point["tokens"])
+
+
+def estimate(point: dict, machine: plan.Machine) -> dict:
+    """What --dry-run says."""
+    shape, (prompts, samples, tokens) = sizes_of(point)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, shape, sizes)
+        prepare(folder, shape, (prompts, samples, tokens))
         longest = max(map(len, json.loads((folder / "work.json").read_text())["ids"]))
         config = plan.read_config(folder)
+    s = ssr.parse([
+        "--preset=toy", f"--prompts-per-step={prompts}", f"--samples-per-prompt={samples}",
+        f"--max-new-tokens={tokens}", f"--max-prompt-tokens={longest}", "--no-track-kl",
+        f"--slots={prompts * samples}", "--eval-prompts=1", "--shown-prompts=1",
+    ])  # fmt: skip
+    work = plan.Work(s, config, 1, 1, 0, False)
+    times = plan.seconds(work, machine)
+    memory = plan.peak(plan.memory(work))
+    return {"memory": memory, "sample": times["sample"], "train": times["train"]}
+
+
+def measure(point: dict, machine: plan.Machine, steps: int) -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, *sizes_of(point))
         side = Side("ours", sys.executable, folder)
         answers = [side.ask("step") for _ in range(steps + 2)][2:]
         found = {"memory": side.ask("memory")["memory"]}
@@ -47,19 +67,7 @@ def measure(point: dict, machine: plan.Machine, steps: int) -> dict:
     found["seconds"] = statistics.median(a["seconds"] for a in answers)
     for stage in ("sample", "train"):
         found[stage] = statistics.median(a["stages"][stage] for a in answers)
-    s = ssr.parse([
-        "--preset=toy", f"--prompts-per-step={sizes[0]}", f"--samples-per-prompt={sizes[1]}",
-        f"--max-new-tokens={sizes[2]}", f"--max-prompt-tokens={longest}", "--no-track-kl",
-        f"--slots={sizes[0] * sizes[1]}", "--eval-prompts=1", "--shown-prompts=1",
-    ])  # fmt: skip
-    work = plan.Work(s, config, 1, 1, 0, False)
-    times = plan.seconds(work, machine)
-    found["estimate"] = {
-        "memory": plan.peak(plan.memory(work)),
-        "sample": times["sample"],
-        "train": times["train"],
-    }
-    return found
+    return found | {"estimate": estimate(point, machine)}
 
 
 def toy_on(ranks: int) -> dict:

@@ -393,7 +393,8 @@ def compare(row: str, peer: str, pairs: int, threads: int, until: float, liger=F
                 stages += [answer["stages"] for answer in turn if name == "ours"]
         found = {name: statistics.median(t) for name, t in times.items()}
         result = {
-            "row": row, "threads": threads, "pairs": pairs, "seconds": found,
+            "row": row, "date": str(datetime.date.today()), "threads": threads, "pairs": pairs,
+            "seconds": found,
             "range": {name: [min(t), max(t)] for name, t in times.items()},
             "stages": {k: statistics.median([s[k] for s in stages]) for k in stages[0]},
             "memory": {name: side.ask("memory")["memory"] for name, side in sides.items()},
@@ -410,27 +411,29 @@ def compare(row: str, peer: str, pairs: int, threads: int, until: float, liger=F
         for side in sides.values():
             side.close()
         if until and row.startswith("toy"):
-            result["until"] = {"right": until}
-            for name in times:
-                result["until"][name] = reach(name, peer if name == "trl" else sys.executable,
-                                              folder, until)  # fmt: skip
+            result["until"] = {"right": until, **reach(peer, folder, until)}
     return result
 
 
-def reach(name: str, python: str, folder: Path, until: float) -> dict:
-    """Seconds of training, from the first step, until so many translations are right; looking
-    every five steps costs nothing."""
-    side, spent, steps, curve = Side(name, python, folder), 0.0, 0, []
-    while steps < 400:
-        curve.append(side.ask("right")["right"])
-        print(f"  {name}: {steps} steps, {spent:.1f} s, {curve[-1]:.3f} right", flush=True)
-        if curve[-1] >= until:
-            break
-        for _ in range(5):
-            spent += side.ask("step")["seconds"]
-            steps += 1
-    side.close()
-    return {"seconds": spent, "steps": steps, "curve": curve}
+def reach(peer: str, folder: Path, until: float) -> dict:
+    """Seconds of training, from the first step, until so many translations are right. Both begin
+    anew and take five steps in turn; looking costs nothing."""
+    sides = {"ours": Side("ours", sys.executable, folder)}
+    if peer:
+        sides["trl"] = Side("trl", peer, folder)
+    found = {name: {"seconds": 0.0, "steps": 0, "curve": []} for name in sides}
+    while sides:
+        for name, side in list(sides.items()):
+            so_far = found[name]
+            so_far["curve"].append(side.ask("right")["right"])
+            print(f"  {name}: {so_far['steps']} steps, {so_far['seconds']:.1f} s, "
+                  f"{so_far['curve'][-1]:.3f} right", flush=True)  # fmt: skip
+            if so_far["curve"][-1] >= until or so_far["steps"] >= 400:
+                sides.pop(name).close()
+                continue
+            so_far["seconds"] += sum(side.ask("step")["seconds"] for _ in range(5))
+            so_far["steps"] += 5
+    return found
 
 
 def main() -> None:
@@ -456,9 +459,10 @@ def main() -> None:
         rows.append(compare(row, args.peer, args.pairs, args.threads, args.until, args.liger))
         print(said(rows[-1]), flush=True)
     if args.out:
-        args.out.write_text(
-            json.dumps({"date": str(datetime.date.today()), "rows": rows}, indent=1)
-        )
+        kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+        rows = [row for row in kept if row["row"] not in args.rows] + rows
+        rows.sort(key=lambda row: [*ROWS].index(row["row"]))
+        args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def said(r: dict) -> str:

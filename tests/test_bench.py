@@ -45,3 +45,21 @@ def test_growth_is_measured_beside_the_estimate(tmp_path):
     for point in points.values():
         assert point["memory"] > 0 and point["estimate"]["memory"] > 0
     assert points["32"]["seconds"] > points["1"]["seconds"]
+
+
+@pytest.mark.slow
+def test_memory_is_measured_beside_the_estimate(tmp_path):
+    out = tmp_path / "memory.json"
+    bench("memory", "4 layers, 4096 tokens", f"--out={out}")
+    [row] = json.loads(out.read_text())["rows"].values()
+    assert 0.75 < row["estimate"] / row["measured"] < 1.25
+    assert row["last step"]["seconds/train"] > 0
+
+
+@pytest.mark.slow
+def test_the_loop_is_taken_apart(toy, tmp_path):
+    out = tmp_path / "loop.json"
+    bench("loop", f"--model={toy}", "--steps=8", f"--out={out}")
+    found = json.loads(out.read_text())
+    assert [*found["stages"]] == ["sample", "judge", "reference", "train"]
+    assert all(0 < x["limit"] < x["operators"] for x in found["stages"].values())
