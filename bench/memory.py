@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import grpo
+import judge as reward
 import plan
-import problem
 import ssr
 import watch
 from bench.sampler import resident
@@ -40,7 +40,7 @@ def settings(shape: str, folder: Path) -> ssr.Settings:
     else:
         layers, tokens = SMALL[shape]
         config = Config("qwen2", 32_000, 512, 1_408, layers, 8, 2, 64, 4_096, True)
-        sizes = 6, 4, 128, 64, 24, tokens
+        sizes = 12, 4, 128, 64, 24, tokens
     prompts, samples, longest, new, slots, tokens = sizes
     model = Transformer(dataclasses.replace(config, hub={"eos_token_id": 0}))
     save(model.to(torch.bfloat16) if CUDA else model, folder / "model")
@@ -80,7 +80,7 @@ def measure(shape: str) -> None:
     ssr.judge_template = lambda s: len("".join(PAPER.ask_judge(Task("", "a", "b"), "")))
     # An untrained model earns nothing: any format and any score will do for the memory.
     grpo.check_health = lambda *_: None
-    problem.TEMPLATES["paper"] = dataclasses.replace(PAPER, tags=False)
+    reward.translation_in = lambda texts, _, task, sample: texts.decode(sample.ids)
     judge = Judge.judge
     Judge.judge = lambda self, pairs, step: {
         p: Score(hash(p) % 100 / 100, "") for p in judge(self, pairs, step)

@@ -53,7 +53,7 @@ def test_memory_is_measured_beside_the_estimate(tmp_path):
     bench("memory", "4 layers, 4096 tokens", f"--out={out}")
     [row] = json.loads(out.read_text())["rows"].values()
     assert 0.75 < row["estimate"] / row["measured"] < 1.25
-    assert row["last step"]["seconds/train"] > 0
+    assert min(row["last step"][f"seconds/{x}"] for x in ("sample", "judge", "train")) > 0.02
 
 
 @pytest.mark.slow
