@@ -86,7 +86,7 @@ def tables() -> dict[str, str]:
     for r in of["step"]["rows"]:
         ours, trl = r["seconds"]["ours"], r["seconds"]["trl"]
         low, *_, high = r["ratios"]
-        rows.append([r["row"], ms(ours), ms(trl), f"**{r['ratio']:.1f}×** ({low:.1f}–{high:.1f})",
+        rows.append([r["row"], ms(ours), ms(trl), f"**{r['ratio']:.2f}×** ({low:.1f}–{high:.1f})",
                      f"{mb(r['memory']['ours'])} / {mb(r['memory']['trl'])}",
                      f"{r['products'] / ours:.0%}"])  # fmt: skip
         if "until" in r:
@@ -94,7 +94,7 @@ def tables() -> dict[str, str]:
             rates = [500 / sorted(r["evaluation"][k])[1] for k in ("ours", "trl")]
             until.append([r["row"], f"{mine['seconds']:.1f} s, {mine['steps']} steps",
                           f"{theirs['seconds']:.1f} s, {theirs['steps']} steps",
-                          f"**{theirs['seconds'] / mine['seconds']:.1f}×**",
+                          f"**{theirs['seconds'] / mine['seconds']:.2f}×**",
                           *(f"{rate:,.0f}" for rate in rates)])  # fmt: skip
     found["step"] = markdown("step | ours, ms | TRL, ms | TRL ÷ ours (range) | MB, ours / TRL | "
                              "products alone, of ours", rows)  # fmt: skip
