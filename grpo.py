@@ -29,6 +29,7 @@ Group Relative Policy Optimisation, as it is done here:
 - truncated samples are trained like others, and count; they only have no stop token to train;
 - identical samples of a prompt have identical gradients, so they are trained once with the weight
   of all. With several updates a batch only those whose advantages are equal are;
+- a prompt is computed once for all its samples, which see it and themselves alone;
 - a sample of advantage 0 teaches nothing (unless a KL pulls at it) and is not trained. A step in
   which all are 0 takes no optimizer step;
 - with many ranks each samples and judges its share of the prompts, all of them then know the whole
