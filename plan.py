@@ -34,8 +34,8 @@ COMETS = {"comet22": 0.58, "cometkiwi": 0.57}  # billions of parameters, of eval
 COMETS |= dict.fromkeys(("cometkiwi-xl", "xcomet-xl"), 3.5)
 COMETS |= dict.fromkeys(("cometkiwi-xxl", "xcomet-xxl"), 10.7)
 REACHED = {"products": 0.45, "bytes": 0.65}
-# Seconds that a block of a decoding step takes on a CPU to start its operators, measured; a GPU
-# replays a graph.
+# Seconds that a block of a decoding step takes on a CPU to start its operators, fitted to what
+# bench.scaling measured; a GPU replays a graph.
 STARTING = 4e-4
 SAMPLING, TRAINING = "while sampling, or", "while training"
 
@@ -250,8 +250,8 @@ def memory(k: Work) -> dict[str, float]:
         parts["CUDA and its libraries"] = 1.5e9
     prefill = min(8192, k.sequences * (k.template + k.longest)) * wide
     prefill *= 2 * c.hidden_size + 3 * (H + 2 * K) * E + 3 * c.intermediate_size
-    read = min(3 * 2**28, 12 * k.sequences * c.vocab_size)  # scores that are read at once
-    parts[SAMPLING] = prefill + max(4 * 4 * k.slots * c.vocab_size, read)
+    logits = min(3 * 2**28, 12 * k.sequences * c.vocab_size)  # of scores that are read at once
+    parts[SAMPLING] = prefill + max(4 * 4 * k.slots * c.vocab_size, logits)
     # Of a token in a block, kept for the way back: norms, q, k, v and their turned and packed
     # copies, the attention's output, the MLP's three; and what the way back itself takes.
     in_block = wide * (

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from bench.step import resident
 from kernels.logprob import linear_logprob, linear_policy_loss
 
 CUDA = torch.cuda.is_available()
@@ -137,11 +138,6 @@ def peak(name: str, shape) -> None:
     before = resident("VmRSS")
     once(side, inputs)
     print((resident("VmHWM") - before) / 1e6)
-
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def matmul_rate(shape) -> float:

@@ -20,7 +20,7 @@ import judge as reward
 import plan
 import ssr
 import watch
-from bench.sampler import resident
+from bench.step import resident
 from judge import PAPER, Judge, Score, Task
 from model import Config, Transformer, save
 from tests.tiny import make_tokenizer

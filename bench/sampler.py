@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import transformers
 
 import model as ours
+from bench.step import resident
 from sampler import Sampler
 
 SHAPES = {
@@ -189,11 +190,6 @@ def measure_peak(side: str, folder: str, shape: str) -> None:
     before = resident("VmRSS")
     runner.run(seed=1)
     print((resident("VmHWM") - before) / 1e6)
-
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def compare(shape: str, pairs: int) -> dict:

@@ -35,9 +35,8 @@ ROWS = {  # hidden, layers, vocabulary; prompts, samples, new tokens; reward
     "toy, truth": (None, (24, 8, 20), "truth"),
     "toy, self": (None, (24, 8, 20), "self"),
 }
-LR, WARMUP, JUDGE = 2e-4, 10, "score {source} {target} {text} || {answer} =>"
+LR, WARMUP = 2e-4, 10
 TURN = 0.5  # seconds, at least, before it is the other's turn: caches are warm again
-SCORES = [str(tens) for tens in range(0, 101, 10)]
 
 
 def letters(texts: list[str], tasks: list[dict]) -> list[float]:
@@ -201,6 +200,8 @@ def theirs(folder: Path, work: dict) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from trl import GRPOConfig, GRPOTrainer
 
+    from judge import TOY, Task
+
     torch.set_num_threads(work["threads"])
     warm_up()
     transformers.utils.logging.set_verbosity_error()
@@ -212,28 +213,32 @@ def theirs(folder: Path, work: dict) -> None:
         assert tokenizer(task["prompt"]).input_ids == ids, "other tokens than ours"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     P, N, new = work["sizes"]
-    worth = [x / 100 for x in range(0, 101, 10)]
 
     @torch.no_grad()
-    def judged(texts: list[str], tasks: list[dict]) -> list[float | None]:
-        """The expected score, as in ours; None where other tokens are likelier than scores."""
-        asked = [
-            JUDGE.format(answer=x, **{k: t[k] for k in ("source", "target", "text")})
-            for x, t in zip(texts, tasks, strict=True)
-        ]
-        inputs = tokenizer(asked, return_tensors="pt", padding=True)
+    def greedy(texts: list[str], most: int, **more):
+        """What `generate` gives, and how many tokens of it are the prompts'."""
+        inputs = tokenizer(texts, return_tensors="pt", padding=True)
         rules = GenerationConfig(
-            max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id, **more,
         )  # fmt: skip
         training = model.training
         model.eval()
         out = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,
                              generation_config=rules)  # fmt: skip
         model.train(training)
-        shares = out.scores[0].softmax(-1)[:, tokenizer.convert_tokens_to_ids(SCORES)]
+        return out, inputs.input_ids.shape[1]
+
+    def judged(texts: list[str], tasks: list[dict]) -> list[float | None]:
+        """The expected score, as in ours; None where other tokens are likelier than scores."""
+        asked = [
+            "".join(TOY.ask_judge(Task(t["text"], t["source"], t["target"]), x, "expected"))
+            for x, t in zip(texts, tasks, strict=True)
+        ]
+        out, _ = greedy(asked, 1, output_scores=True, return_dict_in_generate=True)
+        shares = out.scores[0].softmax(-1)[:, tokenizer.convert_tokens_to_ids(list(TOY.scores))]
         total = shares.sum(-1)
-        means = (shares @ torch.tensor(worth)) / total
+        means = (shares @ torch.tensor(list(TOY.scores.values()))) / total
         return [
             m if t >= 0.5 else None for m, t in zip(means.tolist(), total.tolist(), strict=True)
         ]
@@ -261,20 +266,9 @@ def theirs(folder: Path, work: dict) -> None:
             took = time.perf_counter() - self.begun
             self.answer = {"seconds": took}
 
-        @torch.no_grad()
         def right(self) -> float:
             tasks = work["held_out"]
-            inputs = tokenizer([t["prompt"] for t in tasks], return_tensors="pt", padding=True)
-            rules = GenerationConfig(
-                max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-            training = model.training
-            model.eval()
-            out = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,
-                                 generation_config=rules)  # fmt: skip
-            model.train(training)
-            width = inputs.input_ids.shape[1]
+            out, width = greedy([t["prompt"] for t in tasks], new)
             return right(tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), tasks)
 
     rows = [{"prompt": task["prompt"], "task": task} for task in work["tasks"]]
