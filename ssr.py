@@ -328,6 +328,9 @@ def parse(words: list[str]) -> Settings:
     judges = given.get("judge_only") and given.keys() & {"model", "judge_url"}
     if not given.get("preset") and (judges or (small and given.get("data"))):
         preset = "ssr-zero-0.5b"  # for models and texts of somebody's own
+    if given.get("judge_only"):
+        for name in given.keys() & {"resume", "controls", "dry_run", "data", "held_out", "reward"}:
+            raise ValueError(f"{option(name)} has no effect with --judge-only")
     had = remembered(given, preset) if given.get("resume") else {}
     preset = given.get("preset") or had.get("preset") or preset
     if preset not in PRESETS:
@@ -341,9 +344,6 @@ def parse(words: list[str]) -> Settings:
             )
     if given.get("data", usual.get("data")) != usual.get("data"):
         usual = {k: v for k, v in usual.items() if k not in TEXTS}  # other texts, other languages
-    if given.get("judge_only"):
-        for name in given.keys() & {"resume", "controls", "dry_run", "data", "held_out", "reward"}:
-            raise ValueError(f"{option(name)} has no effect with --judge-only")
     return check(Settings(**usual | given | {"preset": preset}))
 
 

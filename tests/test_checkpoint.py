@@ -353,6 +353,7 @@ def test_what_the_run_has_on_the_disk_already_is_not_asked_for_again(tmp_path, m
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "x").write_bytes(bytes(3000))
     monkeypatch.setattr(watch.shutil, "disk_usage", lambda path: SimpleNamespace(free=2500))
+    monkeypatch.chdir(tmp_path)  # where no run is that could go on
     s = ssr.parse([*SMALL, "--resume"])
     watch.RunFolder(tmp_path / "run", mine=True).begin(s, 5000, None)
     with pytest.raises(OSError, match="are needed"):
