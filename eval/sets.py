@@ -133,7 +133,8 @@ def fetch(url: str, folder: Path) -> None:
             urllib.request.urlopen(url, timeout=60) as reply,
             tarfile.open(fileobj=reply, mode="r|gz") as archive,
         ):
-            archive.extractall(partial, filter="data")
+            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
+            archive.extractall(partial, **safe)
         inner = next(partial.iterdir())
         inner.rename(folder)
     except (OSError, tarfile.TarError, EOFError, StopIteration) as error:
