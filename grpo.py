@@ -7,7 +7,9 @@ What the loop needs of others; text it passes on, and reads none:
 
 - `batch(number)`: the prompts of step 1, 2, …;
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards; NaN: none), `.parts` (by name
-  N numbers; "format" is 1 where the form was right, and only then was anything judged), `.words`;
+  N numbers; "format" is 1 where the form was right, and only then was anything judged), `.words`,
+  `.weight` (of its advantages, usually 1); and, if there is one, `reward.finish(judged)`, which gets
+  those of the whole batch, on every rank, and returns them with what depends on all of them;
 - `sampler`: `.model`, `.generate(prompts, n, max_new_tokens, temperature, stop_ids=, seed=, keys=)`
   as sampler.py has it;
 - `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of sequences end to end in one row,
@@ -174,8 +176,11 @@ def train(
         clock, ranks.step = Clock(), number
         prompts = batch(number)
         groups, judged = roll_out(prompts, number, sampler, reward, s, stop_ids, ranks, clock)
+        if hasattr(reward, "finish"):
+            judged = reward.finish(judged)
         rewards = torch.tensor([group.total for group in judged], dtype=torch.float64)  # (P, N)
         advantages = group_advantage(rewards, s.advantage_scale, s.advantage_baseline)
+        advantages *= torch.tensor([group.weight for group in judged])[:, None]
         rows = distinct_rows(prompts, groups, rewards, advantages, s)
         reference = reference_logprobs(start, rows, s, ranks)
         clock.stage("reference")

@@ -437,6 +437,8 @@ class Judged(NamedTuple):
     was judged, for its form."""
     words: list[str]
     """What the first scorer said."""
+    weight: float = 1.0
+    """Of the group's advantages."""
 
 
 class Reward:

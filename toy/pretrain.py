@@ -22,8 +22,10 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +68,14 @@ class Recipe:
 def make_tokenizer(pair: Languages) -> PreTrainedTokenizerFast:
     """One token a word, and one for each score."""
     words = [*TOY.scores, KASU, BEVO, *pair.vocabulary[KASU], *pair.vocabulary[BEVO]]
-    vocabulary = {word: i for i, word in enumerate([*CONTROL, *words])}
+    return tokenizer_of(CONTROL, words)
+
+
+def tokenizer_of(control: list[str], words: list[str]) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*control, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(CONTROL)
+    tokenizer.add_special_tokens(control)
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -168,8 +174,27 @@ class Corpus:
         tens = round(10 * quality(candidate, task.reference)) * 10
         return "".join(TOY.ask_judge(task, candidate)).split(), [str(tens), "<eos>"]
 
+    def kinds(self) -> list["Kind"]:
+        candidate_loss = self.recipe.candidate_loss
+        return [
+            Kind("translating", self.translation),
+            Kind("judging", self.judgement, "||", candidate_loss),
+        ]
+
 
 # --------------------------------------------------------------------------------- the learning
+
+
+class Kind(NamedTuple):
+    """Of text: an equal share of each batch."""
+
+    name: str
+    row: Callable[[], tuple[list[str], list[str]]]
+    """A prompt and its answer, in words."""
+    read_from: str = ""
+    """The prompt's words after this one are predicted as well, …"""
+    reading_loss: float = 0.0
+    """… with this weight."""
 
 
 def batches(make_row, recipe: Recipe, ids: dict[str, int], rng: Random):
@@ -183,15 +208,15 @@ def batches(make_row, recipe: Recipe, ids: dict[str, int], rng: Random):
         yield from pool
 
 
-def loss_of(model: Transformer, rows, candidate_from: int | None, candidate_loss: float):
-    """Mean loss of the answers' tokens, and of the candidates' if asked; tokens read."""
+def loss_of(model: Transformer, rows, read_from: int | None, reading_loss: float):
+    """Mean loss of the answers' tokens, and of what is read if asked; tokens seen."""
     length = max(len(p) + len(a) for p, a in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    kind = torch.zeros(len(rows), length, dtype=torch.int64)  # 1: answer, 2: candidate
+    kind = torch.zeros(len(rows), length, dtype=torch.int64)  # 1: answer, 2: read
     for i, (prompt, answer) in enumerate(rows):
         ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        if candidate_from is not None:
-            kind[i, prompt.index(candidate_from) + 1 : len(prompt)] = 2
+        if read_from is not None:
+            kind[i, prompt.index(read_from) + 1 : len(prompt)] = 2
         kind[i, len(prompt) : len(prompt) + len(answer)] = 1
     kind, targets = kind[:, 1:], ids[:, 1:]
     hidden = model(ids[:, :-1])
@@ -199,12 +224,13 @@ def loss_of(model: Transformer, rows, candidate_from: int | None, candidate_loss
     losses = F.cross_entropy(model.logits(hidden[wanted]), targets[wanted], reduction="none")
     kind = kind[wanted]
     loss = losses[kind == 1].mean()
-    if candidate_from is not None:
-        loss = loss + candidate_loss * losses[kind == 2].mean()
+    if read_from is not None:
+        loss = loss + reading_loss * losses[kind == 2].mean()
     return loss, ids.numel()
 
 
-def learn(model: Transformer, corpus: Corpus, ids: dict[str, int], recipe: Recipe) -> None:
+def learn(model: Transformer, kinds: list[Kind], ids: dict[str, int], recipe, rng: Random) -> None:
+    """`recipe`: has tokens, batch, muon, adamw."""
     with torch.no_grad():
         for name, p in model.blocks.named_parameters():
             if p.dim() == 2:
@@ -219,9 +245,7 @@ def learn(model: Transformer, corpus: Corpus, ids: dict[str, int], recipe: Recip
     adamw = torch.optim.AdamW(
         rest, lr=recipe.adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    rng = corpus.pair.stream("batches", 0)
-    translations = batches(corpus.translation, recipe, ids, rng)
-    judgements = batches(corpus.judgement, recipe, ids, rng)
+    rows_of = [batches(kind.row, recipe, ids, rng) for kind in kinds]
     read, step, start, shown = 0, 0, time.perf_counter(), 0.0
     while read < recipe.tokens:
         left = 1 - read / recipe.tokens
@@ -229,22 +253,28 @@ def learn(model: Transformer, corpus: Corpus, ids: dict[str, int], recipe: Recip
         for optimizer, top in ((muon, recipe.muon), (adamw, recipe.adamw)):
             for group in optimizer.param_groups:
                 group["lr"] = top * rate
-        translating, n = loss_of(model, next(translations), None, 0.0)
-        judging, m = loss_of(model, next(judgements), ids["||"], recipe.candidate_loss)
+        found = [
+            loss_of(model, next(rows), ids[kind.read_from] if kind.read_from else None,
+                    kind.reading_loss)
+            for kind, rows in zip(kinds, rows_of, strict=True)
+        ]  # fmt: skip
         model.zero_grad(set_to_none=True)
-        (translating + judging).backward()
+        sum(loss for loss, _ in found).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()
         adamw.step()
-        read, step = read + n + m, step + 1
+        read, step = read + sum(n for _, n in found), step + 1
         seconds = time.perf_counter() - start
         if seconds - shown > 5 or read >= recipe.tokens:
             shown, speed = seconds, read / seconds
             to_go = max(0.0, recipe.tokens - read) / speed
+            losses = ", ".join(
+                f"{kind.name} {loss.item():.2f}"
+                for kind, (loss, _) in zip(kinds, found, strict=True)
+            )
             print(
-                f"  pretraining {min(1, read / recipe.tokens):4.0%}  loss: translating "
-                f"{translating.item():.2f}, judging {judging.item():.2f}  {speed:,.0f} tokens/s, "
-                f"{to_go:.0f} s left",
+                f"  pretraining {min(1, read / recipe.tokens):4.0%}  loss: {losses}  "
+                f"{speed:,.0f} tokens/s, {to_go:.0f} s left",
                 flush=True,
             )
 
@@ -259,23 +289,34 @@ def shape_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Config:
 
 
 def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
-    """The folder of the recipe's model: found, or made whole before it gets its name. On one thread
-    whatever the caller has: more would round otherwise, and make another model of that name."""
+    """The folder of the recipe's model: found, or made whole before it gets its name."""
+
+    def taught() -> tuple[Transformer, PreTrainedTokenizerFast]:
+        pair = Languages(recipe.seed)
+        tokenizer = make_tokenizer(pair)
+        torch.manual_seed(recipe.seed)
+        model = Transformer(shape_of(recipe, tokenizer))
+        rng = pair.stream("batches", 0)
+        learn(model, Corpus(pair, recipe).kinds(), tokenizer.get_vocab(), recipe, rng)
+        return model, tokenizer
+
+    return found_or_made(f"seed{recipe.seed}", recipe, SOURCES, taught, cache)
+
+
+def found_or_made(name: str, recipe, sources: list[str], taught: Callable, cache: Path) -> Path:
+    """On one thread whatever the caller has: more would round otherwise, and make another model of
+    that name."""
     root = Path(__file__).parent.parent
     content = [repr(recipe).encode(), torch.__version__.encode()]
-    content += [(root / file).read_bytes() for file in SOURCES]
-    name = f"seed{recipe.seed}-{hashlib.sha256(b'|'.join(content)).hexdigest()[:12]}"
+    content += [(root / file).read_bytes() for file in sources]
+    name = f"{name}-{hashlib.sha256(b'|'.join(content)).hexdigest()[:12]}"
     folder = cache / name
     if folder.is_dir():
         return folder
-    pair = Languages(recipe.seed)
-    tokenizer = make_tokenizer(pair)
-    torch.manual_seed(recipe.seed)
-    model = Transformer(shape_of(recipe, tokenizer))
     print(f"Making the toy's pretrained model, once: {folder}", flush=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    learn(model, Corpus(pair, recipe), tokenizer.get_vocab(), recipe)
+    model, tokenizer = taught()
     torch.set_num_threads(threads)
     partial = cache / f"{name}.{os.getpid()}.partial"
     save(model, partial)
