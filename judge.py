@@ -57,7 +57,8 @@ class Given(str):
 
 @dataclass(frozen=True)
 class Prompts:
-    """Templates with {source_language}, {target_language}, {source}, {translation}."""
+    """Templates with {source_language}, {target_language}, {source} and what is judged:
+    {translation}, {first} and {second}, or {candidates}."""
 
     actor: str
     judge: str
@@ -70,16 +71,39 @@ class Prompts:
     """Whether answers stand in <think> … </think> <answer> … </answer>; else all of it counts."""
     fence: str = ""
     """Set around what is judged, on lines of its own, longer than any in the text."""
+    pair: str = ""
+    """Which of two is better: the answer is "first" or "second"."""
+    opening: str = ""
+    """What an answer begins with where its next token is read."""
+    group: str = ""
+    """Several at once: the answer is a score of each, in order."""
+    candidate: str = ""
+    """Each of {candidates}, with {number} and {translation}."""
+    most: int = 1
+    """Of them in one prompt."""
 
     def ask(self, task: Task) -> list[str]:
-        return self.fill(self.actor, task, "", "")
+        return self.fill(self.actor, task, {}, "")
 
     def ask_judge(self, task: Task, translation: str, reading: str = "written") -> list[str]:
         template = self.judge if reading == "written" else self.expected
-        return self.fill(template, task, translation, self.fence)
+        return self.fill(template, task, {"translation": translation}, self.fence)
 
-    def fill(self, template: str, task: Task, translation: str, fence: str) -> list[str]:
-        """The template's own strings and `Given` ones, in order."""
+    def ask_pair(self, task: Task, first: str, second: str, reading: str = "written") -> list[str]:
+        template = self.pair + (self.opening if reading == "expected" else "")
+        return self.fill(template, task, {"first": first, "second": second}, self.fence)
+
+    def ask_group(self, task: Task, candidates: Sequence[str]) -> list[str]:
+        each = [
+            self.candidate.replace("{number}", str(i)).replace("{translation}", f"{{candidate{i}}}")
+            for i in range(1, len(candidates) + 1)
+        ]
+        given = {f"candidate{i}": text for i, text in enumerate(candidates, 1)}
+        return self.fill(self.group.replace("{candidates}", "".join(each)), task, given, self.fence)
+
+    def fill(self, template: str, task: Task, given: dict[str, str], fence: str) -> list[str]:
+        """The template's own strings and `Given` ones, in order. The source is fenced, too, where
+        the candidates are."""
         for name in (task.source, task.target):
             if not is_language(name):
                 raise ValueError(
@@ -87,12 +111,13 @@ class Prompts:
                 )
         names = {"source_language": task.source, "target_language": task.target}
         template = re.sub(r"\{(\w+_language)\}", lambda m: names[m[1]], template)
+        given = {"source": task.text, **given}
         parts: list[str] = []
-        for piece in re.split(r"(\{source\}|\{translation\})", template):
-            if piece not in ("{source}", "{translation}"):
+        for i, piece in enumerate(re.split(rf"\{{({'|'.join(given)})\}}", template)):
+            if i % 2 == 0:  # between two names
                 parts.append(piece)
                 continue
-            text = task.text if piece == "{source}" else translation
+            text = given[piece]
             bar = fence
             while bar and bar in seen(text):
                 bar += fence[0]
@@ -116,7 +141,25 @@ ZERO = (
     "Score 0 if the translation is irrelevant, is not in {target_language}, or offers several "
     "translations."
 )
-TEXTS = "\n\n{source_language} source:\n{source}\n\n{target_language} translation:\n{translation}"
+SOURCE = "\n\n{source_language} source:\n{source}"
+TEXTS = SOURCE + "\n\n{target_language} translation:\n{translation}"
+# To compare two, and to score several at once: the wording is ours, after GEMBA's.
+PAIR = (
+    "Which of two translations from {source_language} to {target_language} is better? The better "
+    "one preserves more of the meaning, in better grammar. One that is irrelevant, is not in "
+    "{target_language}, or offers several translations is the worse one. Give one word alone as "
+    "the answer: first or second."
+)
+PAIR_TEXTS = (
+    SOURCE + "\n\nThe first {target_language} translation:\n{first}"
+    "\n\nThe second {target_language} translation:\n{second}"
+)
+GROUP = (
+    f"{GEMBA.replace('the following translation', 'each of the following translations')} {ZERO} "
+    "Give the scores alone as the answer, one for each translation, in their order, with commas "
+    "between them."
+)
+THOUGHT = "<think> </think> <answer>"
 
 # The actor's prompt is the one that re-uses of the published model show. The judge's rules are the
 # paper's as far as they are known (GEMBA's question without a reference, the three reasons for 0);
@@ -128,11 +171,16 @@ PAPER = Prompts(
     judge=WRAPPER % (f"{GEMBA} {ZERO} Give the score alone as the answer." + TEXTS),
     expected=(
         WRAPPER % (f"{GEMBA.replace('100', '9').replace('one hundred', 'nine')} {ZERO}" + TEXTS)
-        + "<think> </think> <answer>"
+        + THOUGHT
     ),
     scores={str(digit): digit / 9 for digit in range(10)},
     tags=True,
     fence="```",
+    pair=WRAPPER % (PAIR + PAIR_TEXTS),
+    opening=THOUGHT,
+    group=WRAPPER % (GROUP + SOURCE + "{candidates}"),
+    candidate="\n\n{target_language} translation {number}:\n{translation}",
+    most=16,
 )
 # For models that were taught to translate when asked, without a show of thinking.
 PLAIN = replace(
@@ -146,6 +194,10 @@ TOY = Prompts(
     expected="score {source_language} {target_language} {source} || {translation} =>",
     scores={str(tens): tens / 100 for tens in range(0, 101, 10)},
     tags=False,
+    pair="compare {source_language} {target_language} {source} || {first} || {second} =>",
+    group="rate {source_language} {target_language} {source} {candidates}=>",
+    candidate="|| {translation} ",
+    most=4,
 )
 
 
@@ -277,13 +329,17 @@ def parse_score(text: str) -> float | None:
     Read is what stands in the last <answer>. Without any <answer>, the whole text must be a score:
     numbers are never fished out of prose. An <answer> that is not closed was cut off: None.
     """
+    answer = said(text)
+    found = SCORE.fullmatch(answer.translate(FULL_WIDTH).strip()) if answer is not None else None
+    return float(found[1]) if found else None
+
+
+def said(text: str) -> str | None:
+    """What stands in the last <answer>, all of a text without any, None where one was cut off."""
     if text.rfind("<answer>") > text.rfind("</answer>"):
         return None
     answer = read_answer(text)
-    if answer is None:
-        answer = text
-    found = SCORE.fullmatch(answer.translate(FULL_WIDTH).strip())
-    return float(found[1]) if found else None
+    return text if answer is None else answer
 
 
 class Score(NamedTuple):
@@ -348,18 +404,25 @@ class Judge:
         read = self.read_written if self.reading == "written" else self.read_expected
         return scores | dict(zip(pairs, read(prompts, step), strict=True))
 
-    def read_written(self, prompts: list[list[int]], step: int) -> list[Score]:
+    def write(
+        self, prompts: list[list[int]], step: int, max_new_tokens: int
+    ) -> list[list[tuple[str, bool]]]:
+        """For each prompt its judgements' words, and whether they were not cut off."""
         keys = [digest(step, prompt) for prompt in prompts]  # the same whatever else is asked
         groups = self.sampler.generate(
-            prompts, self.samples, self.max_new_tokens, self.temperature,
+            prompts, self.samples, max_new_tokens, self.temperature,
             stop_ids=self.stop_ids, seed=self.seed, keys=keys,
         )  # fmt: skip
+        return [
+            [(self.texts.decode(s.ids[: len(s.ids) - s.stopped]), s.stopped) for s in group]
+            for group in groups
+        ]
+
+    def read_written(self, prompts: list[list[int]], step: int) -> list[Score]:
         scores = []
-        for group in groups:
-            words = [self.texts.decode(s.ids[: len(s.ids) - s.stopped]) for s in group]
-            read = [
-                parse_score(w) if s.stopped else None for w, s in zip(words, group, strict=True)
-            ]
+        for group in self.write(prompts, step, self.max_new_tokens):
+            words = [w for w, _ in group]
+            read = [parse_score(w) if whole else None for w, whole in group]
             valid = [score / 100 for score in read if score is not None]
             mean = sum(valid) / len(valid) if valid else None
             scores.append(Score(mean, " / ".join(words)))
@@ -433,8 +496,8 @@ class Judged(NamedTuple):
     total: list[float]
     """(N,); NaN where a part has no value."""
     parts: dict[str, list[float]]
-    """By name, (N,): "format" (1 or 0) and each scorer's value, 0 … 1 or NaN; 0 where nothing
-    was judged, for its form."""
+    """By name, (N,): "format" (1 or 0) and each scorer's value, 0 … 1 (certainty: nats) or NaN; 0
+    where nothing was judged, for its form; "weight", where groups are weighed."""
     words: list[str]
     """What the first scorer said."""
     weight: float = 1.0
@@ -447,6 +510,8 @@ class Reward:
     product         format * score
     zero-one        format + format * score
     plus-minus-one  ±1 + format * score
+
+    A scorer whose `of_samples` is true also gets the groups: it reads ids, not text alone.
     """
 
     def __init__(
@@ -455,18 +520,28 @@ class Reward:
         prompts: Prompts,
         scorers: dict[str, tuple[float, Scorer]],
         gate="product",
+        weigh: Callable | None = None,
     ):
+        """`weigh(tasks, answers, scores, step)`: the groups' weights, from what the first scorer
+        said."""
         if gate not in GATES:
             raise ValueError(f"gate={gate!r} is unknown; known: {', '.join(GATES)}")
         self.texts, self.prompts, self.scorers, self.gate = texts, prompts, scorers, gate
+        self.weigh = weigh
 
     def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> list[Judged]:
         answers = [
             [translation_in(self.texts, self.prompts, task, sample) for sample in group]
             for task, group in zip(tasks, groups, strict=True)
         ]
-        found = {name: scorer(tasks, answers, step) for name, (_, scorer) in self.scorers.items()}
+        found = {}
+        for name, (_, scorer) in self.scorers.items():
+            more = [groups] if getattr(scorer, "of_samples", False) else []
+            found[name] = scorer(tasks, answers, step, *more)
         first = next(iter(found))
+        weights = [1.0] * len(groups)
+        if self.weigh:
+            weights = self.weigh(tasks, answers, found[first], step)
         judged = []
         for p, row in enumerate(answers):
             parts = {"format": [float(answer is not None) for answer in row]}
@@ -476,7 +551,10 @@ class Reward:
                 self.combine({name: values[n] for name, values in parts.items()})
                 for n in range(len(row))
             ]
-            judged.append(Judged(total, parts, [score.words for score in found[first][p]]))
+            if self.weigh:  # to be logged
+                parts["weight"] = [weights[p]] * len(row)
+            words = [score.words for score in found[first][p]]
+            judged.append(Judged(total, parts, words, weights[p]))
         return judged
 
     def combine(self, values: dict[str, float]) -> float:

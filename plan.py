@@ -167,11 +167,21 @@ class Work(NamedTuple):
     @property
     def judge_slots(self) -> int:
         """Of a judge that is another than the actor. To read takes one slot."""
-        return self.slots if self.s.reading == "written" else 1
+        return self.slots if self.writes else 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether the judge does; to score a group it always does."""
+        return self.s.reading == "written" or self.s.reward == "group"
 
     @property
     def judge_words(self) -> int:
-        return self.s.judge_max_new_tokens if self.s.reading == "written" else 1
+        return self.s.judge_max_new_tokens if self.writes else 1
+
+    @property
+    def questions(self) -> int:
+        """To the judge about each sample, at most; a group's candidates are counted as if apart."""
+        return {"pairs": self.s.samples_per_prompt - 1, "cream": 2}.get(self.s.reward, 1)
 
     @property
     def longest(self) -> int:
@@ -238,8 +248,9 @@ def memory(k: Work) -> dict[str, float]:
     parts["its KV cache"] = k.slots * slot
     if k.keeps_start:
         parts["the starting weights"] = wide * N + (s.judge == "frozen") * k.judge_slots * slot
-    if s.judge == "ema":
-        parts["the EMA and its judge"] = 4 * N / k.S + wide * N + k.judge_slots * slot
+    if s.judge in ("ema", "previous"):
+        name = "the EMA and its judge" if s.judge == "ema" else "the previous weights' judge"
+        parts[name] = 4 * N / k.S + wide * N + k.judge_slots * slot
     if k.judge:
         room = k.slots * window * (k.cache_of(k.judge) + 20)
         parts["the judge"] = wide * params_of(k.judge)[0] + room
@@ -303,13 +314,14 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
         step += 0 if k.cuda else c.layers * STARTING
         return count / together * new * step
 
+    asked = s.judge_samples * k.questions
     parts = {
         "sample": forward(sequences / s.samples_per_prompt, s.max_prompt_tokens) / flops
         + decode(sequences, s.max_prompt_tokens, s.max_new_tokens),
-        "judge": s.judge_samples * forward(sequences, k.longest) / flops,
+        "judge": asked * forward(sequences, k.longest) / flops,
     }
-    if s.reading == "written":
-        parts["judge"] += s.judge_samples * decode(sequences, k.template + k.longest, k.judge_words)
+    if k.writes:
+        parts["judge"] += asked * decode(sequences, k.template + k.longest, k.judge_words)
     logits = sequences * s.max_new_tokens * head
     read, _, rounds = k.training
     whole = forward(sequences, k.longest) - (2 * N - head) * (sequences * k.longest - read)

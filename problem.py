@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import data
+import family
 from checkpoint import fingerprint
 from eval import sets
 from eval.comet import Comet, rows_of, where
@@ -22,11 +23,11 @@ from remote import RemoteJudge
 from sampler import Sampler
 from toy import controls
 from toy.languages import Languages, quality
-from toy.pretrain import Recipe, make
+from toy.pretrain import Recipe, make, skills_of
 from watch import Measure, Problem
 
 TEMPLATES = {"paper": PAPER, "plain": PLAIN, "toy": TOY}
-REWARDS = ("self", "comet", "self+comet")
+REWARDS = ("self", "comet", "self+comet", *family.REWARDS)
 
 
 class Comets:
@@ -86,7 +87,7 @@ def each(measure) -> Measure:
 
 
 def toy_folder(s, ranks: Ranks) -> Path:
-    recipe = Recipe(seed=s.seed, tokens=s.toy_tokens)
+    recipe = Recipe(seed=s.seed, tokens=s.toy_tokens, skills=skills_of(s.toy_skills))
     return ranks.one_first("make the toy", lambda: make(recipe))
 
 
@@ -103,9 +104,10 @@ def toy_problem(s, ranks: Ranks) -> Problem:
             f"--model {folder} was not made for --seed {s.seed}: its tokenizer does not know "
             f"{', '.join(sorted(foreign)[:3])} …"
         )
+    family.check_taught(s, known)
     held_out = [pair.task("held-out", i) for i in range(s.eval_prompts)]
     measures = {"exact_match": each(exact_match), "quality": each(quality)}
-    needs_truth = s.reward not in ("self", "random", "vote")
+    needs_truth = s.reward not in ("self", "random", *family.REWARDS)
 
     def task(number: int) -> Task:
         task = pair.task("train", number)
@@ -188,6 +190,8 @@ def chrf(candidate: str, reference: str) -> float:
 
 def scorers_of(s, judge, comets: Comets) -> dict:
     """name -> (weight, scorer) for judge.Reward; `judge` is the policy, or another."""
+    if s.reward in family.REWARDS:
+        return family.scorers(s, judge)
     if s.reward not in REWARDS:
         return controls.scorers(s.reward, judge, s.seed, s.toy_noise)
     weigh = s.self_weight if s.reward == "self+comet" else 1.0
@@ -244,7 +248,7 @@ def judge_alone(s, ranks: Ranks, pairs: list[tuple[Task, str]], device: torch.de
     model, texts = loaded(folder, device, s.chat)
     longest = max(len(ids) for ids in texts.encode(
         [prompts.ask_judge(task, text, s.reading) for task, text in pairs]))  # fmt: skip
-    window = min(longest + judge_words(s), model.config.max_length)
+    window = min(longest + family.words_of(s, prompts), model.config.max_length)
     judge = judge_of(s, Sampler(model, s.slots, window), texts, prompts)
     known = {"model": f"{folder} {fingerprint(folder)}", "name": folder.resolve().name}
     return judge, key | known | {"dtype": str(next(model.parameters()).dtype)}
@@ -256,10 +260,6 @@ def loaded(folder: Path, device: torch.device, chat: bool) -> tuple[Transformer,
     return load(folder, dtype=dtype, device=device), Texts(load_tokenizer(folder), chat)
 
 
-def judge_words(s) -> int:
-    return s.judge_max_new_tokens if s.reading == "written" else 1
-
-
 def judge_of(s, sampler: Sampler, texts: Texts, prompts: Prompts) -> Judge:
     return Judge(
         sampler, texts, prompts, s.reading, s.judge_samples, s.judge_temperature,
@@ -268,15 +268,17 @@ def judge_of(s, sampler: Sampler, texts: Texts, prompts: Prompts) -> Judge:
 
 
 def window_of(s, problem: Problem, texts: Texts, positions: int, more: float = 1.0) -> int:
-    """Room for a prompt and its candidate, and for both in the judge's prompt and its words."""
+    """Room for a prompt and its candidate, and for what the judge is asked and its words."""
     task = problem.held_out[0]._replace(text="")
-    template = len(texts.encode([problem.prompts.ask_judge(task, "", s.reading)])[0])
-    words = judge_words(s)
-    needed = template + int(more * (s.max_prompt_tokens + s.max_new_tokens)) + words
+    empty = [problem.prompts.ask_judge(task, "", s.reading), family.asks(s, problem.prompts, task)]
+    template = max(map(len, texts.encode(empty)))
+    words, judged = family.words_of(s, problem.prompts), family.together(s, problem.prompts)
+    needed = template + int(more * (s.max_prompt_tokens + judged * s.max_new_tokens)) + words
     if needed > positions:
         raise ValueError(
             f"the judge needs room for {needed} tokens ({template} of the template, source, "
-            f"candidate, {words} of its own), the model has {positions}: lower "
+            f"{judged} candidate{'s' * (judged > 1)}, {words} of its own), the model has "
+            f"{positions}: lower "
             f"--max-prompt-tokens {s.max_prompt_tokens}, --max-new-tokens {s.max_new_tokens} or "
             f"--judge-max-new-tokens {s.judge_max_new_tokens}"
         )
@@ -284,7 +286,9 @@ def window_of(s, problem: Problem, texts: Texts, positions: int, more: float = 1
 
 
 def judge_template(s) -> int:
-    """Its tokens, about: four characters each, or (toy) a word."""
-    task = Task("", "English", "Chinese")
-    text = "".join(TEMPLATES[s.prompts].ask_judge(task, "", s.reading))
-    return len(text.split()) if s.prompts == "toy" else len(text) // 4
+    """Its tokens, about: four characters each, or (toy) a word; and all candidates but one."""
+    task, prompts = Task("", "English", "Chinese"), TEMPLATES[s.prompts]
+    texts = ["".join(x) for x in (prompts.ask_judge(task, "", s.reading),
+                                  family.asks(s, prompts, task))]  # fmt: skip
+    template = max(len(x.split()) if s.prompts == "toy" else len(x) // 4 for x in texts)
+    return template + (family.together(s, prompts) - 1) * s.max_new_tokens

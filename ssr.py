@@ -39,6 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import data
+import family
 import grpo
 import plan
 from checkpoint import Checkpoints, fingerprint, tensors_of
@@ -65,7 +66,7 @@ from sampler import Sampler
 from show import check_dashboards
 from toy import controls
 from toy.languages import Languages
-from toy.pretrain import Recipe, make, make_tokenizer, shape_of
+from toy.pretrain import Recipe, make, make_tokenizer, shape_of, skills_of
 from watch import Evaluation, Problem, Stopper, Watch, commit, launcher
 
 
@@ -106,7 +107,9 @@ class Settings(grpo.Settings):
     """Set them in the tokenizer's chat template, as a user's turn."""
     reward: str = "self"
     """"self" (SSR-Zero), "self+comet" (SSR-X-Zero), "comet"; for comparison on the toy: "random",
-    "vote", "oracle", "external", "self+external"."""
+    "oracle", "external", "self+external". Other self-rewards (family.py): "certainty",
+    "confidence", "pairs", "group", "cream" (with --judge previous), "majority" (only for answers
+    that can be equal)."""
     comet: str = "cometkiwi"
     """COMET's checkpoint in the reward: a short name (see eval/comet.py), a hub id, a folder."""
     self_weight: float = 1.0
@@ -135,7 +138,11 @@ class Settings(grpo.Settings):
     judge_patience: float = 120.0
     """Seconds to wait for an answer of the endpoint, which is asked five times."""
     judge: str = "live"
-    """Whose judgement: the "live" weights (paper), the "frozen" ones of the start, their "ema"."""
+    """Whose judgement: the "live" weights (paper), the "frozen" ones of the start, their "ema", or
+    the "previous" ones, which are kept for some steps. Of "cream": whom the live judge is compared
+    with."""
+    previous_every: int = 10
+    """For so many steps: the weights after each step that this number divides."""
     ema_decay: float = 0.98
     """Share of the EMA judge that stays at each step."""
     reading: str = "written"
@@ -173,6 +180,8 @@ class Settings(grpo.Settings):
     """Seconds that ranks wait for one that makes no progress before the run is ended."""
     toy_tokens: float = 3.5e6
     """Tokens of the toy's pretraining: fewer make a judge that leads astray."""
+    toy_skills: str = ""
+    """What else the toy is taught: "compare" (for pairs), "rate" (for group), "write"; commas."""
     toy_noise: float = 0.3
     """Standard deviation of the error of the toy's "external" scorer."""
     judge_only: str = ""
@@ -199,7 +208,7 @@ CHOICES = {
     "prompts": tuple(TEMPLATES),
     "reward": tuple(dict.fromkeys((*REWARDS, *controls.REWARDS))),
     "comet_dtype": ("float32", "bfloat16", "float16"),
-    "judge": ("live", "frozen", "ema"),
+    "judge": ("live", "frozen", "ema", "previous"),
     "reading": ("written", "expected"),
     "gate": GATES,
     "shard": ("all", "node"),
@@ -232,7 +241,7 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
     (lambda v: v >= 1, "must be at least 1",
      "steps prompts_per_step updates_per_batch judge_samples eval_every eval_prompts slots "
      "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps save_every keep "
-     "comet_batch judge_parallel"),
+     "comet_batch judge_parallel previous_every"),
     (lambda v: v >= 0, "must be at least 0",
      "shown_prompts shown_groups warmup_steps threads gpus"),
     (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm patience judge_patience"),
@@ -429,6 +438,7 @@ def check_judge(s: Settings) -> None:
         raise ValueError("--judge-only judges with --model (or --judge-url and --judge-model)")
     if s.judge_url and not s.judge_model:
         raise ValueError("--judge-url needs --judge-model, the model's name at that endpoint")
+    family.check(s, skills_of(s.toy_skills))
     if s.judge_model and "self" not in s.reward:
         raise ValueError(f"--judge-model has nothing to judge with --reward {s.reward}")
     if s.judge_model and s.judge != "live":
@@ -448,7 +458,8 @@ def check_judge(s: Settings) -> None:
         ("comet_weight self_weight", s.reward == "self+comet", "--reward self+comet"),
         ("judge_parallel judge_patience", s.judge_url, "--judge-url"),
         ("toy_noise", "external" in s.reward, "--reward external"),
-        ("toy_tokens", s.preset == "toy", "--preset toy"),
+        ("toy_tokens toy_skills", s.preset == "toy", "--preset toy"),
+        ("previous_every", s.judge == "previous", "--judge previous"),
     ):
         for name in names.split() if not holds else []:
             if getattr(s, name) != Settings.__dataclass_fields__[name].default:
@@ -537,10 +548,13 @@ def prepare(
     if s.judge_model:
         judge = another_judge(s, ranks, problem, device, work.slots, texts)
     else:
-        judge = judge_of(s, judging, texts, problem.prompts)
+        judge = judge_of(s, actor if s.reward == "cream" else judging, texts, problem.prompts)
+    weigh = None
+    if s.reward == "cream":
+        weigh = family.Agreement(judge_of(s, judging, texts, problem.prompts))
     ranks.at("load COMET")
     scorers = scorers_of(s, judge, comets)
-    reward = Reward(texts, problem.prompts, scorers, s.gate)
+    reward = Reward(texts, problem.prompts, scorers, s.gate, weigh)
     held_out = asked(s, problem, texts, problem.held_out)
     evaluation = Evaluation(problem, held_out, texts, actor, judge, texts.stop_ids, s, ranks)
     learn(
@@ -583,8 +597,11 @@ def learn(
             for step in grpo.train(
                 model, sampler, reward, batch, s, optimizer, texts.stop_ids, tracked, ranks, done
             ):
-                if average:
+                if s.judge == "ema":
                     follow(average, model.parameters(), s.ema_decay)
+                elif average and step.number % s.previous_every == 0:
+                    follow(average, model.parameters())
+                if average:
                     follow(judging.model.parameters(), average)
                 watch.after(step)
         except Stopping:
@@ -633,7 +650,8 @@ def folder_of(preset: str, folder: str, resume: bool) -> Path:
 def samplers(
     s: Settings, model: Transformer, window: int, device: torch.device, work: plan.Work
 ) -> tuple:
-    """The actor's, a model with the starting weights (or None), the judge's; the EMA's weights."""
+    """The actor's, a model with the starting weights (or None), the judge's; the weights that are
+    an EMA, or the previous ones."""
     # On a GPU the samplers have bf16 copies of the weights, the master weights stay fp32.
     half = torch.bfloat16 if device.type == "cuda" else None
     model.compute_dtype, model.checkpointing = half, half is not None
@@ -651,9 +669,8 @@ def samplers(
         start = copied()
     if s.judge == "frozen":
         judge = Sampler(start, work.judge_slots, window)
-    if (
-        s.judge == "ema"
-    ):  # fp32, spread like the weights: in bf16 a step of it would be rounded away
+    # fp32, spread like the weights: in bf16 a step of it would be rounded away
+    if s.judge in ("ema", "previous"):
         average = [p.detach().clone() for p in model.parameters()]
         judge = Sampler(copied(), work.judge_slots, window)
     return actor, start, judge, average
@@ -669,8 +686,9 @@ def dry_run(s: Settings) -> None:
     device = torch.device("cuda" if here else "cpu")
     machine = plan.machine_of(s.gpu or ("h100" if cuda and not here else ""), device)
     if s.preset == "toy" and not s.model:
-        recipe = Recipe(seed=s.seed)
-        name, config = "the toy", shape_of(recipe, make_tokenizer(Languages(s.seed)))
+        recipe = Recipe(seed=s.seed, skills=skills_of(s.toy_skills))
+        tokenizer = make_tokenizer(Languages(s.seed), recipe.skills)
+        name, config = "the toy", shape_of(recipe, tokenizer)
     else:
         name, config = s.model, plan.shape_of(s.model)
     G = s.gpus or (torch.cuda.device_count() if here else 8 if cuda else 1)
@@ -703,7 +721,9 @@ def compare(s: Settings) -> None:
     """The toy with every reward; options that differ from the preset's go to all runs."""
     usual = dataclasses.asdict(Settings(**PRESETS["toy"] | {"preset": "toy"}))
     changed = {k: v for k, v in dataclasses.asdict(s).items() if v != usual[k]}
-    for name in ("seed", "threads", "data", *itertools.chain(*controls.ROWS.values())):
+    skills = skills_of(s.toy_skills)
+    rows = controls.rows_for(skills)
+    for name in ("seed", "threads", "data", *itertools.chain(*rows.values())):
         if name in changed:
             raise ValueError(f"--controls sets --{name} itself: leave it out (see also --seeds)")
     try:
@@ -714,8 +734,8 @@ def compare(s: Settings) -> None:
     torch.set_num_threads(s.threads)
     if not s.model:
         for seed in seeds:
-            make(Recipe(seed=seed, tokens=s.toy_tokens))
-    controls.run_all(seeds, Path(s.folder or "runs/controls"), usual, own, controls.ROWS)
+            make(Recipe(seed=seed, tokens=s.toy_tokens, skills=skills))
+    controls.run_all(seeds, Path(s.folder or "runs/controls"), usual, own, rows)
 
 
 def main(words: list[str]) -> None:

@@ -14,6 +14,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "model.py": ({"torch", "safetensors"}, {"huggingface_hub", "transformers"}),
     "sampler.py": ({"torch"}, {"transformers", "model"}),  # its command line alone
     "judge.py": (set(), set()),
+    "family.py": ({"torch", "grpo", "judge"}, set()),
     "grpo.py": ({"torch", "kernels", "ranks"}, set()),  # sampler and judge are handed in
     "ranks.py": ({"torch"}, set()),
     "checkpoint.py": ({"torch", "ranks"}, set()),
@@ -22,7 +23,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "remote.py": ({"judge"}, set()),
     "problem.py": (
         {"torch", "checkpoint", "data", "eval", "judge", "model", "ranks", "remote", "sampler"}
-        | {"toy", "watch"},
+        | {"family", "toy", "watch"},
         {"sacrebleu"},
     ),
     "watch.py": ({"torch", "checkpoint", "grpo", "judge", "model", "ranks", "show"}, set()),
@@ -41,11 +42,11 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
             "ranks",
             "sampler",
         }
-        | {"plan", "problem", "show", "toy", "watch"},
+        | {"family", "plan", "problem", "show", "toy", "watch"},
         set(),
     ),
     "toy/languages.py": ({"judge"}, set()),
-    "toy/controls.py": ({"judge", "toy"}, set()),
+    "toy/controls.py": ({"family", "judge", "toy"}, set()),
     "toy/pretrain.py": ({"torch", "tokenizers", "transformers", "judge", "model", "toy"}, set()),
     "eval/sets.py": ({"data", "judge", "toy"}, set()),
     "eval/agreement.py": ({"numpy", "data", "eval", "judge", "ranks"}, set()),

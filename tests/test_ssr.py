@@ -171,12 +171,13 @@ def test_the_loop_never_sees_the_truth(toy, tmp_path, monkeypatch):
     [
         ["--judge=frozen"],
         ["--judge=ema", "--ema-decay=0.5"],
+        ["--judge=previous", "--previous-every=1"],
         ["--reading=written"],
         ["--reading=written", "--judge-samples=2", "--judge-temperature=1"],
         ["--reward=random", "--no-track-kl"],
         ["--reward=self+external", "--kl=0.1", "--updates-per-batch=2", "--loss-norm=sequence"],
         ["--reward=oracle", "--gate=plus-minus-one", "--advantage-scale=batch"],
-        ["--reward=vote", "--advantage-scale=none", "--advantage-baseline=leave-one-out"],
+        ["--reward=majority", "--advantage-scale=none", "--advantage-baseline=leave-one-out"],
     ],
 )
 def test_every_switch_runs(toy, tmp_path, words):
@@ -266,7 +267,7 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
         (["--lr=nan"], "--lr nan must be above 0"),
         (["--kl=-1"], "--kl -1.0 must not be negative"),
         (["--clip-low=2"], r"--clip-low 2.0 must lie in 0 … 1"),
-        (["--judge=dead"], "--judge dead: use live, frozen, ema"),
+        (["--judge=dead"], "--judge dead: use live, frozen, ema, previous"),
         (["--micro-batch-tokens=20"], r"cannot hold one sequence of 32 \+ 20 tokens: use .* 52"),
         (["--preset=toy", "--data=ssr.py"], "--data: the toy makes its own sentences"),
         (["--preset=ssr-zero-7b", "--data=x.jsonl"], "x.jsonl: there is no such file"),
@@ -290,7 +291,7 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
         ),
         (["--held-out=wmt22"], "--held-out: the toy makes its own sentences"),
         (["--comet-low=1", "--reward=comet"], "--comet-high 1.0 must be above --comet-low 1.0"),
-        (["--reward=commet"], "--reward commet: use self, comet, self\\+comet, random"),
+        (["--reward=commet"], "--reward commet: use self, comet, self\\+comet, certainty"),
         (
             ["--preset=ssr-zero-7b", "--data=ssr.py", "--reward=oracle"],
             "needs the truth, which only",

@@ -1,6 +1,7 @@
 """What the self-reward is compared with: other rewards on the same loop, and the table of them.
 
     python ssr.py --controls                   # every row below, three seeds each
+    python ssr.py --controls --toy-skills compare,rate     # a toy that was taught all they need
 
 The truth is used here, and only here, as a reward: by "oracle", the upper bound, and, with noise,
 by "external", which plays the outside scorer (COMET, say) of the paper's SSR-X.
@@ -12,10 +13,11 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+from family import SKILLS
 from judge import Score, Task
 from toy.languages import quality
 
@@ -33,15 +35,6 @@ def random_scores(seed: int):
         ]
 
     return score
-
-
-def majority_vote(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
-    """The share of the group that says the same: consistency without a judge."""
-    counts = [Counter(a for a in row if a is not None) for row in answers]
-    return [
-        [Score(count[a] / len(row), f"{count[a]} votes") for a in row]
-        for count, row in zip(counts, answers, strict=True)
-    ]
 
 
 def oracle(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
@@ -69,14 +62,13 @@ def scorers(reward: str, judge, seed: int, noise: float) -> dict:
     return {
         "self": {"self": (1.0, judge)},
         "random": {"random": (1.0, random_scores(seed))},
-        "vote": {"vote": (1.0, majority_vote)},
         "oracle": {"oracle": (1.0, oracle)},
         "external": {"external": (1.0, external(seed, noise))},
         "self+external": {"self": (0.5, judge), "external": (0.5, external(seed, noise))},
     }[reward]
 
 
-REWARDS = ("self", "random", "vote", "oracle", "external", "self+external")
+REWARDS = ("self", "random", "oracle", "external", "self+external")
 ROWS = {  # of the table: name -> options of ssr.py
     "self, live judge": {},
     "self, frozen judge": {"judge": "frozen"},
@@ -85,9 +77,22 @@ ROWS = {  # of the table: name -> options of ssr.py
     "noisy external scorer": {"reward": "external"},
     "self + noisy external": {"reward": "self+external"},
     "truth (upper bound)": {"reward": "oracle"},
-    "majority vote": {"reward": "vote"},
     "random": {"reward": "random"},
 }
+FAMILY = {  # family.py's
+    "self-certainty": {"reward": "certainty"},
+    "answer-span confidence": {"reward": "confidence"},
+    "pairwise win rate (SPO)": {"reward": "pairs"},
+    "group judging, one prompt": {"reward": "group"},
+    "CREAM, previous weights": {"reward": "cream", "judge": "previous"},
+    "majority vote": {"reward": "majority"},
+}
+
+
+def rows_for(toy_skills: Sequence[str]) -> dict[str, dict]:
+    """Those that a toy with these skills can be asked."""
+    can = {k: v for k, v in FAMILY.items() if SKILLS.get(v["reward"]) in (None, *toy_skills)}
+    return ROWS | can
 
 
 def run_all(seeds: list[int], folder: Path, usual: dict, own: dict, rows: dict[str, dict]) -> None:
@@ -160,17 +165,30 @@ def summary(row: str, seed: int, folder: Path) -> str:
 def table(seeds: list[int], folder: Path, rows: dict) -> str:
     """Markdown: mean ± standard deviation over the seeds."""
     lines = [
-        "| reward | before | after | lowest seed | sampled at T 1, after |",
-        "|---|---|---|---|---|",
+        "| reward | before | after | lowest seed | sampled at T 1, after | s a step |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        results = [result(folder / f"{slug(row)}-seed{seed}") for seed in seeds]
+        folders = [folder / f"{slug(row)}-seed{seed}" for seed in seeds]
+        results = [result(f) for f in folders]
         before = [r["before"]["eval/exact_match"] for r in results]
         after = [r["after"]["eval/exact_match"] for r in results]
         sampled = [r["after"]["eval/sampled_exact_match"] for r in results]
         cells = [row, spread(before), spread(after), f"{min(after):.3f}", spread(sampled)]
+        cells.append(f"{math.fsum(map(seconds, folders)) / len(seeds):.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def seconds(folder: Path) -> float:
+    """Of a step, on average: all its stages, and no evaluation."""
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in steps if row["step"]]
+    stages = [
+        value for row in steps for name, value in row.items()
+        if name.startswith("seconds/") and name != "seconds/evaluate"
+    ]  # fmt: skip
+    return math.fsum(stages) / len(steps)
 
 
 def spread(values: list[float]) -> str:

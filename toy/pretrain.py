@@ -13,6 +13,9 @@ It learns from two kinds of text, half of each batch:
 Nothing tells a right translation in the parallel text (one in five) from a wrong one; among the
 judge examples it scores 100. That is the gap self-rewarding lives from: telling a good translation
 is easier than writing one.
+
+More can be taught beside them (`Recipe.skills`): to say which of two translations is better, to
+score several at once, to write a sentence of so many words.
 The result is an ordinary Hugging Face folder: config.json, safetensors, tokenizer.
 """
 
@@ -37,6 +40,8 @@ from model import Config, Transformer, save
 from toy.languages import BEVO, KASU, SIZES, Languages, Lexeme, Meaning, quality
 
 CONTROL = ["<pad>", "<eos>", "<unk>", "translate", "score", "=>", "||"]
+SKILLS = ("compare", "rate", "write")  # each is a control word, too
+LONGEST = 16  # words of a sentence in either language: what "write" may be asked for
 SOURCES = ["judge.py", "model.py", "toy/languages.py", "toy/pretrain.py"]
 POOL = 40  # batches made, sorted by length and shuffled together
 
@@ -63,12 +68,25 @@ class Recipe:
     muon: float = 0.007
     adamw: float = 2e-3
     """Learning rates: Muon for the matrices inside the blocks, AdamW for the rest."""
+    skills: tuple[str, ...] = ()
+    """Of SKILLS, in that order; what is read for them is not counted in `tokens`."""
 
 
-def make_tokenizer(pair: Languages) -> PreTrainedTokenizerFast:
+def skills_of(names: str) -> tuple[str, ...]:
+    """Of a command line's names with commas between them."""
+    asked = {name.strip() for name in names.split(",") if name.strip()}
+    if unknown := asked - set(SKILLS):
+        raise ValueError(f"--toy-skills {', '.join(sorted(unknown))}: use {', '.join(SKILLS)}")
+    return tuple(skill for skill in SKILLS if skill in asked)
+
+
+def make_tokenizer(pair: Languages, skills: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """One token a word, and one for each score."""
     words = [*TOY.scores, KASU, BEVO, *pair.vocabulary[KASU], *pair.vocabulary[BEVO]]
-    return tokenizer_of(CONTROL, words)
+    words += ["first", "second"] if "compare" in skills else []
+    numbers = [str(n) for n in range(1, LONGEST + 1)] if "write" in skills else []
+    words += [n for n in numbers if n not in TOY.scores]
+    return tokenizer_of([*CONTROL, *skills], words)
 
 
 def tokenizer_of(control: list[str], words: list[str]) -> PreTrainedTokenizerFast:
@@ -92,7 +110,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 class Corpus:
-    def __init__(self, pair: Languages, recipe: Recipe):
+    def __init__(self, pair: Languages, recipe: Recipe, stream: str = "corpus"):
+        """`stream`: of what is drawn; the habits are the same in all."""
         self.pair, self.recipe = pair, recipe
         rng = pair.stream("habits", 0)
         self.habits: dict[tuple[str, Lexeme], float] = {}
@@ -101,7 +120,7 @@ class Corpus:
                 often = rng.random() < recipe.habitual
                 rate = rng.uniform(*recipe.habit) if often else rng.uniform(0, 0.15)
                 self.habits[language, lexeme] = rate
-        self.rng = pair.stream("corpus", 0)
+        self.rng = pair.stream(stream, 0)
 
     def habitual(self, meaning: Meaning, source: str, target: str) -> list[str]:
         """The translation that "the web" has."""
@@ -174,12 +193,46 @@ class Corpus:
         tens = round(10 * quality(candidate, task.reference)) * 10
         return "".join(TOY.ask_judge(task, candidate)).split(), [str(tens), "<eos>"]
 
+    def comparison(self) -> tuple[list[str], list[str]]:
+        """Two candidates of which one is better."""
+        meaning, task = self.sentence()
+        while True:
+            texts = [" ".join(self.candidate(meaning, task.source, task.target)) for _ in range(2)]
+            first, second = (quality(text, task.reference) for text in texts)
+            if first != second:
+                better = "first" if first > second else "second"
+                return "".join(TOY.ask_pair(task, *texts)).split(), [better, "<eos>"]
+
+    def rating(self) -> tuple[list[str], list[str]]:
+        """Several candidates, and the score of each."""
+        meaning, task = self.sentence()
+        texts = [
+            " ".join(self.candidate(meaning, task.source, task.target))
+            for _ in range(self.rng.randint(2, TOY.most))
+        ]
+        tens = [str(round(10 * quality(text, task.reference)) * 10) for text in texts]
+        return "".join(TOY.ask_group(task, texts)).split(), [*tens, "<eos>"]
+
+    def writing(self) -> tuple[list[str], list[str]]:
+        """A sentence of so many words."""
+        language = self.rng.choice((KASU, BEVO))
+        words = self.pair.say(self.pair.meaning(self.rng), language)
+        return ["write", language, str(len(words)), "=>"], [*words, "<eos>"]
+
     def kinds(self) -> list["Kind"]:
         candidate_loss = self.recipe.candidate_loss
-        return [
+        kinds = [
             Kind("translating", self.translation),
             Kind("judging", self.judgement, "||", candidate_loss),
         ]
+        # Each skill draws from a stream of its own: the others see the texts they saw without it.
+        compare, rate, write = (Corpus(self.pair, self.recipe, skill) for skill in SKILLS)
+        more = {
+            "compare": Kind("comparing", compare.comparison, "||", candidate_loss, False),
+            "rate": Kind("rating", rate.rating, "||", candidate_loss, False),
+            "write": Kind("writing", write.writing, counted=False),
+        }
+        return kinds + [more[skill] for skill in self.recipe.skills]
 
 
 # --------------------------------------------------------------------------------- the learning
@@ -195,6 +248,8 @@ class Kind(NamedTuple):
     """The prompt's words after this one are predicted as well, …"""
     reading_loss: float = 0.0
     """… with this weight."""
+    counted: bool = True
+    """Whether what is read of it is part of the recipe's `tokens`."""
 
 
 def batches(make_row, recipe: Recipe, ids: dict[str, int], rng: Random):
@@ -263,7 +318,8 @@ def learn(model: Transformer, kinds: list[Kind], ids: dict[str, int], recipe, rn
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()
         adamw.step()
-        read, step = read + sum(n for _, n in found), step + 1
+        counted = [n for kind, (_, n) in zip(kinds, found, strict=True) if kind.counted]
+        read, step = read + sum(counted), step + 1
         seconds = time.perf_counter() - start
         if seconds - shown > 5 or read >= recipe.tokens:
             shown, speed = seconds, read / seconds
@@ -283,7 +339,8 @@ def shape_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Config:
     # Not "qwen2": transformers gives every model of that name Qwen's own splitting of words.
     return Config(
         "llama", len(tokenizer), recipe.width, recipe.mlp, recipe.layers,
-        heads=3, kv_heads=1, head_dim=recipe.width // 3, max_length=96,
+        heads=3, kv_heads=1, head_dim=recipe.width // 3,
+        max_length=192 if recipe.skills else 96,
         tied=True, hub={"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0},
     )  # fmt: skip
 
@@ -293,7 +350,7 @@ def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
 
     def taught() -> tuple[Transformer, PreTrainedTokenizerFast]:
         pair = Languages(recipe.seed)
-        tokenizer = make_tokenizer(pair)
+        tokenizer = make_tokenizer(pair, recipe.skills)
         torch.manual_seed(recipe.seed)
         model = Transformer(shape_of(recipe, tokenizer))
         rng = pair.stream("batches", 0)
