@@ -40,28 +40,25 @@ LOGITS = 2**26  # at once: 256 MiB in fp32
 
 def check(s, toy_skills: Sequence[str]) -> None:
     """Refuse settings that this reward cannot use."""
-    own = s.reward in ("certainty", "confidence")
-    if own and s.judge != "live":
+    if s.reward in ("certainty", "confidence") and s.judge != "live":
         raise ValueError(f"--reward {s.reward} is read from the policy's own probabilities: leave "
                          f"--judge {s.judge} out")  # fmt: skip
-    if s.reward in REWARDS and (s.judge_model or s.judge_url):
+    if s.reward in REWARDS and s.judge_model:
         raise ValueError(f"--judge-model has nothing to judge with --reward {s.reward}: that is "
                          "the policy's own")  # fmt: skip
     if s.reward == "cream" and s.judge == "live":
         raise ValueError("--reward cream compares the live judge with another of the policy's own: "
                          "use --judge previous (paper), frozen or ema")  # fmt: skip
-    skill = SKILLS.get(s.reward)
-    if s.preset == "toy" and not s.model and skill and skill not in toy_skills:
-        raise ValueError(f"--reward {s.reward}: the toy must be taught to {skill}: use "
-                         f"--toy-skills {skill}")  # fmt: skip
+    if s.preset == "toy" and not s.model:
+        check_taught(s, toy_skills)
 
 
-def check_taught(s, vocabulary) -> None:
-    """`check` for a toy that is there already."""
+def check_taught(s, known) -> None:
+    """`known`: a toy's skills, or its vocabulary, where each is a word."""
     skill = SKILLS.get(s.reward)
-    if skill and skill not in vocabulary:
-        raise ValueError(f"--reward {s.reward}: --model {s.model} was not taught to {skill}: make "
-                         f"one with --toy-skills {skill}")  # fmt: skip
+    if skill and skill not in known:
+        raise ValueError(f"--reward {s.reward}: the toy{f' {s.model}' * bool(s.model)} must be "
+                         f"taught to {skill}: use --toy-skills {skill}")  # fmt: skip
 
 
 def together(s, prompts: Prompts) -> int:
@@ -108,14 +105,10 @@ def majority(tasks: Sequence[Task], answers: Answers, step: int) -> list[list[Sc
     scores = []
     for row in answers:
         plain = [a if a is None else " ".join(a.split()) for a in row]
-        counts = Counter(a for a in plain if a is not None)  # in order of appearance, as max keeps
+        counts = Counter(a for a in plain if a is not None)  # in order of appearance, as max looks
         best = max(counts, key=counts.__getitem__, default=None)
-        scores.append(
-            [
-                NOTHING if a is None else Score(float(a == best), f"{counts[a]} of {len(row)}")
-                for a in plain
-            ]
-        )
+        found = [Score(float(a == best), f"{counts[a]} of {len(row)}") for a in plain]
+        scores.append([NOTHING if a is None else x for a, x in zip(plain, found, strict=True)])
     return scores
 
 
@@ -153,19 +146,22 @@ class Confidence:
         self, tasks: Sequence[Task], answers: Answers, step: int, groups: list[list]
     ) -> list[list[Score]]:
         prompts = self.texts.encode([self.prompts.ask(task) for task in tasks])
-        rows: dict[tuple, grpo.Row] = {}  # each distinct sample once
-        keys = []
-        for prompt, row, group in zip(prompts, answers, groups, strict=True):
-            keys.append([])
-            for answer, sample in zip(row, group, strict=True):
-                keys[-1].append(key := (tuple(prompt), tuple(sample.ids)))
-                if answer is not None:
-                    rows[key] = grpo.Row(prompt, sample.ids, sample.logprobs, 0.0, 1)
-        values = dict(zip(rows, self.per_token(list(rows.values())), strict=True))
-        scores = {key: self.score(row.ids, values[key]) for key, row in rows.items()}
+        rows = {  # each distinct sample of a prompt once
+            (p, tuple(x.ids)): grpo.Row(prompts[p], x.ids, x.logprobs, 0.0, 1)
+            for p, (row, group) in enumerate(zip(answers, groups, strict=True))
+            for answer, x in zip(row, group, strict=True)
+            if answer is not None
+        }
+        values = self.per_token(list(rows.values()))
+        scores = {
+            key: self.score(row.ids, x) for (key, row), x in zip(rows.items(), values, strict=True)
+        }
         return [
-            [NOTHING if a is None else scores[key] for a, key in zip(*both, strict=True)]
-            for both in zip(answers, keys, strict=True)
+            [
+                NOTHING if answer is None else scores[p, tuple(x.ids)]
+                for answer, x in zip(row, group, strict=True)
+            ]
+            for p, (row, group) in enumerate(zip(answers, groups, strict=True))
         ]
 
     def score(self, ids: list[int], values: Tensor) -> Score:

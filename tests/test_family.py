@@ -15,7 +15,9 @@ import ssr
 from judge import PAPER, PLAIN, TOY, Given, Judge, Reward, Score, Task, Texts
 from model import load, load_tokenizer
 from sampler import Sample, Sampler
+from tests import corpora, test_problem
 from tests.test_judge import Scripted, sample, well_formed
+from tests.test_ranks import assert_same_run
 from tests.test_ssr import go, rows_of, untimed
 from tests.tiny import make_model, make_tokenizer
 from toy import controls
@@ -42,7 +44,7 @@ def texts(folder):
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """A toy that has seen its skills."""
-    recipe = Recipe(tokens=5e4, batch=16, skills=("compare", "rate"))
+    recipe = Recipe(tokens=6e4, batch=16, skills=("compare", "rate"))
     return make(recipe, tmp_path_factory.mktemp("taught"))
 
 
@@ -115,6 +117,19 @@ def test_the_answers_confidence_is_that_of_its_own_tokens(folder, texts, answer)
     p = plainly(folder, texts, PAPER, 0.7, x.ids).softmax(-1).sort(-1, descending=True).values
     assert judged.total[0] == pytest.approx(float((p[:, 0] - p[:, 1])[inside].mean()), rel=1e-4)
     assert judged.words[0].endswith(f"over {len(inside)} tokens")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "inside"),
+    [
+        (["<think>a</think><answer", ">b", "c", "d<", "/answer>", "<eos>"], range(1, 4)),
+        (["<think>a</think>", "<answer>", " ", "b", " ", "</answer>", "<eos>"], range(3, 4)),
+        (["<think>a</think>", "<answer>b</answer>", " ", "<eos>"], range(1, 2)),
+    ],
+)
+def test_a_token_that_holds_a_part_of_the_answer_is_inside(pieces, inside):
+    texts = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
+    assert family.answer_span(texts, list(range(len(pieces)))) == inside
 
 
 def test_without_tags_all_but_the_stop_is_the_answer(folder, texts):
@@ -340,29 +355,29 @@ def test_a_groups_weight_is_its_judges_agreement(texts):
     assert [group.total for group in judged] == [[1, 2, 3]] * 3
 
 
-def test_groups_without_agreement_move_nothing(toy, tmp_path, monkeypatch):
+def test_groups_without_agreement_move_nothing(taught, tmp_path, monkeypatch):
     monkeypatch.setattr(family, "kendall", lambda a, b: 0.0)
-    rows = go(tmp_path / "run", toy, "--steps=2", "--reward=cream", "--judge=frozen")
+    rows = go(tmp_path / "run", taught, "--steps=2", "--reward=cream", "--judge=frozen")
     assert rows[2]["train/rows"] == 0 and rows[2]["reward/weight"] == 0
     groups = rows_of(tmp_path / "run" / "groups.jsonl")
     assert any(len({x["reward"] for x in row["samples"]}) > 1 for row in groups)
     assert all(x["advantage"] == 0 for row in groups for x in row["samples"])
 
 
-def test_the_judge_of_the_step_before_agrees_with_itself(toy, tmp_path):
-    words = ["--steps=3", "--lr=0.003"]
-    plain = go(tmp_path / "plain", toy, *words)
-    same = go(tmp_path / "same", toy, *words, "--reward=cream", "--judge=previous",
+def test_the_judge_of_the_step_before_agrees_with_itself(taught, tmp_path):
+    words = ["--steps=4", "--lr=0.03", "--samples-per-prompt=8"]
+    plain = go(tmp_path / "plain", taught, *words)
+    same = go(tmp_path / "same", taught, *words, "--reward=cream", "--judge=previous",
               "--previous-every=1")  # fmt: skip
     for a, b in zip(untimed(plain), untimed(same), strict=True):
         assert {k: v for k, v in b.items() if "weight" not in k} == a
-    other = go(tmp_path / "other", toy, *words, "--reward=cream", "--judge=previous")
-    assert other[3]["reward/weight"] < 1 and other[3]["train/grad_norm"] > 0
+    other = go(tmp_path / "other", taught, *words, "--reward=cream", "--judge=previous")
+    assert other[4]["reward/weight"] < 1 and other[4]["train/grad_norm"] > 0
 
 
-def test_previous_weights_are_live_or_frozen_at_the_ends(toy, tmp_path):
+def test_previous_weights_are_live_or_frozen_at_the_ends(taught, tmp_path):
     def trained(name, *words):
-        return untimed(go(tmp_path / name, toy, "--steps=3", "--lr=0.01", *words))
+        return untimed(go(tmp_path / name, taught, "--steps=3", "--lr=0.01", *words))
 
     live, frozen = (trained(judge, f"--judge={judge}") for judge in ("live", "frozen"))
     assert trained("each", "--judge=previous", "--previous-every=1") == live
@@ -371,19 +386,14 @@ def test_previous_weights_are_live_or_frozen_at_the_ends(toy, tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["--reward=cream"]])
-def test_a_run_with_a_previous_judge_goes_on_bit_for_bit(toy, tmp_path, words):
-    """Killed between two of its refreshes: step 3 is judged by the weights of step 2."""
-    words = [*words, "--judge=previous", "--previous-every=2", "--save-every=1", "--lr=0.003"]
-    words.append("--final-lr=1")
-    go(tmp_path / "whole", toy, "--steps=5", *words)
-    run = tmp_path / "parts"
-    for steps in (3, 5):
-        go(run, toy, f"--steps={steps}", *words, "--resume")
-    whole, parts = (untimed(rows_of(x / "metrics.jsonl")) for x in (tmp_path / "whole", run))
-    names = [k for k in whole[5] if k.startswith(("reward", "train", "policy")) and k != "train/lr"]
-    a, b = ([row[k] for row in rows[4:] for k in names if k in row] for rows in (whole, parts))
-    assert len(whole) == 6 and {row["step"] for row in parts} == set(range(6))
-    assert b[-len(names) :] == a[-len(names) :]
+def test_a_run_with_a_previous_judge_goes_on_bit_for_bit(taught, tmp_path, words):
+    """Ended between two of its refreshes: step 4 is judged by the weights of step 2."""
+    words = [*words, "--judge=previous", "--previous-every=2", "--eval-every=3"]
+    words += ["--lr=0.003", "--final-lr=1"]  # a rate that does not depend on the last step
+    go(tmp_path / "whole", taught, "--steps=6", *words)
+    for steps in (3, 6):
+        go(tmp_path / "parts", taught, f"--steps={steps}", *words, "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -410,34 +420,31 @@ def test_every_reward_runs_on_the_toy(taught, tmp_path, words):
         assert all(0 <= value for value in values) and values[0] > 0
 
 
-def test_groups_are_rated_by_a_toy_that_can(taught, tmp_path, monkeypatch):
-    said = []
-    real = Judge.write
+def test_a_groups_ratings_reach_the_reward(taught, tmp_path, monkeypatch):
+    """Whatever so young a toy says: as one that can would say it."""
+    bar = load_tokenizer(taught).get_vocab()["||"]
 
     def write(self, prompts, step, most):
-        said.extend([["80 40 100 20"[: 3 * p.count(bar) - 1], True]] for p in prompts)
-        return said[-len(prompts) :]
+        assert most >= max(p.count(bar) for p in prompts) + 1
+        return [[(" ".join(["80", "40", "100", "20"][: p.count(bar)]), True)] for p in prompts]
 
-    bar = load_tokenizer(taught).get_vocab()["||"]
-    assert real and bar
     monkeypatch.setattr(Judge, "write", write)
     rows = go(tmp_path / "run", taught, "--steps=1", "--reward=group")
-    assert said and 0.4 < rows[1]["reward/group"] < 1
+    assert 0.4 < rows[1]["reward/group"] < 1 and rows[1]["judge/invalid"] == 0
 
 
-@pytest.mark.parametrize("words", [["--reward=pairs"], ["--reward=group"], ["--reward=majority"],
-                                   ["--reward=confidence"]])  # fmt: skip
-@pytest.mark.parametrize("chat", [[], ["--chat"]])
-def test_the_papers_prompts_work_with_every_reward(pupil, tmp_path, words, chat):
-    from tests.corpora import english
-    from tests.test_problem import SMALL
-
+@pytest.mark.parametrize(
+    "words", [["pairs"], ["pairs", "--chat"], ["group"], ["group", "--chat"], ["confidence"]]
+)
+def test_the_papers_prompts_work_with_every_reward(pupil, tmp_path, words):
     file = tmp_path / "texts.jsonl"
-    rows = [{"text": english("news", i), "source": "en", "target": "zh"} for i in range(12)]
+    rows = [{"text": corpora.english("news", i), "source": "en", "target": "zh"} for i in range(12)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ssr.main([*SMALL, f"--model={pupil}", f"--data={file}", f"--folder={tmp_path / 'run'}",
-              "--measures=none", *words, *chat])  # fmt: skip
-    assert f"reward/{words[0][9:]}" in rows_of(tmp_path / "run" / "metrics.jsonl")[1]
+    reward, *more = words
+    rows = test_problem.go(
+        pupil, file, tmp_path / "run", "--measures=none", f"--reward={reward}", *more
+    )
+    assert f"reward/{reward}" in rows[1]
 
 
 @pytest.mark.parametrize(
@@ -473,8 +480,9 @@ def test_what_cannot_work_is_refused(words, message):
         ssr.parse(words)
 
 
-def test_a_toy_that_was_not_taught_is_refused(toy, tmp_path):
-    with pytest.raises(SystemExit, match="was not taught to rate: make one with --toy-skills rate"):
+def test_a_toy_that_was_not_taught_is_refused(tmp_path):
+    toy = make(Recipe(tokens=2e3, batch=4), tmp_path)
+    with pytest.raises(SystemExit, match="must be taught to rate: use --toy-skills rate"):
         go(tmp_path / "run", toy, "--reward=group")
 
 
@@ -492,6 +500,11 @@ def test_a_plan_counts_who_is_compared_and_how_much_is_asked():
     assert parts(reward="pairs")[0]["its KV cache"] > live["its KV cache"]
     group = parts(reward="group", reading="expected")[0]["its KV cache"]
     assert group > parts(reward="pairs", reading="expected")[0]["its KV cache"]
+    frozen = [
+        parts(reward="group", judge="frozen", reading=reading)[0]["the starting weights"]
+        for reading in ("written", "expected")
+    ]
+    assert frozen[0] == frozen[1]  # a group's scores are always written
 
 
 # ------------------------------------------------------------------------------ what is taught
