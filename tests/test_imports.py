@@ -14,6 +14,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "model.py": ({"torch", "safetensors"}, {"huggingface_hub", "transformers"}),
     "sampler.py": ({"torch"}, {"transformers", "model"}),  # its command line alone
     "judge.py": (set(), set()),
+    "answers.py": (set(), {"math_verify"}),  # in its worker
     "grpo.py": ({"torch", "kernels", "ranks"}, set()),  # sampler and judge are handed in
     "ranks.py": ({"torch"}, set()),
     "checkpoint.py": ({"torch", "ranks"}, set()),
@@ -87,6 +88,7 @@ ALONE = [
     "ranks.py",
     "sampler.py",
     "judge.py",
+    "answers.py",
     "report.py",
     "eval/comet.py",
     "kernels/logprob.py",
