@@ -15,6 +15,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "sampler.py": ({"torch"}, {"transformers", "model"}),  # its command line alone
     "judge.py": (set(), set()),
     "family.py": ({"torch", "grpo", "judge"}, set()),
+    "answers.py": (set(), {"math_verify"}),  # in its worker
     "grpo.py": ({"torch", "kernels", "ranks"}, set()),  # sampler and judge are handed in
     "ranks.py": ({"torch"}, set()),
     "checkpoint.py": ({"torch", "ranks"}, set()),
@@ -88,6 +89,7 @@ ALONE = [
     "ranks.py",
     "sampler.py",
     "judge.py",
+    "answers.py",
     "report.py",
     "eval/comet.py",
     "kernels/logprob.py",
