@@ -31,6 +31,7 @@ import sys
 import textwrap
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -297,19 +298,20 @@ def docs(kind: type) -> dict[str, str]:
     return found
 
 
-def defaults(f: dataclasses.Field) -> str:
-    own = [f"{p}: {values[f.name]}" for p, values in PRESETS.items() if f.name in values]
+def defaults(f: dataclasses.Field, presets: dict) -> str:
+    own = [f"{p}: {values[f.name]}" for p, values in presets.items() if f.name in values]
     usual = [] if f.default is False or f.default == "" else [str(f.default)]
     return f" [{', '.join(usual + own)}]" if usual or own else ""
 
 
-def parse(words: list[str]) -> Settings:
+def options(words: list[str], kind: type, presets: dict, program: str, about: str) -> dict:
+    """What of a dataclass's fields the command line gives."""
     parser = argparse.ArgumentParser(
-        prog="ssr.py", usage="python ssr.py [--option VALUE …]", allow_abbrev=False,
+        prog=program, usage=f"python {program} [--option VALUE …]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=about,
     )  # fmt: skip
-    fields, help_of = dataclasses.fields(Settings), docs(Settings)
+    fields, help_of = dataclasses.fields(kind), docs(kind)
     group = parser
     for f in fields:
         if f.name in HEADINGS:
@@ -317,7 +319,7 @@ def parse(words: list[str]) -> Settings:
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        text = help_of[f.name] + defaults(f)
+        text = help_of[f.name] + defaults(f, presets)
         names = [option(f.name), *ALIASES.get(f.name, [])]
         group.add_argument(*names, dest=f.name, help=text.replace("%", "%%"), **kind)
     parser.error = refuse
@@ -329,7 +331,11 @@ def parse(words: list[str]) -> Settings:
         near = difflib.get_close_matches(name, [f.name for f in fields], 1, 0.4)
         hint = f"; did you mean {option(near[0])}?" if near else ""
         raise ValueError(f"unknown option {word}{hint} (--help lists all)")
-    given = vars(given)
+    return vars(given)
+
+
+def parse(words: list[str]) -> Settings:
+    given = options(words, Settings, PRESETS, "ssr.py", __doc__)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not given.get("judge_only"):
         given["resume"] = True  # torchrun started the ranks again
     small = given.get("controls") or not torch.cuda.is_available()
@@ -340,33 +346,36 @@ def parse(words: list[str]) -> Settings:
     if given.get("judge_only"):
         for name in given.keys() & {"resume", "controls", "dry_run", "data", "held_out", "reward"}:
             raise ValueError(f"{option(name)} has no effect with --judge-only")
-    had = remembered(given, preset) if given.get("resume") else {}
+    had = {}
+    if given.get("resume"):
+        folder = given.get("folder") or folder_of(preset, "", True)
+        had = remembered(Path(folder), given, Settings, {*FREE.split()})
     preset = given.get("preset") or had.get("preset") or preset
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
     usual = PRESETS[preset] | had
-    for name in given.keys() & had.keys() - set(FREE.split()):
-        if given[name] != had[name]:  # said before anything is made or loaded
-            raise ValueError(
-                f"the run that goes on was made with other settings: {option(name)} was "
-                f"{had[name]!r} and is {given[name]!r}. Give the same, or start another --folder"
-            )
     if given.get("data", usual.get("data")) != usual.get("data"):
         usual = {k: v for k, v in usual.items() if k not in TEXTS}  # other texts, other languages
     return check(Settings(**usual | given | {"preset": preset}))
 
 
-def remembered(given: dict, preset: str) -> dict:
-    """The settings of the run that goes on."""
-    folder = given.get("folder") or folder_of(preset, "", True)
+def remembered(folder: Path, given: dict, kind: type, free: set[str]) -> dict:
+    """The settings of the run that goes on, which those that are given may not contradict."""
     try:
-        had = json.loads((Path(folder) / "settings.json").read_text())
+        had = json.loads((folder / "settings.json").read_text())
     except FileNotFoundError:
         return {}  # no run yet: it begins
     except ValueError as error:
         raise ValueError(f"{folder}/settings.json is not JSON ({error})") from None
-    names = {f.name for f in dataclasses.fields(Settings)} - {"folder", "resume", "dry_run"}
-    return {name: had[name] for name in names & had.keys()}
+    names = {f.name for f in dataclasses.fields(kind)} - {"folder", "resume", "dry_run"}
+    had = {name: had[name] for name in names & had.keys()}
+    for name in given.keys() & had.keys() - free:
+        if given[name] != had[name]:  # said before anything is made or loaded
+            raise ValueError(
+                f"the run that goes on was made with other settings: {option(name)} was "
+                f"{had[name]!r} and is {given[name]!r}. Give the same, or start another --folder"
+            )
+    return had
 
 
 def refuse(message: str):
@@ -377,15 +386,19 @@ def ranks_here() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def bounded(s, bounds: list[tuple]) -> None:
+    for holds, words, names in bounds:
+        for name in names.split():
+            if hasattr(s, name) and not holds(getattr(s, name)):
+                raise ValueError(f"{option(name)} {getattr(s, name)} {words}")
+
+
 def check(s: Settings) -> Settings:
     """Refuse what cannot work before anything is loaded, and say what to change."""
     for name, known in CHOICES.items():
         if getattr(s, name) not in known:
             raise ValueError(f"{option(name)} {getattr(s, name)}: use {', '.join(known)}")
-    for holds, words, names in BOUNDS:
-        for name in names.split():
-            if not holds(getattr(s, name)):
-                raise ValueError(f"{option(name)} {getattr(s, name)} {words}")
+    bounded(s, BOUNDS)
     if s.samples_per_prompt < 2:
         raise ValueError(
             f"--samples-per-prompt {s.samples_per_prompt}: a sample is compared with its siblings; "
@@ -544,7 +557,7 @@ def prepare(
     model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
     texts = Texts(load_tokenizer(problem.folder), s.chat)
     window = window_of(s, problem, texts, config.max_length)
-    actor, start, judging, average = samplers(s, model, window, device, work)
+    actor, start, judging, average = samplers(s, model, window, work)
     if s.judge_model:
         judge = another_judge(s, ranks, problem, device, work.slots, texts)
     else:
@@ -647,32 +660,33 @@ def folder_of(preset: str, folder: str, resume: bool) -> Path:
     return Path(f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def samplers(
-    s: Settings, model: Transformer, window: int, device: torch.device, work: plan.Work
-) -> tuple:
+def copy_of(model: Transformer, dtype: torch.dtype | None, device=None) -> Transformer:
+    """Whole, on each rank; not to be trained."""
+    with torch.device("meta"):
+        twin = Transformer(model.config)
+    device = device or model.head_weight.device
+    twin = twin.to(dtype or torch.float32).to_empty(device=device).requires_grad_(False)
+    follow(twin.parameters(), model.parameters())
+    return twin
+
+
+def samplers(s: Settings, model: Transformer, window: int, work: plan.Work) -> tuple:
     """The actor's, a model with the starting weights (or None), the judge's; the weights that are
     an EMA, or the previous ones."""
     # On a GPU the samplers have bf16 copies of the weights, the master weights stay fp32.
-    half = torch.bfloat16 if device.type == "cuda" else None
+    half = torch.bfloat16 if model.head_weight.is_cuda else None
     model.compute_dtype, model.checkpointing = half, half is not None
 
-    def copied() -> Transformer:
-        with torch.device("meta"):
-            twin = Transformer(model.config)
-        twin = twin.to(half or torch.float32).to_empty(device=device).requires_grad_(False)
-        follow(twin.parameters(), model.parameters())
-        return twin
-
-    actor = Sampler(model if work.alone else copied(), work.slots, window)
+    actor = Sampler(model if work.alone else copy_of(model, half), work.slots, window)
     start, judge, average = None, actor, []
     if work.keeps_start:
-        start = copied()
+        start = copy_of(model, half)
     if s.judge == "frozen":
         judge = Sampler(start, work.judge_slots, window)
     # fp32, spread like the weights: in bf16 a step of it would be rounded away
     if s.judge in ("ema", "previous"):
         average = [p.detach().clone() for p in model.parameters()]
-        judge = Sampler(copied(), work.judge_slots, window)
+        judge = Sampler(copy_of(model, half), work.judge_slots, window)
     return actor, start, judge, average
 
 
@@ -738,34 +752,43 @@ def compare(s: Settings) -> None:
     controls.run_all(seeds, Path(s.folder or "runs/controls"), usual, own, rows)
 
 
+def start(words: list[str]) -> None:
+    s = parse(words)
+    why = "CUDA GPUs found" if torch.cuda.is_available() else "no CUDA GPU found"
+    if any("--preset" in word for word in words):
+        why = "as asked"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{'SSR-X-Zero' if s.reward == 'self+comet' else 'SSR-Zero'}, preset {s.preset} "
+              f"({why})")  # fmt: skip
+    if s.dry_run:
+        dry_run(s)
+    elif s.judge_only:
+        judge_file(s)
+    elif s.controls:
+        compare(s)
+    else:
+        run(s)
+
+
 def main(words: list[str]) -> None:
+    told("ssr.py", lambda: start(words))
+
+
+def told(program: str, work: Callable[[], None]) -> None:
+    """Errors are said in one line, by one rank."""
     try:
-        s = parse(words)
-        why = "CUDA GPUs found" if torch.cuda.is_available() else "no CUDA GPU found"
-        if any("--preset" in word for word in words):
-            why = "as asked"
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{'SSR-X-Zero' if s.reward == 'self+comet' else 'SSR-Zero'}, preset {s.preset} "
-                  f"({why})")  # fmt: skip
-        if s.dry_run:
-            dry_run(s)
-        elif s.judge_only:
-            judge_file(s)
-        elif s.controls:
-            compare(s)
-        else:
-            run(s)
+        work()
     except KeyboardInterrupt:
-        leave("\nssr.py: stopped")
+        leave(f"\n{program}: stopped")
     except torch.OutOfMemoryError as error:
-        leave(f"ssr.py: {error}; lower --slots or --micro-batch-tokens (--dry-run says what for)")
+        leave(f"{program}: {error}; lower --slots or --micro-batch-tokens (see --dry-run)")
     except FloatingPointError as error:
-        leave(f"ssr.py: {error}: the weights have diverged; lower --lr, or go on from best/")
+        leave(f"{program}: {error}: the weights have diverged; lower --lr, or go on from best/")
     except (OSError, ValueError, RuntimeError) as error:
         if is_lost(error):
-            leave("ssr.py: another rank has gone, killed or crashed. torchrun starts all of them "
-                  "again if --max-restarts allows it; else go on with --resume")  # fmt: skip
-        leave(f"ssr.py: {error}")
+            leave(f"{program}: another rank has gone, killed or crashed. torchrun starts all of "
+                  "them again if --max-restarts allows it; else go on with --resume")  # fmt: skip
+        leave(f"{program}: {error}")
     except Exception:  # a bug: its rank must not wait for its threads while the others wait for it
         if ranks_here() == 1:
             raise

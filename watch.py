@@ -365,11 +365,7 @@ class Watch:
     def keep(self, name: str) -> None:
         if not self.folder.mine:
             return
-        folder = self.folder.path / name
-        save(self.model, folder)
-        for file in self.source.iterdir():  # the tokenizer's files as they came
-            if re.search(r"token|vocab|merges|chat_template|generation_config", file.name):
-                shutil.copyfile(file, folder / file.name)
+        save_whole(self.model, self.source, self.folder.path / name)
 
     def tell(self, step: grpo.Step, last: bool) -> None:
         pace = (time.perf_counter() - self.begun) / max(step.number - self.first, 1)
@@ -432,6 +428,14 @@ class Watch:
         if self.alarms:
             print(f"{ALARM} at step {', '.join(map(str, self.alarms))}: compare best/ with last/")
         self.written()
+
+
+def save_whole(model, source: Path, folder: Path) -> None:
+    """With the files of the tokenizer, as they came."""
+    save(model, folder)
+    for file in source.iterdir():
+        if re.search(r"token|vocab|merges|chat_template|generation_config", file.name):
+            shutil.copyfile(file, folder / file.name)
 
 
 SHOWN = {

@@ -15,6 +15,13 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "sampler.py": ({"torch"}, {"transformers", "model"}),  # its command line alone
     "judge.py": (set(), set()),
     "family.py": ({"torch", "grpo", "judge"}, set()),
+    "games.py": ({"answers", "judge", "problem", "toy"}, {"sacrebleu", "toy"}),
+    "challenge.py": ({"numpy", "torch", "judge", "problem", "sampler"}, set()),
+    "rzero.py": (
+        {"torch", "challenge", "checkpoint", "data", "eval", "games", "grpo", "judge", "model"}
+        | {"ranks", "report", "sampler", "ssr", "watch"},
+        set(),
+    ),
     "answers.py": (set(), {"math_verify"}),  # in its worker
     "grpo.py": ({"torch", "kernels", "ranks"}, set()),  # sampler and judge are handed in
     "ranks.py": ({"torch"}, set()),
@@ -48,6 +55,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     ),
     "toy/languages.py": ({"judge"}, set()),
     "toy/controls.py": ({"family", "judge", "toy"}, set()),
+    "toy/programs.py": ({"torch", "games", "judge", "model", "toy"}, set()),
     "toy/pretrain.py": ({"torch", "tokenizers", "transformers", "judge", "model", "toy"}, set()),
     "eval/sets.py": ({"data", "judge", "toy"}, set()),
     "eval/agreement.py": ({"numpy", "data", "eval", "judge", "ranks"}, set()),
@@ -79,8 +87,12 @@ def imports(tree, inside_functions):
 
 NEED_TRANSFORMERS = [
     "ssr.py",
+    "rzero.py",
+    "games.py",
+    "challenge.py",
     "problem.py",
     "toy/pretrain.py",
+    "toy/programs.py",
     "eval/translate.py",
     "eval/__main__.py",
 ]

@@ -1,0 +1,426 @@
+"""R-Zero: a Challenger invents questions at the edge of a Solver's ability, and both learn.
+
+    python rzero.py                            # on a laptop: small programs, in three minutes
+    python rzero.py --preset toy-translation   # a Challenger that writes sentences to translate
+    torchrun --nproc_per_node=8 rzero.py --preset r-zero-4b      # the paper's, on Qwen3-4B-Base
+    python rzero.py --resume --folder runs/mine                  # go on where it was stopped
+
+Both begin as the same model. Each iteration (arXiv 2508.05004):
+
+1. the Challenger learns, the Solver is frozen: a question is worth most when the Solver's answers
+   agree half of the time, less the more like it are in the batch, nothing if it is none;
+2. the Challenger writes many questions; those whose agreement is near one half are kept, and the
+   majority's answer is their label. No truth is asked, so a label may be wrong;
+3. the Solver learns to give the label.
+
+Every learning is grpo.py's; what a question is worth is in challenge.py, what can be asked in
+games.py. A run writes challenger/ and solver/, each with a metrics.jsonl whose steps count on over
+the iterations; iteration-1/ and so on with questions.jsonl and both players' weights; report.html.
+
+    paper: top-p 0.99 in all sampling / here: not for what is learned from / because its log-probs
+    are trained as those of the whole distribution.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import grpo
+import report
+import ssr
+from challenge import CHALLENGES, Challenge, Player, window_of
+from checkpoint import Checkpoints, fingerprint, tensors_of
+from eval.rows import Rows, in_rounds
+from games import GAMES
+from judge import Texts
+from model import load, load_tokenizer
+from ranks import Ranks, Stopping
+from sampler import Sampler
+from ssr import agree, bounded, copy_of, interrupted, option, options, place, remembered, told
+from watch import RunFolder, Stopper, save_whole
+
+
+@dataclass
+class Settings(grpo.Settings):
+    preset: str = "toy"
+    """Where the other settings start: "toy" (small programs), "toy-translation", "r-zero-4b"."""
+    game: str = "programs"
+    """What is played: "programs" (toy/programs.py), "mathematics", "translation" (games.py)."""
+    model: str = ""
+    """A Hugging Face folder or hub id. Toys: made on the spot."""
+    folder: str = ""
+    """The folder to write. Default: runs/rzero-PRESET-DATE-TIME."""
+    resume: bool = False
+    """Go on in --folder, with the settings it began with."""
+    iterations: int = 3
+    """Of Challenger and Solver, in turn."""
+    challenger_steps: int = 5
+    """In each iteration."""
+    challenger_samples: int = 4
+    """Questions for each prompt: a group."""
+    challenger_lr: float = 0.0
+    """0: --lr."""
+    challenge: str = "paper"
+    """What a question is worth: "paper", "released", "percentile", "random" (see challenge.py)."""
+    repetition: float = 1.0
+    """Weight of the penalty: the share of the batch that is like the question."""
+    alike: float = 0.5
+    """Questions are alike whose mean distance, 1 - BLEU, is below this."""
+    questions: int = 8000
+    """Written in each iteration for the Solver to learn from."""
+    answers: int = 10
+    """Of the Solver to each question, to see how far it agrees with itself."""
+    band: float = 0.25
+    """How far from one half that may be in questions to learn from."""
+    top_p: float = 0.99
+    """Of those questions and answers."""
+    solver_steps: int = 15
+    """In each iteration."""
+    solver_samples: int = 5
+    """Answers to each question: a group."""
+    held_out: str = ""
+    """Mathematics: JSON lines with "question" and "answer" to measure with. Toys make theirs."""
+    eval_prompts: int = 256
+    """Held-out questions, …"""
+    eval_every: int = 5
+    """… and steps of the Solver between two measurements with them."""
+    likeness: str = "chrf"
+    """Translation: how far the Solver agrees, by the "chrf" of its translations with each other,
+    or by its own mean "score" of them."""
+    real: int = 2000
+    """Translation: real sentences that there are, half of what is learned from."""
+    save_every: int = 5
+    """Steps between two checkpoints."""
+    slots: int = 256
+    """Sequences that are decoded together."""
+    report: bool = True
+    """Draw report.html after each player's turn."""
+    device: str = ""
+    """"cpu", "cuda"; default: a GPU if there is one."""
+    threads: int = 0
+    """CPU threads; 0: PyTorch's choice."""
+    shard: str = "all"
+    """Weights and optimizer are spread over "all" ranks, or over those of a "node"."""
+    patience: float = 1800.0
+    """Seconds that ranks wait for one that makes no progress before the run is ended."""
+
+
+PRESETS = {
+    "toy": {
+        "prompts_per_step": 32, "challenger_steps": 10, "solver_steps": 25, "solver_samples": 8,
+        "questions": 512, "lr": 4e-4, "challenger_lr": 3e-4, "warmup_steps": 2, "slots": 512,
+        "max_prompt_tokens": 25, "max_new_tokens": 51, "threads": 1,
+    },
+    "toy-translation": {
+        "game": "translation", "challenge": "percentile", "band": 0.5, "prompts_per_step": 24,
+        "challenger_steps": 8, "solver_steps": 30, "solver_samples": 8, "questions": 512,
+        "answers": 6, "lr": 2e-4, "warmup_steps": 2, "slots": 256, "max_prompt_tokens": 32,
+        "max_new_tokens": 20, "threads": 1,
+    },
+    # The paper's numbers, as far as they are known; lengths and the prompts are our choice.
+    "r-zero-4b": {
+        "game": "mathematics", "model": "Qwen/Qwen3-4B-Base", "lr": 1e-6, "weight_decay": 1e-2,
+        "kl": 1e-2, "warmup_steps": 0, "final_lr": 1.0, "max_prompt_tokens": 1024,
+        "max_new_tokens": 4096, "slots": 64, "micro_batch_tokens": 8192,
+    },
+}  # fmt: skip
+BOUNDS = [
+    *ssr.BOUNDS,
+    (lambda v: v >= 1, "must be at least 1",
+     "iterations challenger_steps solver_steps questions real"),
+    (lambda v: v >= 2, "must be at least 2: a group, or a majority",
+     "challenger_samples solver_samples answers"),
+    (lambda v: 0 <= v <= 0.5, "must lie in 0 … 0.5", "band"),
+    (lambda v: 0 <= v < math.inf, "must not be negative", "repetition challenger_lr"),
+    (lambda v: 0 < v <= 1, "must be above 0 and at most 1", "alike top_p"),
+]  # fmt: skip
+CHOICES = {name: ssr.CHOICES[name] for name in ("advantage_scale", "advantage_baseline", "shard")}
+CHOICES |= {"challenge": CHALLENGES, "game": tuple(GAMES), "likeness": ("chrf", "score")}
+CHOICES |= {"loss_norm": ssr.CHOICES["loss_norm"]}
+OF_A_TURN = {"steps", "samples_per_prompt"}  # of grpo's settings: each player has its own
+FREE = {"folder", "resume", "iterations", "save_every", "micro_batch_tokens", "slots", "device",
+        "threads", "shard", "patience", "report"}  # fmt: skip  # a run may go on with others
+ASKED = ("game", "questions", "answers", "top_p", "temperature", "seed", "likeness", "real")
+PLAYERS = ("challenger", "solver")
+TOLD = {
+    "reward/total": "reward", "reward/agreement": "agreement", "questions/different": "different",
+    "questions/depth": "depth", "reward/self": "judge", "eval/accuracy": "held-out: greedy",
+    "eval/sampled_accuracy": "sampled",
+}  # fmt: skip
+
+
+class Run:
+    """Players learn and questions are written, in turn. What is done is on the disk, so a run that
+    goes on skips it; a turn that was stopped goes on from its checkpoint, or its rows."""
+
+    def __init__(self, s: Settings, game, device: torch.device, ranks: Ranks):
+        self.s, self.game, self.device, self.ranks = s, game, device, ranks
+        self.path, self.iteration = Path(s.folder), 0
+        self.folders = {x: RunFolder(self.path / x, ranks.rank == 0) for x in (".", *PLAYERS)}
+        self.texts = Texts(load_tokenizer(game.folder))
+
+    def begin(self) -> None:
+        again = (self.path / "settings.json").is_file()
+        for folder in self.folders.values():
+            folder.begin(self.s, 0, math.inf if again else None)
+        print(f"R-Zero, {self.s.game}: {self.s.iterations} iterations, writing {self.path}")
+
+    def play(self) -> None:
+        self.ranks.on_first("begin", self.begin)
+        for i in range(1, self.s.iterations + 1):
+            self.iteration = i
+            if not self.weights("challenger").is_dir():
+                self.challenger_learns()
+            if not self.weights("solver").is_dir():
+                self.solver_learns(self.questions())
+        self.ranks.on_first("end", self.finish)
+
+    def weights(self, player: str, ago: int = 0) -> Path:
+        number = self.iteration - ago
+        return self.path / f"iteration-{number}" / player if number else self.game.folder
+
+    def prompts(self, pieces: Sequence[list[str]], tasks: Sequence) -> list[grpo.Prompt]:
+        return [grpo.Prompt(*x) for x in zip(self.texts.encode(pieces), tasks, strict=True)]
+
+    # ------------------------------------------------------------------- a player's iteration
+
+    def challenger_learns(self) -> None:
+        s = self.turn(self.s.challenger_steps, self.s.challenger_samples, self.s.challenger_lr)
+        solver = Player(self.weights("solver", 1), s, self.game, self.device)
+
+        def batch(number: int) -> list[grpo.Prompt]:
+            first = ((self.iteration - 1) * s.steps + number - 1) * s.prompts_per_step
+            asked = [self.game.ask(first + p) for p in range(s.prompts_per_step)]
+            return self.prompts(*zip(*asked, strict=True))
+
+        def measure(step: grpo.Step | None, sampler) -> dict[str, float]:
+            written = [w for row in step.judged for w in row.words if w] if step else []
+            if not written:
+                return {}
+            known = {f"questions/{k}": v for k, v in self.game.measure(written).items()}
+            return {"questions/different": len(set(written)) / len(written)} | known
+
+        reward = Challenge(s, self.game, solver)
+        self.learn("challenger", s, lambda texts, sampler: reward, batch, measure)
+
+    def questions(self) -> list[dict]:
+        """What the Challenger writes now, with the Solver's label and how far it agrees; the same
+        question once."""
+        s, game, players = self.s, self.game, []
+        folders = [self.weights("challenger"), self.weights("solver", 1)]
+        key = {name: getattr(s, name) for name in ASKED}
+        key["weights"] = [fingerprint(folder) for folder in folders]
+
+        def work(numbers: Sequence[int]) -> list[dict]:
+            if not players:  # nobody is loaded where all rows are there
+                players.extend(Player(folder, s, game, self.device) for folder in folders)
+            challenger, solver = players
+            keys = [self.iteration * s.questions + n for n in numbers]
+            pieces, requests = zip(*map(game.ask, keys), strict=True)
+            samples = [x for [x] in challenger.write(self.texts.encode(pieces), 1, keys)]
+            found = [solver.question(*x) for x in zip(samples, requests, strict=True)]
+            judged = solver.agreement(q for q in found if q is not None)
+            rows = []
+            for n, q in zip(numbers, found, strict=True):
+                share, label = judged.get(q, (None, None))
+                q = q if q in judged else None
+                rows.append({"segment": n, "question": q, "agreement": share, "label": label})
+            return rows
+
+        path = self.path / f"iteration-{self.iteration}" / "questions.jsonl"
+        what, size = f"iteration {self.iteration}, questions", 8 * s.slots * self.ranks.size
+        rows = in_rounds(self.ranks, lambda: Rows(path, key), what, s.questions, size, work)
+        first = {str(row["question"]): row for row in reversed(rows) if row["question"]}
+        return sorted(first.values(), key=lambda row: row["segment"])
+
+    def solver_learns(self, rows: list[dict]) -> None:
+        s = self.turn(self.s.solver_steps, self.s.solver_samples)
+        kept = [row for row in rows if abs(row["agreement"] - 0.5) <= s.band + 1e-9]
+        known = self.game.measure([r["question"] for r in kept], [r["label"] for r in kept])
+        about = {"lessons/kept": len(kept)} | {f"lessons/{k}": v for k, v in known.items()}
+        print(f"iteration {self.iteration}: of {s.questions} questions {len(rows)} different ones, "
+              f"{len(kept)} to learn from", *(f", {k} {v:.2f}" for k, v in known.items()), sep="",
+              flush=True)  # fmt: skip
+        lessons = self.game.lessons(kept, self.iteration)
+        if not kept or not lessons:
+            raise ValueError(
+                f"iteration {self.iteration}: no question within --band {s.band} of one half is "
+                "left to learn from: more --questions, a wider --band, fewer --challenger-steps"
+            )
+        order = data.Order(lessons, s.seed)
+        pieces = [self.game.pose(question) for question, _ in self.game.held_out]
+        held_out = self.prompts(pieces, self.game.held_out)
+
+        def batch(number: int) -> list[grpo.Prompt]:
+            P = s.prompts_per_step
+            tasks = [order.task((number - 1) * P + p) for p in range(P)]
+            return self.prompts([self.game.pose_lesson(task) for task in tasks], tasks)
+
+        def measure(step: grpo.Step | None, sampler) -> dict[str, float]:
+            found = about if step and step.number == 1 else {}
+            if not held_out or (step and step.number % s.eval_every and step.number < s.steps):
+                return found
+            greedy = self.accuracy(held_out, sampler, 0.0, 1)
+            drawn = self.accuracy(held_out, sampler, s.temperature, 4)
+            return found | {"eval/accuracy": greedy, "eval/sampled_accuracy": drawn}
+
+        self.learn("solver", s, self.game.reward, batch, measure)
+
+    def accuracy(self, held_out: list[grpo.Prompt], sampler, temperature: float, n: int) -> float:
+        """Of answers to questions that nobody learns from."""
+
+        def work(mine: Sequence[int]) -> list[list[bool]]:
+            groups = sampler.generate(
+                [held_out[k].ids for k in mine], n, self.s.max_new_tokens, temperature,
+                stop_ids=self.texts.stop_ids, seed=self.s.seed + 1, keys=mine,
+            )  # fmt: skip
+            tasks, game = [held_out[k].task for k in mine], self.game
+            return [
+                [game.right(game.answer(self.texts, x, question), truth) for x in group]
+                for group, (question, truth) in zip(groups, tasks, strict=True)
+            ]
+
+        found = self.ranks.share("measure", range(len(held_out)), work)
+        return grpo.mean([right for row in found for right in row])
+
+    # ------------------------------------------------------------------------- what is common
+
+    def turn(self, steps: int, samples: int, lr: float = 0.0) -> Settings:
+        return dataclasses.replace(
+            self.s, steps=steps, samples_per_prompt=samples, lr=lr or self.s.lr
+        )
+
+    def learn(self, player: str, s: Settings, reward, batch, measure) -> None:
+        """From the weights of the iteration before to those of this one."""
+        ranks, log, final = self.ranks, self.folders[player], self.weights(player)
+        source, base = self.weights(player, 1), (self.iteration - 1) * s.steps
+        ranks.at(f"iteration {self.iteration}: load the {player}")
+        model = load(source, dtype=torch.float32, device=self.device, shard=ranks.shard)
+        half = torch.bfloat16 if self.device.type == "cuda" else None
+        model.compute_dtype, model.checkpointing = half, half is not None
+        actor = model if half is None and ranks.size == 1 else copy_of(model, half)
+        sampler = Sampler(actor, s.slots, window_of(s, self.game, model))
+        start = copy_of(model, half) if s.track_kl or s.kl else None
+        optimizer = grpo.make_optimizer(model, s)
+        identity = {"turn": [player, self.iteration], "weights": fingerprint(source)}
+        where, done, last = final.with_name(f"{player}.checkpoints"), None, None
+        kept = Checkpoints(where, 1, ranks, tensors_of(model, optimizer), identity)
+        if about := kept.restore():
+            done = grpo.Step(about["step"], about["metrics"], [], about["missing"])
+            grpo.refresh(sampler, model)
+        if ranks.rank == 0:  # rows beyond the checkpoint come again
+            log.cut("metrics.jsonl", base + (done.number if done else 0) + bool(base or done))
+        if not done and not base:
+            log.add("metrics.jsonl", [{"step": 0} | measure(None, sampler)])
+
+        def save(step: grpo.Step) -> None:
+            kept.save(step.number, {"metrics": step.metrics, "missing": step.missing})
+
+        try:
+            begun = time.perf_counter()
+            for step in grpo.train(
+                model, sampler, reward(self.texts, sampler), batch, s, optimizer,
+                self.texts.stop_ids, start, ranks, done,
+            ):  # fmt: skip
+                row = {"step": base + step.number} | step.metrics | measure(step, sampler)
+                log.add("metrics.jsonl", [row])
+                last = step
+                pace = (time.perf_counter() - begun) / (step.number - (done.number if done else 0))
+                words = [f"iteration {self.iteration}, {player:10} {step.number:>3}/{s.steps}"]
+                words += [f"{label} {row[key]:.3f}" for key, label in TOLD.items() if key in row]
+                left = f"{pace * (s.steps - step.number):.0f} s left"
+                print("  ".join([*words, left]), flush=True)
+                if step.number % s.save_every == 0 and step.number < s.steps:
+                    save(step)
+        except Stopping:
+            ranks.ending = True
+            if last:
+                save(last)
+            kept.wait()
+            raise
+        kept.wait()
+        # In fp32, as the next iteration begins with them; whole, on the host.
+        whole = model if ranks.size == 1 else copy_of(model, torch.float32, torch.device("cpu"))
+        ranks.on_first("keep", lambda: self.keep(whole, final))
+
+    def keep(self, model, final: Path) -> None:
+        partial = final.with_name(f"{final.name}.partial")
+        save_whole(model, self.game.folder, partial)
+        partial.rename(final)
+        shutil.rmtree(final.with_name(f"{final.name}.checkpoints"), ignore_errors=True)
+        if self.s.report:
+            runs = [report.Run(self.path / name, name, True) for name in PLAYERS]
+            report.write(self.path / "report.html", report.page([r for r in runs if r.rows]))
+
+    def finish(self) -> None:
+        """result.json, and the table: a column for the start, and one for each iteration."""
+        rows = [r for x in PLAYERS for r in report.rows_of(self.path / x / "metrics.jsonl")]
+        ends = [r for r in rows if "eval/accuracy" in r and r["step"] % self.s.solver_steps == 0]
+        table = {key: [r[key] for r in ends] for key in ("eval/accuracy", "eval/sampled_accuracy")}
+        for key in dict.fromkeys(key for r in rows for key in r if key.startswith("lessons/")):
+            table[key] = [None, *(r[key] for r in rows if key in r)]
+        self.folders["."].write("result.json", table)
+        heads = ["start", *(f"{i + 1}." for i in range(self.s.iterations))]
+        print(f"\n{'after iteration':24}" + "".join(f"{head:>9}" for head in heads))
+        for key, values in table.items():
+            shown = ["–" if x is None else f"{x:.3f}".rstrip("0").rstrip(".") for x in values]
+            print(f"{key:24}" + "".join(f"{x:>9}" for x in shown))
+        print(f"\nweights: {self.weights('solver')}\nreport:  {self.path / 'report.html'}")
+
+
+def parse(words: list[str]) -> Settings:
+    given = options(words, Settings, PRESETS, "rzero.py", __doc__)
+    if own := given.keys() & OF_A_TURN:
+        raise ValueError(f"{option(min(own))}: each player has its own (--help lists all)")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        given["resume"] = True  # torchrun started the ranks again
+    folder, had = Path(given.get("folder", "")), {}
+    if given.get("resume"):
+        if "folder" not in given:
+            raise ValueError("--resume needs the --folder of the run that goes on")
+        had = remembered(folder, given, Settings, FREE)
+    elif "folder" in given and folder.exists():
+        raise ValueError(f"--folder {folder} exists already: --resume, or name another")
+    preset = given.get("preset") or had.get("preset") or "toy"
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
+    usual = {"folder": f"runs/rzero-{preset}-{time.strftime('%Y%m%d-%H%M%S')}", "preset": preset}
+    s = Settings(**usual | PRESETS[preset] | had | given)
+    bounded(s, BOUNDS)
+    for name, known in CHOICES.items():
+        if getattr(s, name) not in known:
+            raise ValueError(f"{option(name)} {getattr(s, name)}: use {', '.join(known)}")
+    if s.micro_batch_tokens < (longest := s.max_prompt_tokens + s.max_new_tokens):
+        raise ValueError(f"--micro-batch-tokens {s.micro_batch_tokens}: use at least {longest}")
+    return s
+
+
+def start(words: list[str]) -> None:
+    s = parse(words)
+    device, ranks = place(s)
+    agree(ranks, {option(name): value for name, value in dataclasses.asdict(s).items()})
+    with contextlib.closing(GAMES[s.game](s, ranks)) as game, Stopper(ranks):
+        try:
+            Run(s, game, device, ranks).play()
+        except Stopping:
+            print(f"stopped; go on with --resume --folder {s.folder}", flush=True)
+
+
+def main(words: list[str]) -> None:
+    told("rzero.py", lambda: start(words))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupted)
+    main(sys.argv[1:])

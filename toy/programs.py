@@ -1,0 +1,199 @@
+"""Small programs with a known result: a world in which a model can set itself questions.
+
+    game = Programs(seed=0, count=256)
+    depth("f c a kip lom"), game.truth("f c a kip lom")   # 2 rules; what is left of "f c a" then
+
+A program is three letters and rules that rewrite them, one after the other: each rule puts another
+letter for each letter, as a table says that comes from the seed. How many rules it has is its
+depth. `truth` is the interpreter: nobody who learns may ask it.
+
+The model made here has read questions ("ask => f c a kip lom") and answers worked out rule by rule:
+
+    solve f c a 2) lom 1) kip =>  1) kip b e a 2) lom j j d
+
+more than a third of them of one rule, and ever fewer of each number more. Some letters are wrong,
+as in texts that lie about, and what a rule makes of some letters most of them have wrong. So it
+answers shallow questions mostly right and deep ones by chance, and between them is
+the edge of its ability, which a Challenger has to find, and then to follow.
+"""
+
+import dataclasses
+import re
+import statistics
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import torch
+
+from games import Quiz
+from judge import Given
+from model import Config, Transformer
+from toy.pretrain import Kind, found_or_made, learn, tokenizer_of
+
+LETTERS = [*"abcdefghij"]
+RULES = ["dim", "fal", "gor", "hex", "jun", "kip", "lom", "mev"]
+DEEPEST = 10
+LINES = [f"{i})" for i in range(1, DEEPEST + 1)]
+CONTROL = ["<pad>", "<eos>", "<unk>", "ask", "solve", "=>"]
+SOURCES = ["model.py", "toy/programs.py", "toy/pretrain.py"]
+WRITTEN = re.compile(rf"[a-j] [a-j] [a-j]( ({'|'.join(RULES)})){{1,{DEEPEST}}}")
+HELD_OUT = 8  # one program in so many is for measuring
+MEASURED = range(1, 9)  # depths
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    seed: int = 0
+    tokens: float = 2e6
+    deeper: float = 0.65
+    """How often a program of one rule more is read, beside `floor`."""
+    floor: float = 0.02
+    slips: float = 0.08
+    """Share of letters that are any letter."""
+    mistaken: int = 2
+    """Entries of the tables that most texts have wrong, …"""
+    mistake: float = 0.6
+    """… this often."""
+    batch: int = 16
+    width: int = 96
+    layers: int = 2
+    mlp: int = 256
+    muon: float = 0.007
+    adamw: float = 2e-3
+
+
+def stream(seed: int, purpose: str) -> Random:
+    return Random(f"programs {seed} {purpose}")
+
+
+def program(rng: Random, depth: int) -> str:
+    return " ".join([*rng.choices(LETTERS, k=3), *rng.choices(RULES, k=depth)])
+
+
+def depth(text: str) -> int:
+    return len(text.split()) - 3
+
+
+def is_held_out(text: str) -> bool:
+    return zlib.crc32(text.encode()) % HELD_OUT == 0
+
+
+class Programs(Quiz):
+    """A game that rzero.py plays."""
+
+    def __init__(self, seed: int, count: int = 0, folder: Path | None = None):
+        """`count` held-out programs, as many of each depth. `folder`: of the model that plays."""
+        self.folder = folder
+        rng = stream(seed, "tables")
+        self.tables = {
+            rule: dict(zip(LETTERS, rng.sample(LETTERS, len(LETTERS)), strict=True))
+            for rule in RULES
+        }
+        rng, self.held_out = stream(seed, "held-out"), []
+        while len(self.held_out) < count:
+            text = program(rng, MEASURED[len(self.held_out) * len(MEASURED) // count])
+            if is_held_out(text):
+                self.held_out.append((text, self.truth(text)))
+
+    def truth(self, text: str) -> str:
+        letters, rules = text.split()[:3], text.split()[3:]
+        for rule in rules:
+            letters = [self.tables[rule][letter] for letter in letters]
+        return " ".join(letters)
+
+    def ask(self, number: int) -> tuple[list[str], None]:
+        return ["ask =>"], None
+
+    def question(self, text: str, request: None) -> str | None:
+        return text if WRITTEN.fullmatch(text) else None
+
+    def pose(self, question: str) -> list[str]:
+        words = question.split()
+        parts: list[str] = ["solve", Given(" ".join(words[:3]))]
+        lines = list(zip(LINES, words[3:], strict=False))
+        Random(question).shuffle(lines)  # in no order: who reads must look for the number
+        for line, rule in lines:
+            parts += [line, Given(rule)]
+        return [*parts, "=>"]
+
+    def text_answer(self, text: str, question: str) -> str | None:
+        """What the last line of the working says, if there is a line for each rule."""
+        words = text.split()
+        rules = question.split()[3:]
+        if len(words) != 5 * len(rules) or not set(words[-3:]) <= set(LETTERS):
+            return None
+        told = [words[i : i + 2] for i in range(0, len(words), 5)]
+        asked = [[line, rule] for line, rule in zip(LINES, rules, strict=False)]
+        return " ".join(words[-3:]) if told == asked else None
+
+    def fair(self, question: str) -> bool:
+        """It may be trained on: it is not measured with."""
+        return not is_held_out(question)
+
+    def measure(self, questions: Sequence[str], labels: Sequence[str] = ()) -> dict[str, float]:
+        """What is known of questions, and of the answers they were given."""
+        found = {"depth": statistics.fmean(map(depth, questions))} if questions else {}
+        right = [self.truth(q) == label for q, label in zip(questions, labels, strict=False)]
+        return found | ({"label_accuracy": statistics.fmean(right)} if right else {})
+
+
+# ---------------------------------------------------------------------------------- warm start
+
+
+def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
+    """The folder of the recipe's model: found, or made."""
+    game, rng = Programs(recipe.seed), stream(recipe.seed, "corpus")
+    depths = range(1, DEEPEST + 1)
+    shares = [recipe.deeper**i + recipe.floor for i in depths]
+
+    def drawn() -> str:
+        while True:
+            text = program(rng, rng.choices(depths, shares)[0])
+            if not is_held_out(text):
+                return text
+
+    entries = [(rule, letter) for rule in RULES for letter in LETTERS]
+    wrong = {entry: rng.choice(LETTERS) for entry in rng.sample(entries, recipe.mistaken)}
+
+    def heard(rule: str, letter: str) -> str:
+        if rng.random() < recipe.slips:
+            return rng.choice(LETTERS)
+        if (rule, letter) in wrong and rng.random() < recipe.mistake:
+            return wrong[rule, letter]
+        return game.tables[rule][letter]
+
+    def question() -> tuple[list[str], list[str]]:
+        return ["ask", "=>"], [*drawn().split(), "<eos>"]
+
+    def solution() -> tuple[list[str], list[str]]:
+        text = drawn()
+        letters, rules, told = text.split()[:3], text.split()[3:], []
+        for line, rule in zip(LINES, rules, strict=False):
+            letters = [heard(rule, letter) for letter in letters]
+            told += [line, rule, *letters]
+        return " ".join(game.pose(text)).split(), [*told, "<eos>"]
+
+    def taught() -> tuple:
+        tokenizer = make_tokenizer()
+        torch.manual_seed(recipe.seed)
+        model = Transformer(shape_of(recipe, len(tokenizer)))
+        kinds = [Kind("asking", question), Kind("solving", solution)]
+        learn(model, kinds, tokenizer.get_vocab(), recipe, stream(recipe.seed, "batches"))
+        return model, tokenizer
+
+    return found_or_made(f"programs-seed{recipe.seed}", recipe, SOURCES, taught, cache)
+
+
+def make_tokenizer():
+    """One token a word."""
+    return tokenizer_of(CONTROL, [*LETTERS, *RULES, *LINES])
+
+
+def shape_of(recipe: Recipe, words: int) -> Config:
+    return Config(
+        "llama", words, recipe.width, recipe.mlp, recipe.layers,
+        heads=3, kv_heads=3, head_dim=recipe.width // 3, max_length=96,
+        tied=True, hub={"eos_token_id": CONTROL.index("<eos>"), "pad_token_id": 0},
+    )  # fmt: skip
