@@ -314,39 +314,48 @@ class Run:
         start = copy_of(model, half) if s.track_kl or s.kl else None
         optimizer = grpo.make_optimizer(model, s)
         identity = {"turn": [player, self.iteration], "weights": fingerprint(source)}
-        where, done, last = final.with_name(f"{player}.checkpoints"), None, None
+        where, done = final.with_name(f"{player}.checkpoints"), None
         kept = Checkpoints(where, 1, ranks, tensors_of(model, optimizer), identity)
         if about := kept.restore():
             done = grpo.Step(about["step"], about["metrics"], [], about["missing"])
             grpo.refresh(sampler, model)
-        if ranks.rank == 0:  # rows beyond the checkpoint come again
-            log.cut("metrics.jsonl", base + (done.number if done else 0) + bool(base or done))
-        if not done and not base:
-            log.add("metrics.jsonl", [{"step": 0} | measure(None, sampler)])
+        number, row = (done.number, about["row"]) if done else (0, None)
+        begun, last = time.perf_counter(), done
 
-        def save(step: grpo.Step) -> None:
-            kept.save(step.number, {"metrics": step.metrics, "missing": step.missing})
+        def logged(step: grpo.Step) -> dict:
+            made = {"step": base + step.number} | step.metrics | measure(step, sampler)
+            log.add("metrics.jsonl", [made])
+            pace = (time.perf_counter() - begun) / max(step.number - number, 1)
+            words = [f"iteration {self.iteration}, {player:10} {step.number:>3}/{s.steps}"]
+            words += [f"{label} {made[key]:.3f}" for key, label in TOLD.items() if key in made]
+            left = f"{pace * (s.steps - step.number):.0f} s left"
+            print("  ".join([*words, left]), flush=True)
+            return made
 
+        def save() -> None:
+            kept.save(last.number, {"metrics": last.metrics, "missing": last.missing, "row": row})
+
+        if ranks.rank == 0:  # rows from the checkpoint's on come again
+            log.cut("metrics.jsonl", base + number + (base > 0 and not done))
         try:
-            begun = time.perf_counter()
+            if row:
+                log.add("metrics.jsonl", [row])
+            elif done:  # it was stopped while it measured
+                row = logged(done)
+            elif not base:
+                log.add("metrics.jsonl", [{"step": 0} | measure(None, sampler)])
             for step in grpo.train(
                 model, sampler, reward(self.texts, sampler), batch, s, optimizer,
                 self.texts.stop_ids, start, ranks, done,
             ):  # fmt: skip
-                row = {"step": base + step.number} | step.metrics | measure(step, sampler)
-                log.add("metrics.jsonl", [row])
-                last = step
-                pace = (time.perf_counter() - begun) / (step.number - (done.number if done else 0))
-                words = [f"iteration {self.iteration}, {player:10} {step.number:>3}/{s.steps}"]
-                words += [f"{label} {row[key]:.3f}" for key, label in TOLD.items() if key in row]
-                left = f"{pace * (s.steps - step.number):.0f} s left"
-                print("  ".join([*words, left]), flush=True)
+                last, row = step, None
+                row = logged(step)
                 if step.number % s.save_every == 0 and step.number < s.steps:
-                    save(step)
+                    save()
         except Stopping:
             ranks.ending = True
             if last:
-                save(last)
+                save()
             kept.wait()
             raise
         kept.wait()

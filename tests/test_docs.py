@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import rzero
 import ssr
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,8 @@ def test_links_lead_somewhere(page):
 
 def known_options():
     """Of all our commands, and of those of others that the documents show."""
-    found = {ssr.option(f.name) for f in dataclasses.fields(ssr.Settings)}
+    kinds = (ssr.Settings, rzero.Settings)
+    found = {ssr.option(f.name) for kind in kinds for f in dataclasses.fields(kind)}
     for file in [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("bench/*.py")]:
         found |= set(re.findall(r'(?:option|add_argument)\(\s*"(--[a-z-]+)"', file.read_text()))
     torchrun = "nproc_per_node nnodes rdzv-backend rdzv-endpoint max-restarts shutdown-timeout"
