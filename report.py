@@ -3,6 +3,7 @@
     python report.py runs/mine                                   # writes runs/mine/report.html
     python report.py live=runs/a live=runs/b frozen=runs/c --out compared.html
     python report.py runs/mine --svg curve.svg --panels held-out,judge,entropy
+    python report.py runs/game/challenger runs/game/solver --out players.html     # of rzero.py
 
 Self-rewarding fails quietly, so look: curves, the judge against what it cannot see, the same
 held-out sentences at several steps, the alarms. One file, no network: it opens from a disk and on
@@ -85,7 +86,39 @@ COST = [
     Panel("rate", "Tokens sampled a second", "Over the whole step, judging and training included.",
           {"tokens_per_second": "whole step"}),
 ]  # fmt: skip
-PANELS = {panel.name: panel for panel in LEARNING + HEALTH + COST}
+QUESTIONS = [  # of rzero.py's players
+    Panel("difficulty", "Difficulty of questions", "Of those the Challenger writes. It should rise "
+          "with what the Solver can do.", {"questions/depth": "depth", "questions/words": "words"}),
+    Panel("agreement", "The Solver's agreement with itself", "On those questions. ½ is what the "
+          "Challenger is paid for; where it is a likeness of translations, less than others have.",
+          {"reward/agreement": "mean"}, True),
+    Panel("different", "Different questions", "Shares of the batch: different questions; and "
+          "what is like a question, its penalty. To repeat itself is a Challenger's trick.",
+          {"questions/different": "different", "reward/repetition": "penalty"}, True),
+    Panel("labels", "Right pseudo-labels", "Of the questions the Solver learns from; known in the "
+          "toy alone. They may fall while questions get harder: R-Zero's known limit.",
+          {"lessons/label_accuracy": "right"}, True),
+    Panel("lessons", "Questions to learn from", "Those near enough to ½ (--band). Few are left: "
+          "questions are too easy, or too hard.", {"lessons/kept": "kept"}),
+]  # fmt: skip
+PANELS = {panel.name: panel for panel in LEARNING + HEALTH + COST + QUESTIONS}
+OF_PLAYERS = {  # what reads otherwise there
+    "held-out": {"title": "Held-out accuracy", "look": "Nobody learns from these questions. "
+                 "Sampled alone rises: answers agree more. Greedy rises, too: more is known."},
+    "kl": {"title": "KL from the start of the turn", "look": "Nats a token: how far the player has "
+           "moved since its iteration began. A sudden climb comes before a collapse."},
+    "length": {"look": "Tokens: of the Challenger's questions, of the Solver's answers. They may "
+               "grow as questions get harder, until they are cut off."},
+    "unusable": {"look": "Shares: rewards that are no number, samples that are no question or no "
+                 "answer, samples cut off."},
+    "rate": {"look": "Over the whole step, training included, and for the Challenger the Solver's "
+             "answers."},
+}  # fmt: skip
+CAME_TO = {
+    "challenger": {"questions/depth": "depth of questions", "questions/words": "words a question",
+                   "questions/different": "different ones", "reward/agreement": "agreement"},
+    "solver": {"eval/accuracy": "held-out accuracy", "eval/sampled_accuracy": "sampled"},
+}  # fmt: skip
 STYLES = ["-", (0, (4, 2)), (0, (1, 1.6)), (0, (7, 2, 1, 2)), (0, (2, 4))]
 LIGHT = ["#2f6fb7", "#c0562b", "#3d8f5f", "#8a55b0", "#a8831a", "#c2477f", "#3a8f9f", "#777777"]
 DARK = ["#6aa9ef", "#f0915f", "#71c795", "#bd8fe0", "#dcb94e", "#ee85b3", "#7fcbd8", "#b5b5b5"]
@@ -109,12 +142,18 @@ class Run:
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}/settings.json is not one of a run ({error})") from None
         self.about = self.settings.pop("about", {})
+        name, s = path.resolve().name, self.settings
+        self.player = name if name in CAME_TO and f"{name}_steps" in s else ""
+        if self.player:  # of what both are given its own
+            s["steps"] = s["iterations"] * s[f"{name}_steps"]
+            s["samples_per_prompt"] = s[f"{name}_samples"]
+            s["lr"] = s.get(f"{name}_lr") or s["lr"]
         self.resumed = self.settings.pop("resumed", [])
         self.rows = rows_of(path / "metrics.jsonl")
         for row in self.rows:
             if row.get("reward/format") is not None:
                 row["wrong/format"] = 1 - row["reward/format"]
-        self.measured = [row for row in self.rows if "eval/self" in row]
+        self.measured = [row for row in self.rows if {"eval/self", "eval/accuracy"} & row.keys()]
         self.evaluations = rows_of(path / "evaluations.jsonl")
         self.habits = habits([row["greedy"]["text"] for row in self.evaluations])
         found = {e["step"]: h for e, h in zip(self.evaluations, self.habits, strict=True)}
@@ -145,6 +184,12 @@ class Run:
 
     def at(self, step: int, key: str) -> float | None:
         return next((row.get(key) for row in self.measured if row["step"] == step), None)
+
+    def came_to(self) -> list[tuple[str, float, float]]:
+        """Of a player: what is known of it, at its first step and at its last."""
+        most = self.step + 1  # no means of neighbours
+        found = [(x, self.series(k, most)[1]) for k, x in CAME_TO[self.player].items()]
+        return [(name, y[0], y[-1]) for name, y in found if y]
 
     def seconds(self) -> dict[str, float]:
         """By stage, of the whole run."""
@@ -316,7 +361,8 @@ def panel_of(plt, panel: Panel, runs: list[Run], numbers: dict[str, int]) -> dic
 
 def histogram(plt, run: Run, n: int, number: int) -> str:
     """The judge's scores of each step's samples: the more of them, the darker."""
-    name = next((k for row in run.rows for k in row if k.startswith("histogram/")), "")
+    names = (k for row in run.rows for k in row if k.startswith("histogram/"))
+    name = next((k for k in names if k != "histogram/label"), "")  # that one is 0 or 1
     rows = [row for row in run.rows if row.get(name)]
     if not rows:
         return ""
@@ -333,7 +379,8 @@ def histogram(plt, run: Run, n: int, number: int) -> str:
     axes.imshow(picture, origin="lower", aspect="auto", interpolation="nearest",
                 extent=(rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, 0, 1))  # fmt: skip
     axes.grid(False)
-    axes.set(xlabel="step", ylabel="score", title=plain(run.title))
+    score = "agreement" if name == "histogram/agreement" else "score"
+    axes.set(xlabel="step", ylabel=score, title=plain(run.title))
     svg = as_svg(figure, f"histogram{n}")
     plt.close(figure)
     return figure_of(svg, number)
@@ -409,14 +456,18 @@ def overview(runs: list[Run], numbers: dict[str, int]) -> str:
         own = [number_of(run.at(step, "eval/self")) for step in (0, run.best, last)]
         if (invalid := run.at(last, "eval/invalid") or 0) > 0.02:
             own[2] += f" ({invalid:.0%} no score)"
+        ends = [number_of(run.at(step, f"eval/{measure}")) for step in (0, run.best, last)]
+        if run.player:  # it keeps no best/
+            found = [(x, number_of(y), "–", number_of(z)) for x, y, z in run.came_to()]
+            (measure, *ends), (_, *own) = [*found, *[("–",) * 4] * 2][:2]
         cells = [
             f'<i class="dot run{numbers[run.label]}"></i>{escape(run.title)}',
             escape(run.state()) + (' <b class="live">running</b>' if run.running else ""),
             escape(measure or "not measured"),
-            *(number_of(run.at(step, f"eval/{measure}")) for step in (0, run.best, last)),
+            *ends,
             *own,
-            str(run.best),
-            alarm if measure else "cannot ring",
+            "–" if run.player else str(run.best),
+            alarm if measure and not run.player else "cannot ring",
             took(seconds),
             f"{seconds * ranks / 3600:.2g} {unit} hours",
         ]
@@ -440,12 +491,21 @@ def verdict(runs: list[Run]) -> str:
 
 
 def verdict_of(run: Run) -> tuple[str, str, str]:
-    if not run.measured:
+    if not run.measured and not (run.player and run.step):
         return "unsure", "Nothing has been measured yet.", ""
-    last, weights = run.measured[-1]["step"], f"Take best/, of step {run.best}."
     if run.step and all(row.get("groups/zero_variance", 1) == 1 for row in run.rows):
         words = "No group of samples ever differed in its reward: nothing was learned. Look at "
-        return "unsure", words + "what could not be used, and at the training groups.", ""
+        groups = "" if run.player else ", and at the training groups"
+        return "unsure", f"{words}what could not be used{groups}.", ""
+    if run.player:
+        found = run.came_to()
+        words = ", ".join(f"{x} {number_of(y)} → {number_of(z)}" for x, y, z in found)
+        words = f"{run.state().capitalize()}: {words or 'nothing independent was measured'}."
+        if turns := run.step // run.settings[f"{run.player}_steps"]:
+            words += f" Weights: iteration-{turns}/{run.player}."
+        worse = run.player == "solver" and any(z < y for _, y, z in found)
+        return "unsure" if worse or not found else "good", words, ""
+    last, weights = run.measured[-1]["step"], f"Take best/, of step {run.best}."
     if not run.measures:
         words = "Nothing independent was measured, so no alarm can ring and the judge's score is "
         words += "all there is. Give --held-out a set with references, or --measures cometkiwi. "
@@ -477,10 +537,11 @@ def stages(runs: list[Run], numbers: dict[str, int]) -> str:
         )
         said = []
         for name, value in seconds.items():
+            called = "reward" if run.player and name == "judge" else name
             rates = [row[f"per_second/{name}"] for row in run.rows if f"per_second/{name}" in row]
             rate = f", {statistics.median(rates):,.0f} {units[name]}/s" if rates else ""
             said.append(
-                f'<span><i class="stage {name}"></i>{name} {value / total:.0%}{rate}</span>'
+                f'<span><i class="stage {name}"></i>{called} {value / total:.0%}{rate}</span>'
             )
         rows.append(
             f'<div class="run{numbers[run.label]}"><h3>{escape(run.title)}</h3>'
@@ -603,10 +664,15 @@ def said(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def panels_for(runs: list[Run]) -> dict[str, Panel]:
+    own = OF_PLAYERS if all(run.player for run in runs) else {}
+    return {name: replace(panel, **own.get(name, {})) for name, panel in PANELS.items()}
+
+
 def page(runs: list[Run]) -> str:
     plt = pyplot()
-    numbers = numbered(runs)
-    drawn = {p.name: panel_of(plt, p, runs, numbers) for p in PANELS.values()}
+    numbers, players = numbered(runs), all(run.player for run in runs)
+    drawn = {name: panel_of(plt, p, runs, numbers) for name, p in panels_for(runs).items()}
     data = {
         "panels": {
             name: {k: one[k] for k in ("place", "limits", "series")}
@@ -622,6 +688,10 @@ def page(runs: list[Run]) -> str:
     }
     of_runs = list(enumerate(runs))
     several = f"{len(runs)} runs" if len(runs) > 1 else runs[0].title
+    if players:
+        folders = dict.fromkeys(Path(run.settings["folder"]).name for run in runs)
+        several = f"R-Zero: {', '.join(folders)}"
+    order = [*LEARNING[:1], *QUESTIONS, *LEARNING[1:]]
     filled = {
         "title": escape(several),
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -637,7 +707,7 @@ def page(runs: list[Run]) -> str:
         ),
         "verdict": verdict(runs),
         "overview": overview(runs, numbers),
-        "learning": panels_html([drawn[p.name] for p in LEARNING if drawn[p.name]], runs),
+        "learning": panels_html([drawn[p.name] for p in order if drawn[p.name]], runs),
         "health": panels_html([drawn[p.name] for p in HEALTH if drawn[p.name]], runs),
         "cost": panels_html([drawn[p.name] for p in COST if drawn[p.name]], runs),
         "histograms": "".join(histogram(plt, run, n, numbers[run.label]) for n, run in of_runs),
@@ -648,6 +718,8 @@ def page(runs: list[Run]) -> str:
         "data": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
     }
     template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+    kind = "rzero" if players else "ssr"
+    template = re.sub(r"(?s)<(ssr|rzero)>(.*?)</\1>", lambda m: m[2] * (m[1] == kind), template)
     return re.sub(r"\{\{(\w+)\}\}", lambda m: filled[m[1]], template)
 
 
@@ -715,7 +787,8 @@ def main(words: list[str]) -> None:
     if args.svg:
         if unknown := set(args.panels.split(",")) - PANELS.keys():
             raise ValueError(f"--panels {min(unknown)} is unknown; known: {', '.join(PANELS)}")
-        write(Path(args.svg), picture(runs, [PANELS[name] for name in args.panels.split(",")]))
+        known = panels_for(runs)
+        write(Path(args.svg), picture(runs, [known[name] for name in args.panels.split(",")]))
         return
     usual = runs[0].path / "report.html" if len(runs) == 1 else "report.html"
     write(Path(args.out or usual), page(runs))

@@ -333,6 +333,141 @@ def test_several_runs_say_where_they_differ(runs, toy, tmp_path):
     assert {"lr", "steps", "folder"} <= set(differing) and "seed" not in differing
 
 
+# ----------------------------------------------------------------------- the players of R-Zero
+
+
+@pytest.fixture
+def players(tmp_path):
+    """Two iterations of a game, of 2 steps of the Challenger and 4 of the Solver."""
+    settings = {"steps": 200, "samples_per_prompt": 8, "lr": 4e-4, "iterations": 2}
+    settings |= {"challenger_steps": 2, "challenger_samples": 4, "challenger_lr": 3e-4}
+    settings |= {"solver_steps": 4, "solver_samples": 5, "folder": "runs/game"}
+    common = {"reward/format": 1.0, "judge/invalid": 0.0, "groups/zero_variance": 0.25,
+              "policy/entropy": 0.5, "policy/kl": 0.01, "length/mean": 7.0, "length/max": 9,
+              "train/grad_norm": 0.3, "policy/sampler_gap": 1e-7, "tokens_per_second": 900.0,
+              "seconds/judge": 3.0, "seconds/train": 1.0}  # fmt: skip
+    asked = [
+        {"step": n, "reward/total": 0.5 - n / 20, "reward/agreement": 0.5 + n / 10,
+         "reward/repetition": 0.01, "questions/different": 1 - n / 100, "questions/depth": 2.0 + n,
+         "histogram/agreement": [0] * 18 + [3, n]} for n in range(1, 5)
+    ]  # fmt: skip
+    solved = [
+        {"step": n, "reward/total": 0.5, "reward/label": 0.5, "histogram/label": [4] + [0] * 19}
+        for n in range(1, 9)
+    ]
+    for n, kept, right in ((1, 20, 0.9), (5, 15, 0.6)):
+        solved[n - 1] |= {"lessons/kept": kept, "lessons/label_accuracy": right}
+    for n, greedy, sampled in ((4, 0.65, 0.5), (8, 0.7, 0.6)):
+        solved[n - 1] |= {"eval/accuracy": greedy, "eval/sampled_accuracy": sampled}
+    start = {"step": 0, "eval/accuracy": 0.66, "eval/sampled_accuracy": 0.4}
+    for name, first, rows in (("challenger", {"step": 0}, asked), ("solver", start, solved)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_text(json.dumps(settings))
+        rows = [first, *(common | row for row in rows)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    return [tmp_path / "challenger", tmp_path / "solver"]
+
+
+def drawn_together(players, tmp_path):
+    out = tmp_path / "players.html"
+    report.main([*map(str, players), f"--out={out}"])
+    return out
+
+
+def test_both_players_are_on_one_page(players, tmp_path):
+    out = drawn_together(players, tmp_path)
+    assert "<title>R-Zero: game – SSR report" in out.read_text()
+    panels = {
+        name: {(line["of"], line["name"]): (line["x"], line["y"]) for line in panel["series"]}
+        for name, panel in data_in(out)["panels"].items()
+    }
+    assert panels["held-out"] == {
+        ("solver", "greedy"): ([0, 4, 8], [0.66, 0.65, 0.7]),
+        ("solver", "sampled at T 1"): ([0, 4, 8], [0.4, 0.5, 0.6]),
+    }
+    assert panels["difficulty"] == {("challenger", "depth"): ([1, 2, 3, 4], [3, 4, 5, 6])}
+    assert panels["agreement"]["challenger", "mean"][1] == [0.6, 0.7, 0.8, 0.9]
+    assert panels["different"].keys() == {("challenger", "different"), ("challenger", "penalty")}
+    assert panels["labels"] == {("solver", "right"): ([1, 5], [0.9, 0.6])}
+    assert panels["lessons"] == {("solver", "kept"): ([1, 5], [20, 15])}
+    for name in ("reward", "entropy", "kl", "groups", "length", "gradient", "gap", "rate"):
+        assert {of for of, _ in panels[name]} == {"challenger", "solver"}, name
+    assert not panels.keys() & {"judge", "correlation", "habit"}
+
+
+def test_a_players_verdict_is_what_it_came_to(players):
+    challenger, solver = (report.Run(folder, folder.name) for folder in players)
+    words = "4 steps: depth of questions 3.000 → 6.000, different ones 0.990 → 0.960, "
+    words += "agreement 0.600 → 0.900. Weights: iteration-2/challenger."
+    assert report.verdict_of(challenger) == ("good", words, "")
+    words = "8 steps: held-out accuracy 0.660 → 0.700, sampled 0.400 → 0.600. "
+    assert report.verdict_of(solver) == ("good", words + "Weights: iteration-2/solver.", "")
+    solver.rows, solver.step = solver.rows[:6], 5
+    kind, words, _ = report.verdict_of(solver)
+    assert kind == "unsure" and words.startswith("Stopped at step 5 of 8: held-out accuracy 0.660")
+    assert words.endswith("Weights: iteration-1/solver.")  # those of the turn that is whole
+    for row in solver.rows:
+        row["groups/zero_variance"] = 1.0
+    assert report.verdict_of(solver)[1].endswith("Look at what could not be used.")
+    for run in (challenger, solver):
+        run.rows, run.measured, run.step = [], [], 0
+        assert report.verdict_of(run)[1] == "Nothing has been measured yet."
+        assert "<td>–</td>" in report.overview([run], {run.label: 0})
+
+
+def test_players_have_no_best_and_no_alarm(players):
+    runs = [report.Run(folder, folder.name) for folder in players]
+    text = report.overview(runs, {"challenger": 0, "solver": 1})
+    challenger, solver = (re.findall(r"<td>(.*?)</td>", row) for row in text.split("</tr>")[:2])
+    assert challenger[1:9] == [
+        *("4 steps", "depth of questions", "3.000", "–", "6.000", "0.990", "–", "0.960"),
+    ]
+    assert solver[2:9] == ["held-out accuracy", "0.660", "–", "0.700", "0.400", "–", "0.600"]
+    assert challenger[9:11] == solver[9:11] == ["–", "cannot ring"]
+    assert "reward 75%" in report.stages(runs, {"challenger": 0, "solver": 1})
+    own = [[run.settings[x] for x in ("steps", "samples_per_prompt", "lr")] for run in runs]
+    assert own == [[4, 4, 3e-4], [8, 5, 4e-4]]
+
+
+def test_only_scores_that_differ_by_more_than_right_and_wrong_are_a_histogram(players, monkeypatch):
+    drawn = drawings(monkeypatch, "imshow")
+    challenger, solver = (report.Run(folder, folder.name) for folder in players)
+    assert report.histogram(report.pyplot(), solver, 1, 1) == "" and not drawn
+    assert "agreement" in report.histogram(report.pyplot(), challenger, 0, 0)
+    assert drawn[0][0][0][18][0][3] == 1.0  # 3 of 4, the most
+
+
+def test_a_page_of_one_kind_has_no_words_of_the_other(players, page, tmp_path):
+    players = drawn_together(players, tmp_path).read_text()
+    for text, own, others in (
+        (
+            players,
+            "How hard are the questions?",
+            "Can the judge judge?|by the judge|what the model",
+        ),
+        (page.read_text(), "Can the judge judge?", "How hard are|Each player|R-Zero|sampled</th>"),
+    ):
+        assert (
+            own in text and not re.search(others, text) and not re.search("</?(ssr|rzero)>", text)
+        )
+    panels = report.panels_for([])
+    assert all(panels[name] != report.PANELS[name] for name in report.OF_PLAYERS)
+
+
+@needs_chromium
+def test_what_players_do_not_keep_is_not_looked_for(players, tmp_path):
+    script = """
+    const links = [...page.document.querySelectorAll("nav a")].map((x) => x.getAttribute("href"));
+    return { text: page.document.body.innerText, width: page.document.documentElement.scrollWidth,
+      hidden: links.filter((x) => !page.document.querySelector(x).getClientRects().length) };
+    """
+    found = drive(drawn_together(players, tmp_path), tmp_path, script, 390)
+    wrong = r"judge's|judgement|best/|translated|None rang|shown-groups|Sentences|sentences|NaN"
+    assert not re.findall(wrong, found["text"]) and found["hidden"] == []
+    assert found["width"] == 390 and "Right pseudo-labels" in found["text"]
+
+
 # ------------------------------------------------------------------------------ while it is made
 
 
