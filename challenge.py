@@ -16,6 +16,7 @@ majority among the Solver's answers, and c the share of the batch that lies in a
 """
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ from random import Random
 import numpy as np
 import torch
 
-from judge import Judged, digest
+from judge import Judged, Texts, digest
 from problem import loaded
+from ranks import Ranks
 from sampler import Sampler
 
 CHALLENGES = ("paper", "released", "percentile", "random")
@@ -79,6 +81,41 @@ class Player:
         ]
         found = zip(distinct, self.game.agreement(distinct, answers, self), strict=True)
         return {q: x for q, x in found if x is not None}
+
+
+def written(
+    challenger: Player, solver: Player, keys: Sequence[int], segments: Sequence[int]
+) -> list[dict]:
+    """A row for each key: what the Challenger writes, and what the Solver makes of it."""
+    pieces, requests = zip(*map(challenger.game.ask, keys), strict=True)
+    samples = [x for [x] in challenger.write(challenger.texts.encode(pieces), 1, keys)]
+    found = [solver.question(*x) for x in zip(samples, requests, strict=True)]
+    agreed = solver.agreement(q for q in found if q is not None)
+    rows = []
+    for segment, question in zip(segments, found, strict=True):
+        share, label = agreed.get(question, (None, None))
+        known = question if question in agreed else None
+        rows.append({"segment": segment, "question": known, "agreement": share, "label": label})
+    return rows
+
+
+def accuracy(
+    held_out: Sequence, game, texts: Texts, sampler, s, ranks: Ranks, temperature: float, n: int
+) -> float:
+    """Of n answers to each of some prompts, whose tasks are questions with their truth."""
+
+    def work(mine: Sequence) -> list[list[float]]:
+        groups = sampler.generate(
+            [prompt.ids for _, prompt in mine], n, s.max_new_tokens, temperature,
+            stop_ids=texts.stop_ids, seed=s.seed + 1, keys=[k for k, _ in mine],
+        )  # fmt: skip
+        return [
+            [game.right(game.answer(texts, x, prompt.task[0]), prompt.task[1]) for x in group]
+            for group, (_, prompt) in zip(groups, mine, strict=True)
+        ]
+
+    found = ranks.share("measure", list(enumerate(held_out)), work)
+    return statistics.fmean(right for row in found for right in row)
 
 
 def window_of(s, game, model) -> int:

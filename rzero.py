@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ import data
 import grpo
 import report
 import ssr
-from challenge import CHALLENGES, Challenge, Player, window_of
+from challenge import CHALLENGES, Challenge, Player, accuracy, window_of, written
 from checkpoint import Checkpoints, fingerprint, tensors_of
 from eval.rows import Rows, in_rounds
 from games import GAMES
@@ -225,18 +226,8 @@ class Run:
         def work(numbers: Sequence[int]) -> list[dict]:
             if not players:  # nobody is loaded where all rows are there
                 players.extend(Player(folder, s, game, self.device) for folder in folders)
-            challenger, solver = players
-            keys = [self.iteration * s.questions + n for n in numbers]
-            pieces, requests = zip(*map(game.ask, keys), strict=True)
-            samples = [x for [x] in challenger.write(self.texts.encode(pieces), 1, keys)]
-            found = [solver.question(*x) for x in zip(samples, requests, strict=True)]
-            judged = solver.agreement(q for q in found if q is not None)
-            rows = []
-            for n, q in zip(numbers, found, strict=True):
-                share, label = judged.get(q, (None, None))
-                q = q if q in judged else None
-                rows.append({"segment": n, "question": q, "agreement": share, "label": label})
-            return rows
+            first = self.iteration * s.questions
+            return written(*players, [first + n for n in numbers], numbers)
 
         path = self.path / f"iteration-{self.iteration}" / "questions.jsonl"
         what, size = f"iteration {self.iteration}, questions", 8 * s.slots * self.ranks.size
@@ -271,28 +262,10 @@ class Run:
             found = about if step and step.number == 1 else {}
             if not held_out or (step and step.number % s.eval_every and step.number < s.steps):
                 return found
-            greedy = self.accuracy(held_out, sampler, 0.0, 1)
-            drawn = self.accuracy(held_out, sampler, s.temperature, 4)
-            return found | {"eval/accuracy": greedy, "eval/sampled_accuracy": drawn}
+            ask = partial(accuracy, held_out, self.game, self.texts, sampler, s, self.ranks)
+            return found | {"eval/accuracy": ask(0.0, 1), "eval/sampled_accuracy": ask(1.0, 4)}
 
         self.learn("solver", s, self.game.reward, batch, measure)
-
-    def accuracy(self, held_out: list[grpo.Prompt], sampler, temperature: float, n: int) -> float:
-        """Of answers to questions that nobody learns from."""
-
-        def work(mine: Sequence[int]) -> list[list[bool]]:
-            groups = sampler.generate(
-                [held_out[k].ids for k in mine], n, self.s.max_new_tokens, temperature,
-                stop_ids=self.texts.stop_ids, seed=self.s.seed + 1, keys=mine,
-            )  # fmt: skip
-            tasks, game = [held_out[k].task for k in mine], self.game
-            return [
-                [game.right(game.answer(self.texts, x, question), truth) for x in group]
-                for group, (question, truth) in zip(groups, tasks, strict=True)
-            ]
-
-        found = self.ranks.share("measure", range(len(held_out)), work)
-        return grpo.mean([right for row in found for right in row])
 
     # ------------------------------------------------------------------------- what is common
 

@@ -16,7 +16,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "judge.py": (set(), set()),
     "family.py": ({"torch", "grpo", "judge"}, set()),
     "games.py": ({"answers", "judge", "problem", "toy"}, {"sacrebleu", "toy"}),
-    "challenge.py": ({"numpy", "torch", "judge", "problem", "sampler"}, set()),
+    "challenge.py": ({"numpy", "torch", "judge", "problem", "ranks", "sampler"}, set()),
     "rzero.py": (
         {"torch", "challenge", "checkpoint", "data", "eval", "games", "grpo", "judge", "model"}
         | {"ranks", "report", "sampler", "ssr", "watch"},
