@@ -199,7 +199,7 @@ def repetition(texts: list[str], alike: float) -> list[float]:
     """Of each, the share of all that lies in its cluster: the two nearest clusters become one as
     long as the mean distance of their texts, 1 - BLEU, is below `alike`."""
     often = Counter(texts)
-    distinct = list(often)
+    distinct = sorted(often)  # where pairs are equally near the order decides
     size = np.array([often[text] for text in distinct], dtype=float)
     found = bleu(distinct)
     distance = 1 - (found + found.T) / 2  # BLEU is not symmetric

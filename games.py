@@ -23,12 +23,13 @@ import itertools
 import json
 import re
 import statistics
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from answers import Answers, boxed
+from answers import Answers, boxed, plain
 from judge import (
     TOY,
     Given,
@@ -78,7 +79,7 @@ class Quiz:
         return [(row["question"], row["label"]) for row in rows if self.fair(row["question"])]
 
     def fair(self, question: str) -> bool:
-        return question not in dict(self.held_out)
+        return question.split() not in (held_out.split() for held_out, _ in self.held_out)
 
     def pose_lesson(self, lesson: tuple[str, str]) -> list[str]:
         return self.pose(lesson[0])
@@ -141,7 +142,9 @@ class Mathematics(Quiz):
         return [self.POSE, Given(question), "\n\nSolution:\n"]
 
     def text_answer(self, text: str, question: str) -> str | None:
-        return boxed(text)
+        """An empty box is none: it would agree with other empty ones."""
+        found = boxed(text)
+        return found if plain(found) else None
 
     def alike(self, answers: Sequence[str]) -> list[int]:
         return self.equal.clusters(answers)
@@ -189,7 +192,8 @@ class Translation:
             by_language.setdefault(task.source, []).append(task.text)
         self.letters = {x: letters_of(texts) for x, texts in by_language.items()}
         self.usual = {x: usual_share(texts) for x, texts in by_language.items()}
-        self.likely: dict[tuple, float] = {}  # the player, a language -> what most texts are above
+        # A player's -> by language, what most texts are above. It keeps no player of before alive.
+        self.likely = weakref.WeakKeyDictionary()
         texts = [len(task.text.split()) for task in real]
         self.more_tokens = 8 + 2 * max(texts)
 
@@ -242,10 +246,11 @@ class Translation:
 
     def least(self, player, language: str) -> float:
         """What 19 of 20 real texts of the language are above."""
-        if (player, language) not in self.likely:
+        known = self.likely.setdefault(player, {})
+        if language not in known:
             some = [task for task in self.real if task.source == language][:200]
-            self.likely[player, language] = fifth_percent(self.likelihoods(player, some))
-        return self.likely[player, language]
+            known[language] = fifth_percent(self.likelihoods(player, some))
+        return known[language]
 
     def chrf(self, answers: list[list[str | None]]) -> list[float | None]:
         """The mean over all pairs, of which the one with an unreadable translation is 0."""

@@ -172,8 +172,8 @@ class Run:
         self.texts = Texts(load_tokenizer(game.folder))
 
     def begin(self) -> None:
-        again = (self.path / "settings.json").is_file()
-        for folder in self.folders.values():
+        for folder in self.folders.values():  # a kill may have come between two of them
+            again = (folder.path / "settings.json").is_file()
             folder.begin(self.s, 0, math.inf if again else None)
         print(f"R-Zero, {self.s.game}: {self.s.iterations} iterations, writing {self.path}")
 
@@ -232,7 +232,7 @@ class Run:
         path = self.path / f"iteration-{self.iteration}" / "questions.jsonl"
         what, size = f"iteration {self.iteration}, questions", 8 * s.slots * self.ranks.size
         rows = in_rounds(self.ranks, lambda: Rows(path, key), what, s.questions, size, work)
-        first = {str(row["question"]): row for row in reversed(rows) if row["question"]}
+        first = {tuple(row["question"]): row for row in reversed(rows) if row["question"]}
         return sorted(first.values(), key=lambda row: row["segment"])
 
     def solver_learns(self, rows: list[dict]) -> None:
