@@ -363,6 +363,11 @@ def read_scores(group: list[tuple[str, bool]], count: int) -> list[Score]:
 # ----------------------------------------------------------------------------- consistent judges
 
 
+def weigher(s, judge: Judge) -> "Agreement | None":
+    """`judge`: whom the live one is compared with."""
+    return Agreement(judge) if s.reward == "cream" else None
+
+
 class Agreement:
     """CREAM's weight of a group: 2c - 1, where c is (τ + 1) / 2, so it is Kendall's τ itself,
     between two judges' rankings of its samples. Those of a wrong form are last for both.

@@ -8,8 +8,7 @@ What the loop needs of others; text it passes on, and reads none:
 - `batch(number)`: the prompts of step 1, 2, …;
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards; NaN: none), `.parts` (by name
   N numbers; "format" is 1 where the form was right, and only then was anything judged), `.words`,
-  `.weight` (of its advantages, usually 1); and maybe `reward.finish(judged)`, which gets
-  those of the whole batch, on every rank, and returns them with what depends on all of them;
+  `.weight` (of its advantages); maybe `reward.finish(judged)`, which sees those of all ranks;
 - `sampler`: `.model`, `.generate(prompts, n, max_new_tokens, temperature, stop_ids=, seed=, keys=)`
   as sampler.py has it;
 - `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of sequences end to end in one row,

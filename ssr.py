@@ -107,10 +107,9 @@ class Settings(grpo.Settings):
     chat: bool = False
     """Set them in the tokenizer's chat template, as a user's turn."""
     reward: str = "self"
-    """"self" (SSR-Zero), "self+comet" (SSR-X-Zero), "comet"; for comparison on the toy: "random",
-    "oracle", "external", "self+external". Other self-rewards (family.py): "certainty",
-    "confidence", "pairs", "group", "cream" (with --judge previous), "majority" (only for answers
-    that can be equal)."""
+    """"self" (SSR-Zero), "self+comet" (SSR-X-Zero), "comet"; family.py's "certainty", "confidence",
+    "pairs", "group", "cream" (with --judge previous), "majority" (for answers that can be equal);
+    for comparison on the toy "random", "oracle", "external", "self+external"."""
     comet: str = "cometkiwi"
     """COMET's checkpoint in the reward: a short name (see eval/comet.py), a hub id, a folder."""
     self_weight: float = 1.0
@@ -139,11 +138,10 @@ class Settings(grpo.Settings):
     judge_patience: float = 120.0
     """Seconds to wait for an answer of the endpoint, which is asked five times."""
     judge: str = "live"
-    """Whose judgement: the "live" weights (paper), the "frozen" ones of the start, their "ema", or
-    the "previous" ones, which are kept for some steps. Of "cream": whom the live judge is compared
-    with."""
+    """Whose judgement: the "live" weights (paper), the "frozen" ones of the start, their "ema", the
+    "previous" ones of some steps ago. Of "cream": whom the live judge is compared with."""
     previous_every: int = 10
-    """For so many steps: the weights after each step that this number divides."""
+    """Steps that the previous weights are kept for."""
     ema_decay: float = 0.98
     """Share of the EMA judge that stays at each step."""
     reading: str = "written"
@@ -545,9 +543,7 @@ def run(s: Settings) -> None:
         prepare(s, ranks, problem, device, comets)
 
 
-def prepare(
-    s: Settings, ranks: Ranks, problem: Problem, device: torch.device, comets: Comets
-) -> None:
+def prepare(s: Settings, ranks: Ranks, problem: Problem, device, comets: Comets) -> None:
     ranks.at("load the model")
     per_node, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
     shared = per_node if s.shard == "node" else ranks.size
@@ -562,9 +558,7 @@ def prepare(
         judge = another_judge(s, ranks, problem, device, work.slots, texts)
     else:
         judge = judge_of(s, actor if s.reward == "cream" else judging, texts, problem.prompts)
-    weigh = None
-    if s.reward == "cream":
-        weigh = family.Agreement(judge_of(s, judging, texts, problem.prompts))
+    weigh = family.weigher(s, judge_of(s, judging, texts, problem.prompts))
     ranks.at("load COMET")
     scorers = scorers_of(s, judge, comets)
     reward = Reward(texts, problem.prompts, scorers, s.gate, weigh)
@@ -610,11 +604,10 @@ def learn(
             for step in grpo.train(
                 model, sampler, reward, batch, s, optimizer, texts.stop_ids, tracked, ranks, done
             ):
-                if s.judge == "ema":
-                    follow(average, model.parameters(), s.ema_decay)
-                elif average and step.number % s.previous_every == 0:
-                    follow(average, model.parameters())
                 if average:
+                    stays = float(step.number % s.previous_every > 0)
+                    stays = s.ema_decay if s.judge == "ema" else stays
+                    follow(average, model.parameters(), stays)
                     follow(judging.model.parameters(), average)
                 watch.after(step)
         except Stopping:
