@@ -179,12 +179,17 @@ class Run:
 
     def play(self) -> None:
         self.ranks.on_first("begin", self.begin)
-        for i in range(1, self.s.iterations + 1):
-            self.iteration = i
-            if not self.weights("challenger").is_dir():
-                self.challenger_learns()
-            if not self.weights("solver").is_dir():
-                self.solver_learns(self.questions())
+        try:
+            for i in range(1, self.s.iterations + 1):
+                self.iteration = i
+                if not self.weights("challenger").is_dir():
+                    self.challenger_learns()
+                if not self.weights("solver").is_dir():
+                    self.solver_learns(self.questions())
+        except Stopping:
+            if self.ranks.rank == 0:
+                self.draw(ended=True)
+            raise
         self.ranks.on_first("end", self.finish)
 
     def weights(self, player: str, ago: int = 0) -> Path:
@@ -341,9 +346,13 @@ class Run:
         save_whole(model, self.game.folder, partial)
         partial.rename(final)
         shutil.rmtree(final.with_name(f"{final.name}.checkpoints"), ignore_errors=True)
-        if self.s.report:
-            runs = [report.Run(self.path / name, name, True) for name in PLAYERS]
-            report.write(self.path / "report.html", report.page([r for r in runs if r.rows]))
+        self.draw(final.name == "solver" and self.iteration == self.s.iterations)
+
+    def draw(self, ended: bool) -> None:
+        """Until it has ended the page says so, and reads itself again."""
+        runs = [report.Run(self.path / name, name, ended) for name in PLAYERS]
+        if self.s.report and (runs := [run for run in runs if run.rows]):
+            report.write(self.path / "report.html", report.page(runs))
 
     def finish(self) -> None:
         """result.json, and the table: a column for the start, and one for each iteration."""

@@ -394,6 +394,8 @@ def test_both_players_are_on_one_page(players, tmp_path):
     for name in ("reward", "entropy", "kl", "groups", "length", "gradient", "gap", "rate"):
         assert {of for of, _ in panels[name]} == {"challenger", "solver"}, name
     assert not panels.keys() & {"judge", "correlation", "habit"}
+    shown = re.findall('data-panel="([^"]+)"', out.read_text())
+    assert shown[:3] == ["held-out", "difficulty", "agreement"] and {*shown} == panels.keys()
 
 
 def test_a_players_verdict_is_what_it_came_to(players):
