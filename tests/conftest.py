@@ -51,3 +51,23 @@ def pupil(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pupil") / "model"
     make_pupil(folder, lessons("news"), steps=80)
     return folder
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """A toy of small programs that has read just enough to ask, and to answer in the right form."""
+    from toy.programs import Recipe, make
+
+    recipe = Recipe(
+        tokens=9e4, width=48, layers=1, mlp=96, deeper=0.2, floor=0.0, slips=0.0, mistaken=0,
+        muon=0.02, adamw=6e-3,
+    )  # fmt: skip
+    return make(recipe, tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory):
+    """A toy of translation that was taught to write sentences, a little."""
+    from toy.pretrain import Recipe, make
+
+    return make(Recipe(tokens=3e4, skills=("write",)), tmp_path_factory.mktemp("writer"))

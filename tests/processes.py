@@ -28,7 +28,7 @@ def start(folder: Path, size: int, work, *args, per_node: int | None = None, env
     Their output goes to folder/out-RANK and folder/err-RANK.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ssr", "tests.golden"])
+    context.set_forkserver_preload(["ssr", "rzero", "toy.programs", "tests.golden"])
     folder.mkdir(parents=True, exist_ok=True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port, per_node = store.port, per_node or size
