@@ -169,7 +169,7 @@ def words_of(text: str) -> list[str]:
     """Words; single characters where no spaces divide them, as in Chinese and in formulas: of words
     alone such texts would have one, and never be alike."""
     dense = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-    return re.findall(rf"[{dense}]|[^\W\d_{dense}]+|\d|\S", text)
+    return re.findall(rf"[^\W\d_{dense}]+|\S", text)
 
 
 def bleu(texts: list[str]) -> np.ndarray:
