@@ -23,6 +23,7 @@ the iterations; iteration-1/ and so on with questions.jsonl and both players' we
 
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import shutil
@@ -48,7 +49,18 @@ from judge import Texts
 from model import load, load_tokenizer
 from ranks import Ranks, Stopping
 from sampler import Sampler
-from ssr import agree, bounded, copy_of, interrupted, option, options, place, remembered, told
+from ssr import (
+    agree,
+    bounded,
+    copy_of,
+    folder_of,
+    interrupted,
+    option,
+    options,
+    place,
+    remembered,
+    told,
+)
 from watch import RunFolder, Stopper, save_whole
 
 
@@ -63,7 +75,7 @@ class Settings(grpo.Settings):
     folder: str = ""
     """The folder to write. Default: runs/rzero-PRESET-DATE-TIME."""
     resume: bool = False
-    """Go on in --folder, with the settings it began with."""
+    """Go on in --folder (default: the preset's newest run), with the settings it began with."""
     iterations: int = 3
     """Of Challenger and Solver, in turn."""
     challenger_steps: int = 5
@@ -170,6 +182,11 @@ class Run:
         self.path, self.iteration = Path(s.folder), 0
         self.folders = {x: RunFolder(self.path / x, ranks.rank == 0) for x in (".", *PLAYERS)}
         self.texts = Texts(load_tokenizer(game.folder))
+        pieces = [game.pose(question) for question, _ in game.held_out]
+        self.held_out = self.prompts(pieces, game.held_out)
+        if (longest := max((len(p.ids) for p in self.held_out), default=0)) > s.max_prompt_tokens:
+            raise ValueError(f"--max-prompt-tokens {s.max_prompt_tokens}: a held-out question has "
+                             f"{longest}")  # fmt: skip
 
     def begin(self) -> None:
         for folder in self.folders.values():  # a kill may have come between two of them
@@ -236,7 +253,9 @@ class Run:
 
         path = self.path / f"iteration-{self.iteration}" / "questions.jsonl"
         what, size = f"iteration {self.iteration}, questions", 8 * s.slots * self.ranks.size
-        rows = in_rounds(self.ranks, lambda: Rows(path, key), what, s.questions, size, work)
+        rows = in_rounds(
+            self.ranks, lambda: Rows(path, key, elsewhere="--folder"), what, s.questions, size, work
+        )
         first = {tuple(row["question"]): row for row in reversed(rows) if row["question"]}
         return sorted(first.values(), key=lambda row: row["segment"])
 
@@ -255,8 +274,6 @@ class Run:
                 "left to learn from: more --questions, a wider --band, fewer --challenger-steps"
             )
         order = data.Order(lessons, s.seed)
-        pieces = [self.game.pose(question) for question, _ in self.game.held_out]
-        held_out = self.prompts(pieces, self.game.held_out)
 
         def batch(number: int) -> list[grpo.Prompt]:
             P = s.prompts_per_step
@@ -265,9 +282,12 @@ class Run:
 
         def measure(step: grpo.Step | None, sampler) -> dict[str, float]:
             found = about if step and step.number == 1 else {}
-            if not held_out or (step and step.number % s.eval_every and step.number < s.steps):
+            between = step and step.number % s.eval_every and step.number < s.steps
+            if between or not self.held_out:
                 return found
-            ask = partial(accuracy, held_out, self.game, self.texts, sampler, s, self.ranks)
+            ask = partial(
+                accuracy, self.held_out, self.game, self.texts, sampler, self.s, self.ranks
+            )
             return found | {"eval/accuracy": ask(0.0, 1), "eval/sampled_accuracy": ask(1.0, 4)}
 
         self.learn("solver", s, self.game.reward, batch, measure)
@@ -275,15 +295,18 @@ class Run:
     # ------------------------------------------------------------------------- what is common
 
     def turn(self, steps: int, samples: int, lr: float = 0.0) -> Settings:
+        """The loop's settings. Steps begin at 1 again, and another seed makes other draws."""
         return dataclasses.replace(
-            self.s, steps=steps, samples_per_prompt=samples, lr=lr or self.s.lr
-        )
+            self.s, steps=steps, samples_per_prompt=samples, lr=lr or self.s.lr,
+            seed=self.s.seed + 1_000_000 * self.iteration,
+        )  # fmt: skip
 
     def learn(self, player: str, s: Settings, reward, batch, measure) -> None:
         """From the weights of the iteration before to those of this one."""
         ranks, log, final = self.ranks, self.folders[player], self.weights(player)
         source, base = self.weights(player, 1), (self.iteration - 1) * s.steps
         ranks.at(f"iteration {self.iteration}: load the {player}")
+        gc.collect()  # FSDP's models refer to themselves
         model = load(source, dtype=torch.float32, device=self.device, shard=ranks.shard)
         half = torch.bfloat16 if self.device.type == "cuda" else None
         model.compute_dtype, model.checkpointing = half, half is not None
@@ -328,7 +351,7 @@ class Run:
             ):  # fmt: skip
                 last, row = step, None
                 row = logged(step)
-                if step.number % s.save_every == 0 and step.number < s.steps:
+                if step.number % s.save_every == 0 or step.number == s.steps:
                     save()
         except Stopping:
             ranks.ending = True
@@ -337,8 +360,9 @@ class Run:
             kept.wait()
             raise
         kept.wait()
-        # In fp32, as the next iteration begins with them; whole, on the host.
-        whole = model if ranks.size == 1 else copy_of(model, torch.float32, torch.device("cpu"))
+        # Whole, on the first rank's host, in fp32: the next iteration begins with it.
+        where = torch.device("meta" if ranks.rank else "cpu")
+        whole = model if ranks.size == 1 else copy_of(model, torch.float32, where)
         ranks.on_first("keep", lambda: self.keep(whole, final))
 
     def keep(self, model, final: Path) -> None:
@@ -367,7 +391,10 @@ class Run:
         for key, values in table.items():
             shown = ["–" if x is None else f"{x:.3f}".rstrip("0").rstrip(".") for x in values]
             print(f"{key:24}" + "".join(f"{x:>9}" for x in shown))
-        print(f"\nweights: {self.weights('solver')}\nreport:  {self.path / 'report.html'}")
+        print(f"\nweights: {self.weights('solver')}"
+              + f"\nreport:  {self.path / 'report.html'}" * self.s.report)  # fmt: skip
+        for left in self.path.glob("iteration-*/*.checkpoints"):  # by a kill at the wrong moment
+            shutil.rmtree(left)
 
 
 def parse(words: list[str]) -> Settings:
@@ -376,18 +403,16 @@ def parse(words: list[str]) -> Settings:
         raise ValueError(f"{option(min(own))}: each player has its own (--help lists all)")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         given["resume"] = True  # torchrun started the ranks again
-    folder, had = Path(given.get("folder", "")), {}
+    preset, had = given.get("preset", "toy"), {}
     if given.get("resume"):
-        if "folder" not in given:
-            raise ValueError("--resume needs the --folder of the run that goes on")
+        folder = folder_of(f"rzero-{preset}", given.get("folder", ""), True)
         had = remembered(folder, given, Settings, FREE)
-    elif "folder" in given and folder.exists():
-        raise ValueError(f"--folder {folder} exists already: --resume, or name another")
-    preset = given.get("preset") or had.get("preset") or "toy"
+    elif given.get("folder") and Path(given["folder"]).exists():
+        raise ValueError(f"--folder {given['folder']} exists already: --resume, or name another")
+    preset = given.get("preset") or had.get("preset") or preset
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
-    usual = {"folder": f"runs/rzero-{preset}-{time.strftime('%Y%m%d-%H%M%S')}", "preset": preset}
-    s = Settings(**usual | PRESETS[preset] | had | given)
+    s = Settings(**PRESETS[preset] | had | given | {"preset": preset})
     bounded(s, BOUNDS)
     for name, known in CHOICES.items():
         if getattr(s, name) not in known:
@@ -401,6 +426,8 @@ def start(words: list[str]) -> None:
     s = parse(words)
     device, ranks = place(s)
     agree(ranks, {option(name): value for name, value in dataclasses.asdict(s).items()})
+    named = partial(folder_of, f"rzero-{s.preset}", s.folder, s.resume)
+    s.folder = str(ranks.on_first("name the run", named))
     with contextlib.closing(GAMES[s.game](s, ranks)) as game, Stopper(ranks):
         try:
             Run(s, game, device, ranks).play()

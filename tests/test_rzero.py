@@ -403,7 +403,6 @@ def test_two_ranks_stopped_go_on(programs, tmp_path):
     ("words", "message"),
     [
         (["--challange=paper"], "unknown option --challange=paper; did you mean --challenge"),
-        (["--resume"], "--resume needs the --folder of the run that goes on"),
         (["--challenge=best"], "--challenge best: use paper, released, percentile, random"),
         (["--game=chess"], "--game chess: use programs, mathematics, translation"),
         (["--preset=large"], "--preset large is unknown; known: toy, toy-translation, r-zero-4b"),
