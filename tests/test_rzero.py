@@ -253,7 +253,7 @@ def test_a_run_that_was_stopped_ends_where_it_would_have_ended(
 
 
 @pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 21))]
+    "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 9))]
 )
 def test_a_run_that_was_killed_again_and_again_ends_where_it_would_have_ended(
     whole, programs, tmp_path, seed
@@ -303,9 +303,12 @@ class Interrupted(Ranks):
 
 @pytest.mark.parametrize(
     ("what", "number"),
-    [("measure", 1), ("measure", 3), ("measure", 6), ("keep", 1), ("keep", 2), ("save", 1),
-     ("begin", 1), ("sample", 2), ("reference", 6), ("end", 1), ("write iteration 1, questions", 1),
-     ("look for checkpoints", 2)],
+    [("measure", 3), ("keep", 2), ("write iteration 1, questions", 1)]
+    + [
+        pytest.param(*at, marks=pytest.mark.slow)
+        for at in (("measure", 1), ("measure", 6), ("keep", 1), ("save", 1), ("begin", 1),
+                   ("sample", 2), ("reference", 6), ("end", 1), ("look for checkpoints", 2))
+    ],
 )  # fmt: skip
 def test_a_stop_in_the_middle_of_any_work_is_made_good(
     whole, programs, tmp_path, monkeypatch, what, number
