@@ -18,12 +18,12 @@ from pathlib import Path
 from report import rows_of
 
 FIVE, THREE, ONE = (0, 1, 2, 3, 4), (0, 1, 2), (0,)
-COLLAPSE = ["--iterations=1", "--challenger-steps=120", "--challenger-lr=2e-3", "--solver-steps=1"]
+COLLAPSE = ["--iterations=1", "--challenger-steps=100", "--challenger-lr=3e-3", "--solver-steps=1"]
 ROWS = {  # name -> options of rzero.py, seeds
     "R-Zero": ([], FIVE),
     "random Challenger": (["--challenge=random"], THREE),
-    "120 steps of the Challenger": (COLLAPSE, ONE),
-    "120 steps, no repetition penalty": ([*COLLAPSE, "--repetition=0"], ONE),
+    "100 steps of the Challenger": (COLLAPSE, THREE),
+    "100 steps, no repetition penalty": ([*COLLAPSE, "--repetition=0"], THREE),
     "the authors' code's reward": (["--challenge=released"], ONE),
     "translation": (["--preset=toy-translation"], ONE),
     "translation, random Challenger": (["--preset=toy-translation", "--challenge=random"], ONE),
