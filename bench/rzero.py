@@ -18,12 +18,13 @@ from pathlib import Path
 from report import rows_of
 
 FIVE, THREE, ONE = (0, 1, 2, 3, 4), (0, 1, 2), (0,)
-COLLAPSE = ["--iterations=1", "--challenger-steps=100", "--challenger-lr=3e-3", "--solver-steps=1"]
+LONG = ["--iterations=1", "--challenger-steps=150", "--challenger-lr=4e-3", "--answers=6",
+        "--solver-steps=1"]  # fmt: skip  # at that rate some seeds forget how to ask at all
 ROWS = {  # name -> options of rzero.py, seeds
     "R-Zero": ([], FIVE),
     "random Challenger": (["--challenge=random"], THREE),
-    "100 steps of the Challenger": (COLLAPSE, THREE),
-    "100 steps, no repetition penalty": ([*COLLAPSE, "--repetition=0"], THREE),
+    "150 steps of the Challenger": (LONG, ONE),
+    "150 steps, no repetition penalty": ([*LONG, "--repetition=0"], ONE),
     "the authors' code's reward": (["--challenge=released"], ONE),
     "translation": (["--preset=toy-translation"], ONE),
     "translation, random Challenger": (["--preset=toy-translation", "--challenge=random"], ONE),
