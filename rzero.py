@@ -358,6 +358,8 @@ class Run:
             if last:
                 save()
             kept.wait()
+            if kept.error:
+                raise OSError(kept.error) from None
             raise
         kept.wait()
         # Whole, on the first rank's host, in fp32: the next iteration begins with it.
