@@ -8,7 +8,7 @@ What the loop needs of others; text it passes on, and reads none:
 - `batch(number)`: the prompts of step 1, 2, …;
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards; NaN: none), `.parts` (by name
   N numbers; "format" is 1 where the form was right, and only then was anything judged), `.words`,
-  `.weight` (of its advantages); maybe `reward.finish(judged)`, which sees those of all ranks;
+  maybe `.weight` (of its advantages); maybe `reward.finish(judged)`, which sees all ranks';
 - `sampler`: `.model`, `.generate(prompts, n, max_new_tokens, temperature, stop_ids=, seed=, keys=)`
   as sampler.py has it;
 - `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of sequences end to end in one row,
@@ -179,7 +179,7 @@ def train(
             judged = reward.finish(judged)
         rewards = torch.tensor([group.total for group in judged], dtype=torch.float64)  # (P, N)
         advantages = group_advantage(rewards, s.advantage_scale, s.advantage_baseline)
-        advantages *= torch.tensor([group.weight for group in judged])[:, None]
+        advantages *= torch.tensor([getattr(group, "weight", 1.0) for group in judged])[:, None]
         rows = distinct_rows(prompts, groups, rewards, advantages, s)
         reference = reference_logprobs(start, rows, s, ranks)
         clock.stage("reference")
