@@ -206,6 +206,7 @@ def test_self_and_external_weigh_the_same():
 def two_rows(monkeypatch):
     rows = {"self, live judge": {}, "random": {"reward": "random"}}
     monkeypatch.setattr(controls, "ROWS", rows)
+    monkeypatch.setattr(controls, "FAMILY", {})
 
 
 @pytest.mark.slow
