@@ -148,14 +148,15 @@ class Challenge:
         texts = [words for row in judged for words in row.words]
         shares = iter(repetition(texts, self.s.alike))
         agreed = [p for row in judged for p, w in zip(row.total, row.words, strict=True) if w]
-        ranks = dict(zip(agreed, percentiles(agreed), strict=True))
+        if self.s.challenge == "percentile":
+            place = dict(zip(agreed, percentiles(agreed), strict=True))
         chance = Random(f"{self.s.seed} {texts}")
         found = []
         for row in judged:
             parts = row.parts | {"repetition": [next(shares) for _ in row.words]}
             total = []
             for right, p, again in zip(*parts.values(), strict=True):
-                base = ranks.get(p, 0.0) if self.s.challenge == "percentile" else p
+                base = place.get(p, 0.0) if self.s.challenge == "percentile" else p
                 value = worth(base, self.s.repetition * again, bool(right), self.s.challenge)
                 total.append(chance.random() if self.s.challenge == "random" else value)
             found.append(row._replace(total=total, parts=parts))

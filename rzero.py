@@ -158,9 +158,8 @@ BOUNDS = [
     (lambda v: 0 <= v < math.inf, "must not be negative", "repetition challenger_lr"),
     (lambda v: 0 < v <= 1, "must be above 0 and at most 1", "alike top_p"),
 ]  # fmt: skip
-CHOICES = {name: ssr.CHOICES[name] for name in ("advantage_scale", "advantage_baseline", "shard")}
+CHOICES = {name: known for name, known in ssr.CHOICES.items() if hasattr(Settings, name)}
 CHOICES |= {"challenge": CHALLENGES, "game": tuple(GAMES), "likeness": ("chrf", "score")}
-CHOICES |= {"loss_norm": ssr.CHOICES["loss_norm"]}
 OF_A_TURN = {"steps", "samples_per_prompt"}  # of grpo's settings: each player has its own
 FREE = {"folder", "resume", "iterations", "save_every", "micro_batch_tokens", "slots", "device",
         "threads", "shard", "patience", "report"}  # fmt: skip  # a run may go on with others
