@@ -591,7 +591,7 @@ def load_tokenizer(folder: Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever its parsers raise: the file is to blame
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder}: no tokenizer could be read there ({first})") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer names no eos_token to end a translation")

@@ -76,7 +76,7 @@ def shape_of(name: str) -> Config:
     except (OSError, ValueError) as error:  # no network and not in its cache is an OSError
         raise ValueError(
             f"--model {name}: no folder with a config.json, none of {', '.join(SHAPES)}, and the "
-            f"hub does not give it ({str(error).splitlines()[0]})"
+            f"hub does not give it ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from None
 
 

@@ -41,8 +41,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 KINDS = (FloatingPointError, ValueError, OSError, torch.OutOfMemoryError, RuntimeError)
 
 
-class Stopping(Exception):
-    """SIGTERM or Ctrl-C reached some rank: all abandon the step in hand."""
+class Stopping(BaseException):
+    """SIGTERM or Ctrl-C reached some rank: all abandon the step in hand.
+
+    Like KeyboardInterrupt it is no error: it may be raised inside any library's call, whose
+    `except Exception` must not take it for one of its own."""
 
 
 class Failure(NamedTuple):

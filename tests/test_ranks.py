@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ import torch
 import grpo
 import ssr
 import watch
-from judge import Judge, Score
-from model import load
+from judge import Judge, Score, turns
+from model import load, load_tokenizer
 from ranks import Ranks, Stopping, is_lost, join
 from tests import golden, processes
 
@@ -308,6 +309,20 @@ def test_an_interrupt_reaches_only_work_that_changes_nothing():
         ranks.share("x", [1, 2], interrupted)
     ranks.ending = True
     assert ranks.share("x", [1, 2], list) == [1, 2]
+
+
+def test_a_stop_inside_a_librarys_call_is_not_that_calls_error(monkeypatch, tmp_path):
+    """A signal comes where it wants: while transformers reads a tokenizer, too."""
+
+    def stopped(*_, **__):
+        raise Stopping
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", stopped)
+    with pytest.raises(Stopping):
+        Ranks().share("load", [tmp_path], lambda items: [load_tokenizer(x) for x in items])
+    template = SimpleNamespace(chat_template="x", name_or_path="x", apply_chat_template=stopped)
+    with pytest.raises(Stopping):
+        turns(template)
 
 
 def test_micro_batches_are_whole_even_and_a_multiple_of_the_ranks():
