@@ -132,8 +132,8 @@ class Settings(grpo.Settings):
 PRESETS = {
     "toy": {
         "prompts_per_step": 32, "challenger_steps": 10, "solver_steps": 25, "solver_samples": 8,
-        "questions": 512, "lr": 4e-4, "challenger_lr": 3e-4, "warmup_steps": 2, "slots": 512,
-        "max_prompt_tokens": 25, "max_new_tokens": 51, "threads": 1,
+        "questions": 128, "lr": 4e-4, "challenger_lr": 6e-4, "warmup_steps": 2, "slots": 512,
+        "max_prompt_tokens": 21, "max_new_tokens": 41, "threads": 1,
     },
     "toy-translation": {
         "game": "translation", "challenge": "percentile", "band": 0.5, "prompts_per_step": 24,

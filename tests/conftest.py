@@ -59,7 +59,7 @@ def programs(tmp_path_factory):
     from toy.programs import Recipe, make
 
     recipe = Recipe(
-        tokens=9e4, width=48, layers=1, mlp=96, deeper=0.2, floor=0.0, slips=0.0, mistaken=0,
+        tokens=9e4, width=48, layers=1, mlp=96, asked=0.2, doubted=0.0, slip=0.0,
         muon=0.02, adamw=6e-3,
     )  # fmt: skip
     return make(recipe, tmp_path_factory.mktemp("programs"))

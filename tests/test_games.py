@@ -19,9 +19,10 @@ from sampler import Sample
 from tests.test_rzero import player
 from toy.languages import Languages
 from toy.programs import (
+    DEEPEST,
     HELD_OUT,
     LETTERS,
-    MEASURED,
+    PLACES,
     RULES,
     Programs,
     depth,
@@ -101,7 +102,9 @@ def test_tables_put_another_letter_for_each_and_come_from_the_seed():
 
 def test_held_out_programs_are_of_every_depth_with_the_truth():
     game = Programs(0, 32)
-    assert [depth(q) for q, _ in game.held_out] == [d for d in MEASURED for _ in range(4)]
+    assert [depth(q) for q, _ in game.held_out] == [
+        d for d in range(1, DEEPEST + 1) for _ in range(4)
+    ]
     assert all(is_held_out(q) and truth == game.truth(q) for q, truth in game.held_out)
     share = sum(is_held_out(program(Random(i), 3)) for i in range(4000)) / 4000
     assert share == pytest.approx(1 / HELD_OUT, abs=0.02)
@@ -123,7 +126,7 @@ def worked_out(game, question: str) -> str:
 def test_what_is_posed_can_be_worked_out_and_read_again():
     game, orders = Programs(0), set()
     for seed in range(60):
-        question = program(Random(seed), 1 + seed % 10)
+        question = program(Random(seed), 1 + seed % DEEPEST)
         assert game.question(question, None) == question
         working = worked_out(game, question)
         assert game.right(game.text_answer(working, question), game.truth(question))
@@ -134,35 +137,44 @@ def test_what_is_posed_can_be_worked_out_and_read_again():
 @pytest.mark.parametrize(
     "broken",
     [
-        "", "b e a", "1) kip b e a", "1) kip b e a 2) lom j j", "1) kip b e a 2) lom j j d d",
-        "2) lom j j d 1) kip b e a", "1) lom b e a 2) kip j j d", "1) kip b e a 2) lom j j kip",
-        "1) kip b e a 1) lom j j d", "1) kip b e a 2) lom j j <unk>", "1) kip b e a 2) lom j j z",
-        "1) kip b e a 2) lom j j d 3) dim a a a",
+        "", "b e a", "1) gor b e a", "1) gor b e a 2) hex d d", "1) gor b e a 2) hex d d h h",
+        "2) hex d d h 1) gor b e a", "1) hex b e a 2) gor d d h", "1) gor b e a 2) hex d d hex",
+        "1) gor b e a 1) hex d d h", "1) gor b e a 2) hex d d <unk>", "1) gor b e a 2) hex d d z",
+        "1) gor b e a 2) hex d d h 3) jun a a a",
     ],
 )  # fmt: skip
 def test_malformed_working_is_no_answer(broken):
-    game, question = Programs(0), "f c a kip lom"
-    assert game.text_answer("1) kip b e a 2) lom j j d", question) == "j j d"
+    game, question = Programs(0), "f c a gor hex"
+    assert game.text_answer("1) gor b e a 2) hex d d h", question) == "d d h"
     assert game.text_answer(broken, question) is None
 
 
 @pytest.mark.parametrize(
     "junk",
     [
-        "", "f c a", "f c kip", "f c a d kip", "f c k kip", "f c a kip <eos>", "<eos> f c a kip",
-        "f c a kip =>", "ask => f c a kip", "f c a kip lom\n", " f c a kip", "f  c a kip",
-        "f c a kip nope", "f c a kip f c a lom", "f c a " + " ".join(["kip"] * 11), "f c a kip 1)",
+        "", "f c a", "f c gor", "f c a d gor", "f c i gor", "f c a gor <eos>", "<eos> f c a gor",
+        "f c a gor =>", "ask => f c a gor", "f c a gor hex\n", " f c a gor", "f  c a gor",
+        "f c a nope", "f c a gor f c a hex", "f c a gor 1)", "f c a kip", "f c a gor dim",
+        "f c a " + " ".join([*(place[0] for place in PLACES), RULES[-1]]),
     ],
 )  # fmt: skip
 def test_what_is_no_program_is_no_question(junk):
     assert Programs(0).question(junk, None) is None
-    deepest = "f c a " + " ".join(["kip"] * 10)
-    assert Programs(0).question(deepest, None) == deepest
+
+
+def test_a_rule_of_deep_programs_stands_in_no_shallow_one():
+    game = Programs(0)
+    for place in zip(*PLACES, strict=True):
+        deepest = " ".join(["f c a", *place])
+        assert game.question(deepest, None) == deepest and depth(deepest) == DEEPEST
+    for d in range(1, DEEPEST + 1):
+        seen = {rule for i in range(300) for rule in program(Random(i), d).split()[3:]}
+        assert seen == set(RULES[: d + 2])
 
 
 def test_a_posed_program_has_the_controls_of_the_template_alone(programs):
     texts = Texts(load_tokenizer(programs))
-    [ids] = texts.encode([Programs(0).pose("f c a kip lom")])
+    [ids] = texts.encode([Programs(0).pose("f c a gor hex")])
     words = [texts.tokenizer.convert_ids_to_tokens(i) for i in ids]
     assert [w for w in words if w in ("ask", "solve", "=>", "<eos>", "<unk>")] == ["solve", "=>"]
 

@@ -1,24 +1,29 @@
 """Small programs with a known result: a world in which a model can set itself questions.
 
     game = Programs(seed=0, count=256)
-    depth("f c a kip lom"), game.truth("f c a kip lom")   # 2 rules; what is left of "f c a" then
+    depth("f c a gor hex"), game.truth("f c a gor hex")   # 2 rules; what is left of "f c a" then
 
 A program is three letters and rules that rewrite them, one after the other: each rule puts another
 letter for each letter, as a table says that comes from the seed. How many rules it has is its
 depth. `truth` is the interpreter: nobody who learns may ask it.
 
-The model made here has read questions ("ask => f c a kip lom") and answers worked out rule by rule:
+Each place has three rules, two of which it shares with the next (`PLACES`). So the last rules of a
+deep program stand in no shallow one: who has practised with shallow questions alone does not know
+them well, and has to be asked deep ones.
 
-    solve f c a 2) lom 1) kip =>  1) kip b e a 2) lom j j d
+The model made here has read questions ("ask => f c a gor hex"), of which less than half have more
+than one rule, less than half of those more than two, and so on; and programs of every depth worked
+out rule by rule, told in any order:
 
-more than a third of them of one rule, and ever fewer of each number more. Some letters are wrong,
-as in texts that lie about, and what a rule makes of some letters most of them have wrong. So it
-answers shallow questions mostly right and deep ones by chance, and between them is
-the edge of its ability, which a Challenger has to find, and then to follow.
+    solve f c a 2) hex 1) gor =>  1) gor b e a 2) hex d d h
+
+Some letters of a table were wrong in four texts of ten, each time another way, as in texts that
+lie about, and more such letters the deeper the rule. So the right letter is the likeliest, but the
+model is not sure of it: it answers shallow questions mostly right and deep ones by chance, and
+between them is the edge of its ability, which a Challenger has to find, and then to follow.
 """
 
 import dataclasses
-import re
 import statistics
 import zlib
 from collections.abc import Sequence
@@ -32,35 +37,33 @@ from judge import Given
 from model import Config, Transformer
 from toy.pretrain import Kind, found_or_made, learn, tokenizer_of
 
-LETTERS = [*"abcdefghij"]
-RULES = ["dim", "fal", "gor", "hex", "jun", "kip", "lom", "mev"]
-DEEPEST = 10
+LETTERS = [*"abcdefgh"]
+RULES = ["dim", "fal", "gor", "hex", "jun", "kip", "lom", "mev", "nax", "ort"]
+PLACES = [RULES[i : i + 3] for i in range(len(RULES) - 2)]
+DEEPEST = len(PLACES)
 LINES = [f"{i})" for i in range(1, DEEPEST + 1)]
 CONTROL = ["<pad>", "<eos>", "<unk>", "ask", "solve", "=>"]
 SOURCES = ["model.py", "toy/programs.py", "toy/pretrain.py"]
-WRITTEN = re.compile(rf"[a-j] [a-j] [a-j]( ({'|'.join(RULES)})){{1,{DEEPEST}}}")
 HELD_OUT = 8  # one program in so many is for measuring
-MEASURED = range(1, 9)  # depths
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     seed: int = 0
     tokens: float = 2e6
-    deeper: float = 0.65
-    """How often a program of one rule more is read, beside `floor`."""
-    floor: float = 0.02
-    slips: float = 0.08
-    """Share of letters that are any letter."""
-    mistaken: int = 2
-    """Entries of the tables that most texts have wrong, …"""
-    mistake: float = 0.6
-    """… this often."""
+    asked: float = 0.45
+    """Questions of one rule more that are read, to one that is read."""
+    doubted: float = 0.08
+    """Share of its letters that texts doubt of the second rule; twice that of the third, …"""
+    doubt: float = 0.45
+    """How often they put any letter for those, …"""
+    slip: float = 0.01
+    """… and for others."""
     batch: int = 16
     width: int = 96
     layers: int = 2
     mlp: int = 256
-    muon: float = 0.007
+    muon: float = 0.0025
     adamw: float = 2e-3
 
 
@@ -69,7 +72,7 @@ def stream(seed: int, purpose: str) -> Random:
 
 
 def program(rng: Random, depth: int) -> str:
-    return " ".join([*rng.choices(LETTERS, k=3), *rng.choices(RULES, k=depth)])
+    return " ".join([*rng.choices(LETTERS, k=3), *map(rng.choice, PLACES[:depth])])
 
 
 def depth(text: str) -> int:
@@ -93,7 +96,7 @@ class Programs(Quiz):
         }
         rng, self.held_out = stream(seed, "held-out"), []
         while len(self.held_out) < count:
-            text = program(rng, MEASURED[len(self.held_out) * len(MEASURED) // count])
+            text = program(rng, 1 + len(self.held_out) * DEEPEST // count)
             if is_held_out(text):
                 self.held_out.append((text, self.truth(text)))
 
@@ -107,7 +110,11 @@ class Programs(Quiz):
         return ["ask =>"], None
 
     def question(self, text: str, request: None) -> str | None:
-        return text if WRITTEN.fullmatch(text) else None
+        words = text.split(" ")
+        letters, rules = words[:3], words[3:]
+        fits = len(letters) == 3 and 0 < len(rules) <= DEEPEST and set(letters) <= set(LETTERS)
+        known = all(rule in place for rule, place in zip(rules, PLACES, strict=False))
+        return text if fits and known else None
 
     def pose(self, question: str) -> list[str]:
         words = question.split()
@@ -146,26 +153,25 @@ def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
     """The folder of the recipe's model: found, or made."""
     game, rng = Programs(recipe.seed), stream(recipe.seed, "corpus")
     depths = range(1, DEEPEST + 1)
-    shares = [recipe.deeper**i + recipe.floor for i in depths]
+    asked = [recipe.asked**i for i in depths]
+    doubted = {
+        (rule, letter)
+        for i, rule in enumerate(RULES)
+        for letter in rng.sample(LETTERS, round(i * recipe.doubted * len(LETTERS)))
+    }
 
-    def drawn() -> str:
+    def drawn(shares: list[float] | None = None) -> str:
         while True:
             text = program(rng, rng.choices(depths, shares)[0])
             if not is_held_out(text):
                 return text
 
-    entries = [(rule, letter) for rule in RULES for letter in LETTERS]
-    wrong = {entry: rng.choice(LETTERS) for entry in rng.sample(entries, recipe.mistaken)}
-
     def heard(rule: str, letter: str) -> str:
-        if rng.random() < recipe.slips:
-            return rng.choice(LETTERS)
-        if (rule, letter) in wrong and rng.random() < recipe.mistake:
-            return wrong[rule, letter]
-        return game.tables[rule][letter]
+        often = recipe.doubt if (rule, letter) in doubted else recipe.slip
+        return rng.choice(LETTERS) if rng.random() < often else game.tables[rule][letter]
 
     def question() -> tuple[list[str], list[str]]:
-        return ["ask", "=>"], [*drawn().split(), "<eos>"]
+        return ["ask", "=>"], [*drawn(asked).split(), "<eos>"]
 
     def solution() -> tuple[list[str], list[str]]:
         text = drawn()
