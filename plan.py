@@ -29,7 +29,10 @@ SHAPES = {  # so that a question about them needs no network: Config's numbers, 
     "Qwen/Qwen2.5-14B": (152_064, 5_120, 13_824, 48, 40, 8, False),
     "Qwen/Qwen2.5-32B": (152_064, 5_120, 27_648, 64, 40, 8, False),
     "Qwen/Qwen2.5-72B": (152_064, 8_192, 29_568, 80, 64, 8, False),
+    "Qwen/Qwen3-4B-Base": (151_936, 2_560, 9_728, 36, 32, 8, True),
 }
+# Rewards that ask no judge.
+NO_JUDGE = ("comet", "oracle", "external", "random", "certainty", "confidence", "majority")
 COMETS = {"comet22": 0.58, "cometkiwi": 0.57}  # billions of parameters, of eval/comet.py's names
 COMETS |= dict.fromkeys(("cometkiwi-xl", "xcomet-xl"), 3.5)
 COMETS |= dict.fromkeys(("cometkiwi-xxl", "xcomet-xxl"), 10.7)
@@ -65,8 +68,8 @@ def shape_of(name: str) -> Config:
         return read_config(Path(name).expanduser())
     if name in SHAPES:
         vocab, width, mlp, layers, heads, kv_heads, tied = SHAPES[name]
-        E = width // heads
-        return Config("qwen2", vocab, width, mlp, layers, heads, kv_heads, E, 32_768, tied)
+        family, E = ("qwen3", 128) if "Qwen3" in name else ("qwen2", width // heads)
+        return Config(family, vocab, width, mlp, layers, heads, kv_heads, E, 32_768, tied)
     from huggingface_hub import hf_hub_download
 
     try:
@@ -137,6 +140,12 @@ class Work(NamedTuple):
     cuda: bool
     judge: Config | None = None
     """Of another model that judges here."""
+    asked: "Work | None" = None
+    """What a model that does not learn answers in each step, as if it were sampled for training."""
+
+    def changed(self, **settings) -> "Work":
+        asked = self.asked and self.asked.changed(**settings)
+        return self._replace(s=dataclasses.replace(self.s, **settings), asked=asked)
 
     @property
     def params(self) -> tuple[int, int, int]:
@@ -181,7 +190,8 @@ class Work(NamedTuple):
     @property
     def questions(self) -> int:
         """To the judge about each sample, at most; a group's candidates are counted as if apart."""
-        return {"pairs": self.s.samples_per_prompt - 1, "cream": 2}.get(self.s.reward, 1)
+        known = {"pairs": self.s.samples_per_prompt - 1, "cream": 2} | dict.fromkeys(NO_JUDGE, 0)
+        return known.get(self.s.reward, 1)
 
     @property
     def longest(self) -> int:
@@ -254,6 +264,8 @@ def memory(k: Work) -> dict[str, float]:
     if k.judge:
         room = k.slots * window * (k.cache_of(k.judge) + 20)
         parts["the judge"] = wide * params_of(k.judge)[0] + room
+    if k.asked:
+        parts["who answers, its cache"] = wide * N + k.asked.slots * slot
     for name in k.comets:  # a process of its own; what it needs for a batch is guessed
         each = 2e9 * COMETS.get(name, 0.6) * (2 if s.comet_dtype == "float32" else 1)
         parts[f"COMET ({Path(name).name})"] = each + 2.5e9 * k.cuda
@@ -318,10 +330,13 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
     parts = {
         "sample": forward(sequences / s.samples_per_prompt, s.max_prompt_tokens) / flops
         + decode(sequences, s.max_prompt_tokens, s.max_new_tokens),
-        "judge": asked * forward(sequences, k.longest) / flops,
     }
-    if k.writes:
+    if asked:
+        parts["judge"] = asked * forward(sequences, k.longest) / flops
+    if asked and k.writes:
         parts["judge"] += asked * decode(sequences, k.template + k.longest, k.judge_words)
+    if k.asked:
+        parts["answers"] = seconds(k.asked, m)["sample"]
     logits = sequences * s.max_new_tokens * head
     read, _, rounds = k.training
     whole = forward(sequences, k.longest) - (2 * N - head) * (sequences * k.longest - read)
@@ -339,11 +354,8 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
 def report(k: Work, m: Machine, name: str) -> str:
     """The two tables, the verdict, and what would make it fit."""
     parts, times = memory(k), seconds(k, m)
-    shorter = k._replace(s=dataclasses.replace(
-        k.s, max_prompt_tokens=max(1, k.s.max_prompt_tokens // 4),
-        max_new_tokens=max(1, k.s.max_new_tokens // 4),
-        judge_max_new_tokens=max(1, k.s.judge_max_new_tokens // 4),
-    ))  # fmt: skip
+    long = ("max_prompt_tokens", "max_new_tokens", "judge_max_new_tokens")
+    shorter = k.changed(**{name: max(1, getattr(k.s, name) // 4) for name in long})
     quick = seconds(shorter, m)
     share = f", weights shared by {k.S}" if k.G > 1 else ""
     scale, unit = (1e9, "GB") if peak(parts) > 2e9 else (1e6, "MB")
@@ -384,7 +396,7 @@ def verdict(k: Work, m: Machine) -> str:
         if old == value or (type(value) is int and old < value):
             continue
         changes[name] = value
-        other = k._replace(s=dataclasses.replace(k.s, **changes))
+        other = k.changed(**changes)
         other = other._replace(S=k.G if other.s.shard == "all" else k.S)
         if missing(other, m) <= 0:
             break

@@ -3,6 +3,7 @@
     python rzero.py                            # on a laptop: small programs, in three minutes
     python rzero.py --preset toy-translation   # a Challenger that writes sentences to translate
     torchrun --nproc_per_node=8 rzero.py --preset r-zero-4b      # the paper's, on Qwen3-4B-Base
+    python rzero.py --preset r-zero-4b --dry-run --gpus 8        # does it fit? how long?
     python rzero.py --resume --folder runs/mine                  # go on where it was stopped
 
 Both begin as the same model. Each iteration (arXiv 2508.05004):
@@ -39,6 +40,7 @@ import torch
 
 import data
 import grpo
+import plan
 import report
 import ssr
 from challenge import CHALLENGES, Challenge, Player, accuracy, window_of, written
@@ -127,6 +129,12 @@ class Settings(grpo.Settings):
     """Weights and optimizer are spread over "all" ranks, or over those of a "node"."""
     patience: float = 1800.0
     """Seconds that ranks wait for one that makes no progress before the run is ended."""
+    dry_run: bool = False
+    """Say what memory and time each player's turn would take, and end."""
+    gpus: int = 0
+    """Of a --dry-run, as in ssr.py, …"""
+    gpu: str = ""
+    """… where --help says which."""
 
 
 PRESETS = {
@@ -145,7 +153,7 @@ PRESETS = {
     "r-zero-4b": {
         "game": "mathematics", "model": "Qwen/Qwen3-4B-Base", "lr": 1e-6, "weight_decay": 1e-2,
         "kl": 1e-2, "warmup_steps": 0, "final_lr": 1.0, "max_prompt_tokens": 1024,
-        "max_new_tokens": 4096, "slots": 64, "micro_batch_tokens": 8192,
+        "max_new_tokens": 4096, "slots": 24, "micro_batch_tokens": 8192,
     },
 }  # fmt: skip
 BOUNDS = [
@@ -162,7 +170,7 @@ CHOICES = {name: known for name, known in ssr.CHOICES.items() if hasattr(Setting
 CHOICES |= {"challenge": CHALLENGES, "game": tuple(GAMES), "likeness": ("chrf", "score")}
 OF_A_TURN = {"steps", "samples_per_prompt"}  # of grpo's settings: each player has its own
 FREE = {"folder", "resume", "iterations", "save_every", "micro_batch_tokens", "slots", "device",
-        "threads", "shard", "patience", "report"}  # fmt: skip  # a run may go on with others
+        "threads", "shard", "patience", "report", "gpus", "gpu"}  # fmt: skip  # may be others later
 ASKED = ("game", "questions", "answers", "top_p", "temperature", "seed", "likeness", "real")
 PLAYERS = ("challenger", "solver")
 TOLD = {
@@ -423,8 +431,41 @@ def parse(words: list[str]) -> Settings:
     return s
 
 
+def dry_run(s: Settings) -> None:
+    """ssr.py's, for each player's turn."""
+    if not s.model:
+        raise ValueError("--dry-run: which --model? A toy's fits anywhere")
+    machine, cuda, G, shared = ssr.machines(s)
+    config, same = plan.shape_of(s.model), {f.name for f in dataclasses.fields(grpo.Settings)}
+    same = {name: getattr(s, name) for name in (*same, "slots", "eval_prompts")}
+
+    def work(steps: int, prompts: int, samples: int, asked: plan.Work | None = None) -> plan.Work:
+        of_it = {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": samples}
+        settings = ssr.Settings(
+            **same | of_it, reward="oracle", reading="expected", shown_prompts=1
+        )
+        return plan.Work(settings, config, G, shared, 0, cuda, asked=asked)
+
+    hours, missing, n, asks = 0.0, 0.0, s.prompts_per_step, s.challenger_samples
+    challenger = work(s.challenger_steps, n, asks, work(1, n * asks, s.answers))
+    solver = work(s.solver_steps, n, s.solver_samples)
+    for name, turn in (("Challenger", challenger), ("Solver", solver)):
+        print(f"The {name}'s turn. {plan.report(turn, machine, s.model)}\n")
+        hours += turn.s.steps * sum(plan.seconds(turn, machine).values()) / 3600
+        missing = max(missing, plan.missing(turn, machine))
+    both = work(1, s.questions, 1), work(1, s.questions, s.answers)
+    writing = sum(plan.seconds(k, machine)["sample"] for k in both) / 3600
+    print(f"Between them {s.questions} questions, {s.answers} answers to each: {writing:.3g} hours."
+          f"\n{s.iterations} iterations: {s.iterations * (hours + writing):.3g} hours, if all are "
+          "as long as they may be.")  # fmt: skip
+    if missing > 0:
+        sys.exit(1)
+
+
 def start(words: list[str]) -> None:
     s = parse(words)
+    if s.dry_run:
+        return dry_run(s)
     device, ranks = place(s)
     agree(ranks, {option(name): value for name, value in dataclasses.asdict(s).items()})
     named = partial(folder_of, f"rzero-{s.preset}", s.folder, s.resume)

@@ -687,19 +687,24 @@ def judge_shape(s: Settings):
     return plan.shape_of(s.judge_model) if s.judge_model and not s.judge_url else None
 
 
-def dry_run(s: Settings) -> None:
+def machines(s) -> tuple[plan.Machine, bool, int, int]:
+    """Of a --dry-run: one of them, whether it is a GPU, how many, how many share the weights."""
     here = torch.cuda.is_available() and s.device != "cpu"
     cuda = here or bool(s.gpu) or (s.preset != "toy" and s.device != "cpu")
     device = torch.device("cuda" if here else "cpu")
     machine = plan.machine_of(s.gpu or ("h100" if cuda and not here else ""), device)
+    G = s.gpus or (torch.cuda.device_count() if here else 8 if cuda else 1)
+    return machine, cuda, G, min(G, 8) if s.shard == "node" else G
+
+
+def dry_run(s: Settings) -> None:
+    machine, cuda, G, shared = machines(s)
     if s.preset == "toy" and not s.model:
         recipe = Recipe(seed=s.seed, skills=skills_of(s.toy_skills))
         tokenizer = make_tokenizer(Languages(s.seed), recipe.skills)
         name, config = "the toy", shape_of(recipe, tokenizer)
     else:
         name, config = s.model, plan.shape_of(s.model)
-    G = s.gpus or (torch.cuda.device_count() if here else 8 if cuda else 1)
-    shared = min(G, 8) if s.shard == "node" else G
     work = plan.Work(s, config, G, shared, judge_template(s), cuda, judge_shape(s))
     print(plan.report(work, machine, name))
     if plan.missing(work, machine) > 0:

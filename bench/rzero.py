@@ -23,6 +23,10 @@ LONG = ["--iterations=1", "--challenger-steps=150", "--challenger-lr=1e-3", "--s
 ROWS = {  # name -> options of rzero.py, seeds
     "R-Zero": ([], FIVE),
     "random Challenger": (["--challenge=random"], THREE),
+    "random Challenger, four times the questions": (
+        ["--challenge=random", "--questions=512"],
+        THREE,
+    ),
     "150 steps of the Challenger": (LONG, THREE),
     "150 steps, no repetition penalty": ([*LONG, "--repetition=0"], THREE),
     "the authors' code's reward": (["--challenge=released"], THREE),
@@ -80,6 +84,7 @@ def told(path: Path) -> dict[str, list[float]]:
         "depth": [row.get("questions/depth", row.get("questions/words")) for row in asked],
         "different": [row["questions/different"] for row in asked],
         "repetition": [row["reward/repetition"] for row in asked],
+        "kept": [row["lessons/kept"] for row in lessons],
         "labels": [r["lessons/label_accuracy"] for r in lessons if "lessons/label_accuracy" in r],
     }
 
@@ -87,8 +92,8 @@ def told(path: Path) -> dict[str, list[float]]:
 def table(rows: dict, folder: Path) -> str:
     lines = [
         "| | held-out, sampled: start, after each iteration | rose each time | greedy | depth of "
-        "questions | right labels | alike | different |",
-        "|---|---|---|---|---|---|---|---|",
+        "questions | learned from | right labels | alike | different |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (_, seeds) in rows.items():
         found = [told(folder / f"{slug(name)}-seed{seed}") for seed in seeds]
@@ -102,7 +107,7 @@ def table(rows: dict, folder: Path) -> str:
         rose = sum(all(b > a for a, b in zip(x["sampled"], x["sampled"][1:], strict=False))
                    for x in found)  # fmt: skip
         cells = [name, over("sampled"), f"{rose} of {len(seeds)}", over("greedy", [0, -1])]
-        cells += [over("depth", [0, -1]), over("labels"), over("repetition", [0, -1])]
+        cells += [over("depth", [0, -1]), over("kept"), over("labels"), over("repetition", [0, -1])]
         lines.append(f"| {' | '.join([*cells, over('different', [0, -1])])} |")
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "challenge.py": ({"numpy", "torch", "judge", "problem", "ranks", "sampler"}, set()),
     "rzero.py": (
         {"torch", "challenge", "checkpoint", "data", "eval", "games", "grpo", "judge", "model"}
-        | {"ranks", "report", "sampler", "ssr", "watch"},
+        | {"plan", "ranks", "report", "sampler", "ssr", "watch"},
         set(),
     ),
     "answers.py": (set(), {"math_verify"}),  # in its worker

@@ -6,6 +6,7 @@ import torch
 
 import grpo
 import plan
+import rzero
 import ssr
 from checkpoint import tensors_of
 from model import load
@@ -28,6 +29,7 @@ def work(name, G, S=None, **changes):
         ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
         ("Qwen/Qwen2.5-7B", 7_615_616_512),
         ("Qwen/Qwen2.5-32B", 32_763_876_352),
+        ("Qwen/Qwen3-4B-Base", 4_022_468_096),
     ],
 )
 def test_known_shapes_have_the_published_number_of_parameters(name, parameters):
@@ -114,6 +116,35 @@ def test_the_advice_fits():
     words = plan.verdict(k, H100).split("It would with ")[1].rstrip(".").split()
     s = ssr.parse(["--preset=ssr-zero-7b", "--dry-run", "--slots=256", *words])
     assert plan.verdict(k._replace(s=s), H100).startswith("It fits")
+
+
+def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
+    words = ["--preset=r-zero-4b", "--dry-run", "--gpus=8", "--gpu=h100"]
+    rzero.main(words)
+    out = capsys.readouterr().out
+    assert out.count("It fits, with") == 2 and "Between them 8000 questions, 10 answers" in out
+    with pytest.raises(SystemExit) as error:
+        rzero.main([*words, "--slots=32"])
+    assert error.value.code == 1
+    words += capsys.readouterr().out.split("It would with ")[1].split(".")[0].split()
+    rzero.main(words)
+    with pytest.raises(SystemExit, match="--dry-run: which --model"):
+        rzero.main(["--dry-run"])
+
+
+def test_who_answers_the_challenger_is_counted_to_the_byte(tmp_path):
+    make_model(tmp_path)
+    model = load(tmp_path)
+    s = ssr.parse(["--preset=toy", "--slots=7", "--max-new-tokens=20", "--reward=oracle"])
+    asked = Work(s, model.config, 1, 1, 0, False)
+    parts = memory(asked._replace(asked=asked))
+    sampler = Sampler(model, 7, 32 + 20 + 1 + 64)
+    held = sampler.kv.nbytes + sum(x.nbytes for x in sampler.state) + 4 * asked.params[0]
+    assert parts["who answers, its cache"] == pytest.approx(held, rel=0.02)
+    assert "judge" not in seconds(asked, H100) and "answers" not in seconds(asked, H100)
+    twice = asked._replace(asked=asked.changed(samples_per_prompt=2 * s.samples_per_prompt))
+    ratio = seconds(twice, H100)["answers"] / seconds(asked, H100)["sample"]
+    assert 1.5 < ratio <= 2
 
 
 def test_a_dry_run_of_the_toy_measures_this_machine_and_writes_nothing(
