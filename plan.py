@@ -31,8 +31,9 @@ SHAPES = {  # so that a question about them needs no network: Config's numbers, 
     "Qwen/Qwen2.5-72B": (152_064, 8_192, 29_568, 80, 64, 8, False),
     "Qwen/Qwen3-4B-Base": (151_936, 2_560, 9_728, 36, 32, 8, True),
 }
-# Rewards that ask no judge.
-NO_JUDGE = ("comet", "oracle", "external", "random", "certainty", "confidence", "majority")
+# Rewards that ask no judge: those that look elsewhere, and those that look how sure the policy is.
+NO_JUDGE = ("comet", "oracle", "external", "random", "majority", "certainty", "confidence")
+SURE = NO_JUDGE[-2:]
 COMETS = {"comet22": 0.58, "cometkiwi": 0.57}  # billions of parameters, of eval/comet.py's names
 COMETS |= dict.fromkeys(("cometkiwi-xl", "xcomet-xl"), 3.5)
 COMETS |= dict.fromkeys(("cometkiwi-xxl", "xcomet-xxl"), 10.7)
@@ -89,7 +90,10 @@ def machine_of(words: str, device: torch.device) -> Machine:
         return MACHINES[words]
     if words:
         try:
-            return Machine("as given", *(float(word) for word in words.split(",")))
+            given = Machine("as given", *(float(word) for word in words.split(",")))
+            if min(given[1:]) > 0:
+                return given
+            raise ValueError
         except (TypeError, ValueError):
             raise ValueError(
                 f"--gpu {words}: use {', '.join(MACHINES)}, or four numbers with commas: GB, dense "
@@ -340,6 +344,8 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
     logits = sequences * s.max_new_tokens * head
     read, _, rounds = k.training
     whole = forward(sequences, k.longest) - (2 * N - head) * (sequences * k.longest - read)
+    if s.reward in SURE:
+        parts[s.reward] = (whole + logits) / flops
     if s.track_kl or s.kl:
         parts["reference"] = (whole + logits) / flops
     passes = 4 if k.cuda else 3  # forward, twice that on the way back, where blocks run again
@@ -395,6 +401,8 @@ def verdict(k: Work, m: Machine) -> str:
         old = k.slots if name == "slots" else getattr(k.s, name)
         if old == value or (type(value) is int and old < value):
             continue
+        if name == "track_kl" and (k.s.kl or k.s.judge == "frozen"):
+            continue  # the starting weights stay
         changes[name] = value
         other = k.changed(**changes)
         other = other._replace(S=k.G if other.s.shard == "all" else k.S)
@@ -406,5 +414,5 @@ def verdict(k: Work, m: Machine) -> str:
     )
     if missing(other, m) <= 0:
         return f"{now} It would with {words}."
-    left = f"{missing(other, m) / 1e9:.1f} GB"
-    return f"{now} {words} would leave {left} too much: use more or larger GPUs."
+    left = f"{words} would leave {missing(other, m) / 1e9:.1f} GB too much: " if words else ""
+    return f"{now} {left}use more or larger GPUs."

@@ -268,7 +268,10 @@ class Run:
 
     def solver_learns(self, rows: list[dict]) -> None:
         s = self.turn(self.s.solver_steps, self.s.solver_samples)
-        kept = [row for row in rows if abs(row["agreement"] - 0.5) <= s.band + 1e-9]
+        kept = [
+            row for row in rows
+            if abs(row["agreement"] - 0.5) <= s.band + 1e-9 and self.game.fair(row["question"])
+        ]  # fmt: skip
         known = self.game.measure([r["question"] for r in kept], [r["label"] for r in kept])
         about = {"lessons/kept": len(kept)} | {f"lessons/{k}": v for k, v in known.items()}
         print(f"iteration {self.iteration}: of {s.questions} questions {len(rows)} different ones, "
@@ -433,17 +436,16 @@ def parse(words: list[str]) -> Settings:
 
 def dry_run(s: Settings) -> None:
     """ssr.py's, for each player's turn."""
-    if not s.model:
-        raise ValueError("--dry-run: which --model? A toy's fits anywhere")
+    if not s.model or s.game == "translation":
+        raise ValueError("--dry-run: of a --model, and not for the toy's games, which fit anywhere")
     machine, cuda, G, shared = ssr.machines(s)
     config, same = plan.shape_of(s.model), {f.name for f in dataclasses.fields(grpo.Settings)}
-    same = {name: getattr(s, name) for name in (*same, "slots", "eval_prompts")}
+    same = {name: getattr(s, name) for name in (*same, "slots", "shard", "eval_prompts")}
 
     def work(steps: int, prompts: int, samples: int, asked: plan.Work | None = None) -> plan.Work:
         of_it = {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": samples}
-        settings = ssr.Settings(
-            **same | of_it, reward="oracle", reading="expected", shown_prompts=1
-        )
+        usual = {"reward": "oracle", "reading": "expected", "shown_prompts": G * s.slots}
+        settings = ssr.Settings(**same | of_it | usual)  # every slot is there, needed or not
         return plan.Work(settings, config, G, shared, 0, cuda, asked=asked)
 
     hours, missing, n, asks = 0.0, 0.0, s.prompts_per_step, s.challenger_samples

@@ -690,7 +690,7 @@ def judge_shape(s: Settings):
 def machines(s) -> tuple[plan.Machine, bool, int, int]:
     """Of a --dry-run: one of them, whether it is a GPU, how many, how many share the weights."""
     here = torch.cuda.is_available() and s.device != "cpu"
-    cuda = here or bool(s.gpu) or (s.preset != "toy" and s.device != "cpu")
+    cuda = here or bool(s.gpu) or (not s.preset.startswith("toy") and s.device != "cpu")
     device = torch.device("cuda" if here else "cpu")
     machine = plan.machine_of(s.gpu or ("h100" if cuda and not here else ""), device)
     G = s.gpus or (torch.cuda.device_count() if here else 8 if cuda else 1)

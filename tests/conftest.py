@@ -23,6 +23,16 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+    """Where the command of the README has run, from nothing."""
+    folder = tmp_path_factory.mktemp("learned")
+    command = [sys.executable, str(HERE.parent / "ssr.py"), "--folder", "run"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
 def comet_python(tmp_path_factory):
     """A Python that has COMET: $SSR_COMET_PYTHON, or that of an environment made for this."""
     if given := os.environ.get("SSR_COMET_PYTHON"):

@@ -1,6 +1,8 @@
 """What is a question, what an answer, what agrees: programs, mathematics, translation."""
 
+import itertools
 import json
+from collections import Counter
 from random import Random
 from types import SimpleNamespace
 
@@ -22,9 +24,12 @@ from toy.programs import (
     DEEPEST,
     HELD_OUT,
     LETTERS,
+    LINES,
     PLACES,
     RULES,
     Programs,
+    Recipe,
+    corpus,
     depth,
     is_held_out,
     program,
@@ -72,12 +77,12 @@ def test_the_solver_gets_one_for_the_label_and_the_form_is_told_apart():
 
 
 def test_a_held_out_question_is_never_a_lesson():
-    rows = [{"question": q, "label": "2"} for q in ("1 + 1", "1 + 2", " 1  +\n1")]
-    assert Plain().lessons(rows, 1) == [("1 + 2", "2")]  # however it is spaced
+    fair = [q for q in ("1 + 1", "1 + 2", " 1  +\n1") if Plain().fair(q)]
+    assert fair == ["1 + 2"]  # however it is spaced
     game, rng = Programs(0, 16), Random(0)
     texts = [program(rng, 2) for _ in range(400)] + [q for q, _ in game.held_out]
-    lessons = [q for q, _ in game.lessons([{"question": q, "label": ""} for q in texts], 1)]
-    assert 300 < len(lessons) < 400 and not any(map(is_held_out, lessons))
+    fair = [q for q in texts if game.fair(q)]
+    assert 300 < len(fair) < 400 and not any(map(is_held_out, fair))
 
 
 # ----------------------------------------------------------------------------------- programs
@@ -108,6 +113,32 @@ def test_held_out_programs_are_of_every_depth_with_the_truth():
     assert all(is_held_out(q) and truth == game.truth(q) for q, truth in game.held_out)
     share = sum(is_held_out(program(Random(i), 3)) for i in range(4000)) / 4000
     assert share == pytest.approx(1 / HELD_OUT, abs=0.02)
+
+
+def test_the_model_reads_shallow_questions_and_programs_of_all_depths_none_held_out():
+    question, solution = corpus(Recipe())
+    asked = [" ".join(words[:-1]) for _, words in (question() for _ in range(3000))]
+    depths = Counter(map(depth, asked))
+    for d in range(1, 4):
+        assert depths[d + 1] / depths[d] == pytest.approx(Recipe.asked, abs=0.1)
+    game, solved, wrong = Programs(0), Counter(), dict.fromkeys(RULES, (0, 0))
+    for prompt, told in (solution() for _ in range(3000)):
+        letters, rest = prompt[1:4], prompt[4:-1]
+        rules = dict(zip(rest[::2], rest[1::2], strict=True))
+        text = " ".join([*letters, *(rules[line] for line in LINES if line in rules)])
+        asked.append(text)
+        solved[depth(text)] += 1
+        assert game.text_answer(" ".join(told[:-1]), text) and told[-1] == "<eos>"
+        for i in range(0, len(told) - 1, 5):
+            rule, heard = told[i + 1], told[i + 2 : i + 5]
+            errors = sum(game.tables[rule][a] != b for a, b in zip(letters, heard, strict=True))
+            wrong[rule] = wrong[rule][0] + errors, wrong[rule][1] + 3
+            letters = heard
+    assert not any(map(is_held_out, asked))
+    assert all(300 < solved[d] < 450 for d in range(1, DEEPEST + 1))
+    shares = [errors / count for errors, count in wrong.values()]
+    assert shares[0] < 0.02 and all(b > a - 0.03 for a, b in itertools.pairwise(shares))
+    assert shares[-1] == pytest.approx(6 / 8 * Recipe.doubt * 7 / 8, abs=0.06)
 
 
 def worked_out(game, question: str) -> str:

@@ -118,18 +118,69 @@ def test_the_advice_fits():
     assert plan.verdict(k._replace(s=s), H100).startswith("It fits")
 
 
+def number_of(out: str, words: str) -> list[float]:
+    return [
+        float(line[len(words) :].split()[0]) for line in out.splitlines() if line.startswith(words)
+    ]
+
+
 def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
     words = ["--preset=r-zero-4b", "--dry-run", "--gpus=8", "--gpu=h100"]
     rzero.main(words)
     out = capsys.readouterr().out
     assert out.count("It fits, with") == 2 and "Between them 8000 questions, 10 answers" in out
+
+    assert number_of(out, "answers")[0] == pytest.approx(10 * number_of(out, "sample")[0], rel=0.02)
+    hours = number_of(out, "5 steps, hours") + number_of(out, "15 steps, hours")
+    writing = number_of(out, "Between them 8000 questions, 10 answers to each:")
+    # A rank writes 1,000 questions with 10 answers each; in a step 10 answers to each of 64.
+    assert writing[0] * 3600 == pytest.approx(
+        number_of(out, "answers")[0] * 1000 / 64 * 1.1, rel=0.03
+    )
+    total = number_of(out, "3 iterations:")
+    assert total[0] == pytest.approx(3 * (sum(hours) + writing[0]), rel=0.01)
     with pytest.raises(SystemExit) as error:
         rzero.main([*words, "--slots=32"])
     assert error.value.code == 1
     words += capsys.readouterr().out.split("It would with ")[1].split(".")[0].split()
     rzero.main(words)
-    with pytest.raises(SystemExit, match="--dry-run: which --model"):
-        rzero.main(["--dry-run"])
+    for words in (["--dry-run"], ["--dry-run", "--preset=toy-translation", "--model=x"]):
+        with pytest.raises(SystemExit, match="--dry-run: of a --model, and not for the toy's"):
+            rzero.main(words)
+
+
+def test_every_slot_of_r_zero_is_counted_and_the_advice_fits(capsys):
+    """On many GPUs each has little to decode, and room for all slots nevertheless."""
+    words = ["--preset=r-zero-4b", "--dry-run", "--gpus=64", "--gpu=h100", "--slots=40"]
+    for shard in ("all", "node"):
+        with pytest.raises(SystemExit):
+            rzero.main([*words, f"--shard={shard}"])
+        out = capsys.readouterr().out
+        shape = shape_of("Qwen/Qwen3-4B-Base")
+        held = 40 * (1024 + 4096 + 65) * 4 * shape.layers * shape.kv_heads * shape.head_dim / 1e9
+        assert number_of(out, "its KV cache") == pytest.approx([held, held], rel=0.01)
+        shared = 4 * 4.022 / (8 if shard == "node" else 64)
+        assert number_of(out, "weights, fp32") == pytest.approx([shared, shared], abs=0.01)
+        assert "--no-track-kl" not in out  # --kl keeps them
+        told = out.split("It would with ")[1].split(".")[0].split()
+        assert ("--shard" in told) == (shard == "node")
+        rzero.main([*words, f"--shard={shard}", *told])
+        capsys.readouterr()
+    large = Work(ssr.parse(["--preset=ssr-zero-7b", "--dry-run", "--slots=8", "--no-track-kl"]),
+                 shape_of("Qwen/Qwen2.5-72B"), 8, 8, 250, True)  # fmt: skip
+    large = large.changed(micro_batch_tokens=large.longest)
+    assert plan.verdict(large, H100).endswith("on each. use more or larger GPUs.")
+
+
+def test_a_judge_takes_time_where_one_is_asked():
+    stages = {
+        name: seconds(work("Qwen/Qwen2.5-7B", 8, reward=name), H100)
+        for name in ssr.CHOICES["reward"]
+    }
+    asks = {name for name, times in stages.items() if "judge" in times}
+    assert asks == {"self", "self+comet", "self+external", "pairs", "group", "cream"}
+    for name in ("certainty", "confidence"):  # they read the samples once more
+        assert stages[name][name] == pytest.approx(stages[name]["reference"])
 
 
 def test_who_answers_the_challenger_is_counted_to_the_byte(tmp_path):
@@ -142,6 +193,7 @@ def test_who_answers_the_challenger_is_counted_to_the_byte(tmp_path):
     held = sampler.kv.nbytes + sum(x.nbytes for x in sampler.state) + 4 * asked.params[0]
     assert parts["who answers, its cache"] == pytest.approx(held, rel=0.02)
     assert "judge" not in seconds(asked, H100) and "answers" not in seconds(asked, H100)
+    assert asked._replace(asked=asked).changed(slots=3).asked.s.slots == 3
     twice = asked._replace(asked=asked.changed(samples_per_prompt=2 * s.samples_per_prompt))
     ratio = seconds(twice, H100)["answers"] / seconds(asked, H100)["sample"]
     assert 1.5 < ratio <= 2

@@ -317,6 +317,12 @@ def test_a_stop_inside_a_librarys_call_is_not_that_calls_error(monkeypatch, tmp_
     def stopped(*_, **__):
         raise Stopping
 
+    def wordless(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", wordless)
+    with pytest.raises(ValueError, match=r"no tokenizer could be read there \(OSError\)"):
+        load_tokenizer(tmp_path)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", stopped)
     with pytest.raises(Stopping):
         Ranks().share("load", [tmp_path], lambda items: [load_tokenizer(x) for x in items])

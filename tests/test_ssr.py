@@ -474,19 +474,9 @@ def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
 # --------------------------------------------------------------------------------- slow proofs
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The command of the README, from nothing."""
-    folder = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, str(ROOT / "ssr.py"), "--folder", "run"]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr
-    return folder
-
-
 @pytest.mark.slow
-def test_the_toy_learns_to_translate_by_judging_itself(whole):
-    rows = rows_of(whole / "run" / "metrics.jsonl")
+def test_the_toy_learns_to_translate_by_judging_itself(learned):
+    rows = rows_of(learned / "run" / "metrics.jsonl")
     assert rows[-1]["eval/exact_match"] - rows[0]["eval/exact_match"] >= 0.45
     assert rows[-1]["eval/exact_match"] >= 0.85
 
@@ -512,15 +502,15 @@ def test_a_run_that_cheats_is_said_to_in_terminal_and_report(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_as_much(whole):
+def test_two_ranks_learn_as_much(learned):
     """`torchrun --nproc_per_node=2 ssr.py`, on the same pretrained model."""
-    [model] = (whole / "runs" / "toy-models").iterdir()
+    [model] = (learned / "runs" / "toy-models").iterdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += [str(ROOT / "ssr.py"), f"--model={model}", "--folder=two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=whole, capture_output=True, text=True, env=environment)
+    run = subprocess.run(command, cwd=learned, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    one, two = (rows_of(whole / name / "metrics.jsonl") for name in ("run", "two"))
+    one, two = (rows_of(learned / name / "metrics.jsonl") for name in ("run", "two"))
     for key in ("reward/total", "policy/entropy", "train/grad_norm"):
         assert two[1][key] == pytest.approx(one[1][key], rel=1e-3)
     # Rounding makes them two runs of the same kind, no more: see the README.
@@ -529,9 +519,9 @@ def test_two_ranks_learn_as_much(whole):
 
 
 @pytest.mark.slow
-def test_the_toys_judge_is_not_taken_in(whole):
+def test_the_toys_judge_is_not_taken_in(learned):
     """Mean score of 200 held-out sentences' translations, right ones and tricks."""
-    [folder] = (whole / "runs" / "toy-models").iterdir()
+    [folder] = (learned / "runs" / "toy-models").iterdir()
     pair = Languages(0)
     texts = Texts(AutoTokenizer.from_pretrained(folder))
     judge = Judge(Sampler(load(folder), 256, 96), texts, TOY, "expected")

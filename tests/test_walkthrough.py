@@ -149,6 +149,8 @@ def test_another_model_gives_the_same_page_with_other_numbers(toy):
 
 
 @pytest.mark.slow
-def test_the_page_is_what_a_run_gives(tmp_path):
+def test_the_page_is_what_a_run_gives(learned):
     """Of a model made anew; where processors round differently, in what no weights change."""
-    assert not differences(TEXT, make(Recipe(seed=0, tokens=3.5e6), tmp_path))
+    [model] = (learned / "runs" / "toy-models").iterdir()
+    assert make(Recipe(seed=0, tokens=3.5e6), model.parent) == model
+    assert not differences(TEXT, model)

@@ -3,7 +3,7 @@
     game = Programs(seed=0, count=256)
     depth("f c a gor hex"), game.truth("f c a gor hex")   # 2 rules; what is left of "f c a" then
 
-A program is three letters and rules that rewrite them, one after the other: each rule puts another
+A program is three letters and rules that rewrite them, one after the other: each rule puts a
 letter for each letter, as a table says that comes from the seed. How many rules it has is its
 depth. `truth` is the interpreter: nobody who learns may ask it.
 
@@ -15,7 +15,7 @@ The model made here has read questions ("ask => f c a gor hex"), of which less t
 than one rule, less than half of those more than two, and so on; and programs of every depth worked
 out rule by rule, told in any order:
 
-    solve f c a 2) hex 1) gor =>  1) gor b e a 2) hex d d h
+    solve f c a 2) hex 1) gor =>  1) gor b h a 2) hex d f c
 
 Some letters of a table were wrong in four texts of ten, each time another way, as in texts that
 lie about, and more such letters the deeper the rule. So the right letter is the likeliest, but the
@@ -26,7 +26,7 @@ between them is the edge of its ability, which a Challenger has to find, and the
 import dataclasses
 import statistics
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -54,7 +54,7 @@ class Recipe:
     asked: float = 0.45
     """Questions of one rule more that are read, to one that is read."""
     doubted: float = 0.08
-    """Share of its letters that texts doubt of the second rule; twice that of the third, …"""
+    """Share of its letters that texts doubt of the second rule, about twice that of the third, …"""
     doubt: float = 0.45
     """How often they put any letter for those, …"""
     slip: float = 0.01
@@ -149,8 +149,9 @@ class Programs(Quiz):
 # ---------------------------------------------------------------------------------- warm start
 
 
-def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
-    """The folder of the recipe's model: found, or made."""
+def corpus(recipe: Recipe) -> tuple[Callable, Callable]:
+    """What it reads: each call of the one gives a question, of the other a program worked out; as a
+    prompt and what follows it."""
     game, rng = Programs(recipe.seed), stream(recipe.seed, "corpus")
     depths = range(1, DEEPEST + 1)
     asked = [recipe.asked**i for i in depths]
@@ -181,11 +182,17 @@ def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
             told += [line, rule, *letters]
         return " ".join(game.pose(text)).split(), [*told, "<eos>"]
 
+    return question, solution
+
+
+def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
+    """The folder of the recipe's model: found, or made."""
+
     def taught() -> tuple:
         tokenizer = make_tokenizer()
         torch.manual_seed(recipe.seed)
         model = Transformer(shape_of(recipe, len(tokenizer)))
-        kinds = [Kind("asking", question), Kind("solving", solution)]
+        kinds = [Kind(*x) for x in zip(("asking", "solving"), corpus(recipe), strict=True)]
         learn(model, kinds, tokenizer.get_vocab(), recipe, stream(recipe.seed, "batches"))
         return model, tokenizer
 
