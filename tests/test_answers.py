@@ -305,8 +305,9 @@ def test_close_leaves_no_process():
 
 
 PARENT = """
-import sys
+import signal, sys
 from answers import Answers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
 equal = Answers(limit={})
 equal.same("1/2", "0.5")
 print(equal.process.pid, flush=True)
