@@ -345,7 +345,7 @@ def parse(words: list[str]) -> Settings:
         for name in given.keys() & {"resume", "controls", "dry_run", "data", "held_out", "reward"}:
             raise ValueError(f"{option(name)} has no effect with --judge-only")
     had = {}
-    if given.get("resume"):
+    if given.get("resume") and not given.get("controls"):  # `check` refuses both together
         folder = given.get("folder") or folder_of(preset, "", True)
         had = remembered(Path(folder), given, Settings, {*FREE.split()})
     preset = given.get("preset") or had.get("preset") or preset

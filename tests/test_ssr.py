@@ -323,6 +323,15 @@ def test_what_cannot_work_is_refused_in_one_line(words, message, monkeypatch):
     assert str(error.value).count("\n") <= 1
 
 
+def test_controls_and_resume_are_refused_for_that_also_where_a_run_has_been(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "toy-20260101-000000"
+    run.mkdir(parents=True)
+    (run / "settings.json").write_text(json.dumps(dataclasses.asdict(ssr.parse(["--preset=toy"]))))
+    with pytest.raises(SystemExit, match="--controls starts its own runs"):
+        ssr.main(["--controls", "--resume"])
+
+
 def test_a_folder_that_exists_is_left_alone(toy, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
