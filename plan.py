@@ -31,9 +31,6 @@ SHAPES = {  # so that a question about them needs no network: Config's numbers, 
     "Qwen/Qwen2.5-72B": (152_064, 8_192, 29_568, 80, 64, 8, False),
     "Qwen/Qwen3-4B-Base": (151_936, 2_560, 9_728, 36, 32, 8, True),
 }
-# Rewards that ask no judge: those that look elsewhere, and those that look how sure the policy is.
-NO_JUDGE = ("comet", "oracle", "external", "random", "majority", "certainty", "confidence")
-SURE = NO_JUDGE[-2:]
 COMETS = {"comet22": 0.58, "cometkiwi": 0.57}  # billions of parameters, of eval/comet.py's names
 COMETS |= dict.fromkeys(("cometkiwi-xl", "xcomet-xl"), 3.5)
 COMETS |= dict.fromkeys(("cometkiwi-xxl", "xcomet-xxl"), 10.7)
@@ -194,8 +191,8 @@ class Work(NamedTuple):
     @property
     def questions(self) -> int:
         """To the judge about each sample, at most; a group's candidates are counted as if apart."""
-        known = {"pairs": self.s.samples_per_prompt - 1, "cream": 2} | dict.fromkeys(NO_JUDGE, 0)
-        return known.get(self.s.reward, 1)
+        known = {"pairs": self.s.samples_per_prompt - 1, "cream": 2, "group": 1}
+        return known.get(self.s.reward, int(self.s.reward.startswith("self")))
 
     @property
     def longest(self) -> int:
@@ -344,7 +341,7 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
     logits = sequences * s.max_new_tokens * head
     read, _, rounds = k.training
     whole = forward(sequences, k.longest) - (2 * N - head) * (sequences * k.longest - read)
-    if s.reward in SURE:
+    if s.reward in ("certainty", "confidence"):  # how sure the policy is: the samples once more
         parts[s.reward] = (whole + logits) / flops
     if s.track_kl or s.kl:
         parts["reference"] = (whole + logits) / flops
