@@ -179,7 +179,8 @@ def train(
             judged = reward.finish(judged)
         rewards = torch.tensor([group.total for group in judged], dtype=torch.float64)  # (P, N)
         advantages = group_advantage(rewards, s.advantage_scale, s.advantage_baseline)
-        advantages *= torch.tensor([getattr(group, "weight", 1.0) for group in judged])[:, None]
+        importance = [getattr(group, "weight", 1.0) for group in judged]
+        advantages *= torch.tensor(importance, dtype=advantages.dtype)[:, None]
         rows = distinct_rows(prompts, groups, rewards, advantages, s)
         reference = reference_logprobs(start, rows, s, ranks)
         clock.stage("reference")

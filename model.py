@@ -268,10 +268,12 @@ class Transformer(nn.Module):
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, T, 1, E) of the rotary embedding, in the activations' type."""
-        # Not a buffer: it must stay fp32, and out of the state dict and of the meta device.
-        if self._frequencies is None or self._frequencies.device != positions.device:
-            self._frequencies = rope_frequencies(self.config).to(positions.device)
-        angles = positions[..., None].float() * self._frequencies  # (B, T, E/2)
+        # Not a buffer: never below fp32, and out of the state dict and of the meta device.
+        wide = torch.promote_types(self.activation_dtype, torch.float32)
+        known = self._frequencies
+        if known is None or (known.device, known.dtype) != (positions.device, wide):
+            self._frequencies = rope_frequencies(self.config, wide).to(positions.device)
+        angles = positions[..., None].to(wide) * self._frequencies  # (B, T, E/2)
         angles = torch.cat((angles, angles), dim=-1)[:, :, None]
         return angles.cos().to(self.activation_dtype), angles.sin().to(self.activation_dtype)
 
@@ -282,9 +284,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.cat((-right, left), dim=-1), sin)
 
 
-def rope_frequencies(c: Config) -> Tensor:
+def rope_frequencies(c: Config, dtype: torch.dtype = torch.float32) -> Tensor:
     """(E/2,) radians per position. Llama 3 slows the long waves down to stretch the context."""
-    exponents = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
+    exponents = torch.arange(0, c.head_dim, 2, dtype=dtype) / c.head_dim
     frequencies = 1.0 / c.rope_theta**exponents
     scaling = c.rope_scaling
     if scaling is None:

@@ -163,7 +163,7 @@ class Decode:
 
 
 def draw(logits: Tensor, uniform: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-    """logits (B, V) in fp32, uniform (B,) in [0, 1) -> tokens (B,) and their log-probs (B,).
+    """logits (B, V), fp32 or float64, uniform (B,) in [0, 1) -> tokens (B,), their log-probs (B,).
 
     Inverse transform: the token is the first whose cumulated share passes `uniform`. One number a
     row instead of V makes the draw easy to key. Shares are cumulated in fp64, over blocks of tokens
@@ -279,7 +279,7 @@ class Sampler:
         wide = (slots, max_length + 1)
         self.uniform = torch.zeros(wide, dtype=torch.float64, device=device)
         self.ids = torch.zeros(wide, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(wide, dtype=torch.float32, device=device)
+        self.logprobs = torch.zeros(wide, dtype=self.logit_dtype, device=device)
         self.state = (self.token, self.length, self.made, self.alive)
         self.state += (self.uniform, self.ids, self.logprobs)
         self.limit = torch.zeros((), dtype=torch.int64, device=device)
@@ -292,6 +292,10 @@ class Sampler:
     def dtype(self) -> torch.dtype:
         weight = next(self.model.parameters())
         return getattr(self.model, "compute_dtype", None) or weight.dtype
+
+    @property
+    def logit_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
 
     @torch.inference_mode()  # a tenth less to do for each operator than under no_grad
     def generate(
@@ -470,7 +474,7 @@ class Sampler:
         uniform = self.uniform[:B].gather(1, column)[:, 0]
         drawn, logprob = draw(self.model.logits(hidden[:, 0]), uniform, rules)
         self.ids[:B].scatter_(1, column, drawn[:, None])
-        self.logprobs[:B].scatter_(1, column, logprob.float()[:, None])
+        self.logprobs[:B].scatter_(1, column, logprob[:, None])
         token.copy_(drawn)
         length += alive
         made += alive
@@ -549,7 +553,8 @@ class Sampler:
     def score(
         self, prompts: Sequence[Ids], continuations: Sequence[Ids], temperature: float = 1.0
     ) -> list[Tensor]:
-        """Log-probs of the tokens of each continuation after its prompt, in fp32 on the device."""
+        """Log-probs of the tokens of each continuation after its prompt, on the device; in fp32, or
+        in float64 if the model computes in that."""
         prompts, continuations = plain(prompts), plain(continuations)
         if len(prompts) != len(continuations):
             raise ValueError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
@@ -577,7 +582,7 @@ class Sampler:
         columns = [torch.tensor([token_ids], dtype=torch.int64)] * len(distinct)
         rows = self.read(distinct, [len(p) - 1 for p in distinct], columns, temperature)
         answers = dict(zip(distinct, rows, strict=True))
-        empty = torch.zeros(0, len(token_ids), device=self.device)
+        empty = torch.zeros(0, len(token_ids), dtype=self.logit_dtype, device=self.device)
         return torch.cat([empty, *(answers[p] for p in prompts)])
 
     def read(
@@ -587,20 +592,21 @@ class Sampler:
         starts[i] + r of sequence i."""
         if not temperature >= 1e-4:
             raise ValueError(f"temperature={temperature} must be at least 0.0001")
-        answers = [torch.zeros(c.shape, device=self.device) for c in columns]
+        like = {"dtype": self.logit_dtype, "device": self.device}
+        answers = [torch.zeros(c.shape, **like) for c in columns]
         for batch, hidden in self.prefill(sequences):
             starts_here = [starts[i] - self.shared for i in batch]
             sizes = [len(columns[i]) for i in batch]
             rows = zip(hidden, starts_here, sizes, strict=True)
             hidden = torch.cat([h[start : start + size] for h, start, size in rows])
             wanted = torch.cat([columns[i] for i in batch]).to(self.device)
-            parts = [torch.zeros(0, wanted.shape[1], device=self.device)]
+            parts = [torch.zeros(0, wanted.shape[1], **like)]
             for start in range(0, len(hidden), self.logit_rows):
                 part = slice(start, start + self.logit_rows)
                 h, column = hidden[part], wanted[part]
                 logits = self.model.logits(h) / temperature
                 parts.append(logits.gather(1, column) - logits.logsumexp(-1, keepdim=True))
-            found = torch.cat(parts).float()
+            found = torch.cat(parts)
             if found.isnan().any():
                 self.kv.zero_()
                 raise FloatingPointError("the model's logits are not finite")

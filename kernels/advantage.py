@@ -36,7 +36,7 @@ IMPLS = ("auto", "torch", "triton")
 def group_advantage(
     rewards: Tensor, scale: str = "std", baseline: str = "mean", impl: str = "auto"
 ) -> Tensor:
-    """(P, N) rewards -> (P, N) advantages in fp32, whatever the rewards' type; no gradient."""
+    """(P, N) rewards -> (P, N) advantages, in float64 for float64 and else in fp32; no gradient."""
     for name, value, known in (
         ("scale", scale, SCALES),
         ("baseline", baseline, BASELINES),
@@ -51,7 +51,8 @@ def group_advantage(
         )
     if torch.isinf(rewards).any():
         raise ValueError("a reward is infinite: give NaN for one that is missing")
-    rewards = rewards.detach().float().contiguous()
+    wide = torch.promote_types(rewards.dtype, torch.float32)
+    rewards = rewards.detach().to(wide).contiguous()
     if impl == "auto":
         impl = "triton" if rewards.is_cuda and triton is not None else "torch"
     run = advantage_triton if impl == "triton" else advantage_torch
@@ -103,9 +104,8 @@ if triton is not None:
         column = tl.arange(0, BLOCK)
         inside = column < N
         reward = tl.load(rewards + group * N + column, mask=inside, other=float("nan"))
-        reward = reward.to(tl.float32)
         known = reward == reward
-        n = tl.sum(known.to(tl.float32), 0)
+        n = tl.sum(known.to(reward.dtype), 0)
         peak = tl.max(tl.where(known, reward, float("-inf")), 0)
         below = tl.where(known, reward - peak, 0.0)
         deviation = tl.where(known, below - tl.sum(below, 0) / tl.maximum(n, 1.0), 0.0)

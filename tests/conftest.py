@@ -14,17 +14,36 @@ torch.set_num_threads(1)  # tiny models: threads would wait for each other longe
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """A toy model that has read just enough to write sentences and scores."""
-    from toy.pretrain import Recipe, make
+def pytest_addoption(parser):
+    parser.addoption(
+        "--other-machine",
+        action="store_true",
+        help="run each test as if processors rounded otherwise",
+    )
 
-    return make(Recipe(tokens=1.5e5), tmp_path_factory.mktemp("toy"))
+
+@pytest.fixture(autouse=True)
+def machine(request):
+    if not request.config.getoption("--other-machine"):
+        yield
+        return
+    from tests.perturb import perturbed
+
+    with perturbed(seed=0):
+        yield
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The toy's pretrained model, as it is shipped."""
+    from toy.pretrain import SHIPPED
+
+    return SHIPPED / "languages-seed0"
 
 
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory):
-    """Where the command of the README has run, from nothing."""
+    """Where the command of the README has run."""
     folder = tmp_path_factory.mktemp("learned")
     command = [sys.executable, str(HERE.parent / "ssr.py"), "--folder", "run"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)

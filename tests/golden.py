@@ -1,6 +1,8 @@
-"""Ten steps of the whole loop on a tiny float64 model, as text: python -m tests.golden
+"""Ten steps of the whole loop on a tiny float64 model: python -m tests.golden writes golden.txt.
 
-In float64 the digits shown do not depend on the machine. Weights, sentences, prompts, judge and
+Everything computes in float64, so machines agree to about 1e-14 and the comparison allows 1e-10: no
+BLAS or instruction set breaks that (tests/perturb.py imitates others), and a term that is wrong by
+1e-5 cannot pass. The samples must be the same. Weights, sentences, prompts, judge and
 reward are the real ones, but for two things that let an untrained model get a reward: most of its
 vocabulary stops a translation or is a score. If a change moves these numbers on purpose, write them
 anew with the command above and say in the commit why they moved.
@@ -8,6 +10,7 @@ anew with the command above and say in the commit why they moved.
 
 import dataclasses
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from sampler import Sampler
 from toy.languages import KASU, Languages
 from toy.pretrain import make_tokenizer
 
+TOLERANCE = 1e-10
 FILE = Path(__file__).with_name("golden.txt")
 SHOWN = {
     "reward/total": "reward", "judge/invalid": "invalid", "groups/distinct": "distinct",
@@ -74,16 +78,36 @@ def steps(ranks=None, **changes):
         if many:  # every rank holds the same weights
             whole = [p.detach().numpy().tobytes() for p in sampler.model.parameters()]
             assert len(set(ranks.gather(zlib.crc32(b"".join(whole))))) == 1
-        yield {name: step.metrics[name] for name in SHOWN}
+        ids = [sample.ids for group in step.groups for sample in group]
+        samples = zlib.crc32(repr(ids).encode())
+        yield {label: step.metrics[name] for name, label in SHOWN.items()} | {"samples": samples}
 
 
-def as_text(rows) -> str:
-    lines = ["step  " + "".join(f"{name:>14}" for name in SHOWN.values())]
-    for number, row in enumerate(rows, 1):
-        lines.append(f"{number:4}  " + "".join(f"{row[name]:14.8f}" for name in SHOWN))
+def to_text(rows: Iterable[dict]) -> str:
+    rows = [{"step": number} | row for number, row in enumerate(rows, 1)]
+    lines = ["".join(f"{name:>24}" for name in rows[0])]
+    lines += ["".join(f"{value:24.15g}" for value in row.values()) for row in rows]
     return "\n".join(lines) + "\n"
 
 
+def from_text(text: str) -> list[dict]:
+    names, *rows = (line.split() for line in text.splitlines())
+    rows = [dict(zip(names, map(float, row), strict=True)) for row in rows]
+    return [{name: value for name, value in row.items() if name != "step"} for row in rows]
+
+
+def differences(rows: list[dict], expected: list[dict]) -> list[str]:
+    """Numbers further apart than TOLERANCE, relative to the expected one where that is above 1."""
+    assert len(rows) == len(expected)
+    return [
+        f"step {number}, {name}: {row[name]!r} instead of {value!r}"
+        for number, (row, wanted) in enumerate(zip(rows, expected, strict=True), 1)
+        for name, value in wanted.items()
+        if not abs(row[name] - value) <= TOLERANCE * max(1, abs(value))
+        or (name == "samples" and row[name] != value)
+    ]
+
+
 if __name__ == "__main__":
-    FILE.write_text(as_text(steps()))
+    FILE.write_text(to_text(steps()))
     print(FILE.read_text(), end="")
