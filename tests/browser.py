@@ -67,6 +67,6 @@ def drive(page: Path, tmp_path: Path, script="return null", width=1280, dark=Fal
 
 
 def run(command: list) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -1,5 +1,6 @@
 """Answers are compared by the real library in a real process, whatever they are."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -126,12 +127,23 @@ def test_what_is_no_answer_is_equal_to_nothing(equal):
     assert equal.clusters([]) == []
 
 
+@contextlib.contextmanager
+def no_questions(equal):
+    """The worker is not asked, so nothing can take long."""
+
+    def ask(pair):
+        raise AssertionError(f"the worker was asked about {pair}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(equal, "ask", ask)
+        yield
+
+
 def test_what_is_long_is_equal_to_itself_only(equal):
     long = "1+" * answers.LONGEST + "1"
-    before = time.monotonic()
-    assert equal.same(long, f" ${long}$") is True
-    assert equal.same(long, str(answers.LONGEST + 1)) is False
-    assert time.monotonic() - before < 0.1
+    with no_questions(equal):
+        assert equal.same(long, f" ${long}$") is True
+        assert equal.same(long, str(answers.LONGEST + 1)) is False
 
 
 def test_clusters_are_numbered_as_they_begin(equal):
@@ -203,12 +215,11 @@ def test_a_hostile_answer_ends_at_the_limit_and_is_asked_about_once():
         assert equal.same("1/2", "0.5") is True
         pid, before = equal.process.pid, time.monotonic()
         assert equal.same(HOSTILE, "5") is None
-        assert 0.9 < time.monotonic() - before < 2.5
+        assert time.monotonic() - before > 0.9
         assert reaped(pid) and (equal.expired, equal.died) == (1, 0)
         assert equal.same("1/4", "0.25") is True
-        before = time.monotonic()
-        assert equal.same("5", HOSTILE) is None
-        assert time.monotonic() - before < 0.1 and equal.expired == 1
+        with no_questions(equal):
+            assert equal.same("5", HOSTILE) is None
 
 
 def test_a_hostile_answer_among_many_does_not_cost_the_limit_with_each():

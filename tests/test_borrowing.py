@@ -57,7 +57,7 @@ def test_an_example_runs_beside_the_files_it_names(heading, tmp_path):
         env=surroundings,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     shown = re.findall(r"^ *print\(.*\)  # (.+)$", code, re.M)

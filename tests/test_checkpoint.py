@@ -316,7 +316,7 @@ def test_sigterm_ends_what_comes_before_the_first_step_also_in_the_background(tm
     )  # fmt: skip
     assert "SSR-Zero" in process.stdout.readline() and "Making" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "ssr.py: stopped" in err
 
 

@@ -91,17 +91,15 @@ def test_a_large_vocabulary_is_sorted_and_summed_in_graphs():
         assert len({tuple(s.ids) for g in groups for s in g}) == 8
 
 
-def test_gpu_the_toy_learns_in_bf16(tmp_path):
+def test_gpu_the_toy_learns_in_bf16(toy, tmp_path):
     """bf16 samplers in CUDA graphs, fp32 masters: sampler and trainer agree, and it learns."""
     import ssr
-    from toy.pretrain import Recipe, make
 
-    folder = make(Recipe(tokens=1.5e6), tmp_path)
     run = tmp_path / "run"
     ssr.main(
         [
             "--preset=toy",
-            f"--model={folder}",
+            f"--model={toy}",
             f"--folder={run}",
             "--device=cuda",
             "--steps=40",
@@ -110,22 +108,22 @@ def test_gpu_the_toy_learns_in_bf16(tmp_path):
     )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(row["policy/sampler_gap"] for row in rows[1:]) < 0.02
-    assert rows[-1]["reward/total"] > rows[1]["reward/total"] + 0.1
+    # Not the reward: in so few steps it rises by no more than its noise.
+    assert rows[-1]["eval/exact_match"] > rows[0]["eval/exact_match"] + 0.15
 
 
-def test_gpu_an_evaluation_translates_as_on_the_cpu(tmp_path):
+def test_gpu_an_evaluation_translates_as_on_the_cpu(toy, tmp_path):
     """In fp32 the same words but for rounding, in bf16 nearly the same scores."""
     from eval.__main__ import main
-    from toy.pretrain import Recipe, make
 
-    folder, scores = make(Recipe(tokens=1.5e6), tmp_path), {}
+    scores = {}
     for name, words in {
         "cpu": ["--device=cpu"],
         "fp32": ["--device=cuda", "--dtype=float32"],
         "bf16": ["--device=cuda"],
     }.items():
         words += ["--prompts=toy", "--sets=toy:kasu-bevo", "--metrics=chrf"]
-        words += ["--max-new-tokens=20", f"--model={name}={folder}", f"--out={tmp_path / name}"]
+        words += ["--max-new-tokens=20", f"--model={name}={toy}", f"--out={tmp_path / name}"]
         main(words)
         table = json.loads((tmp_path / name / "table.json").read_text())
         scores[name] = table["systems"][name]["scores"]["Kasu-Bevo/toy/chrf"]["value"]

@@ -130,7 +130,7 @@ def test_the_presets_texts_come_from_wmt(pupil, tmp_path, wmt):  # noqa: F811
     words = [w for w in SMALL if "--eval-every" not in w] + [f"--model={pupil}"]
     command = [sys.executable, "ssr.py", *words, f"--folder={tmp_path / 'run'}"]
     env = wmt | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "wmt17-20: 96 texts read, 96 kept" in run.stdout
     assert "4 held out from wmt22, 0 left out that repeat held-out ones; 96 to" in run.stdout
@@ -364,7 +364,7 @@ def test_the_papers_preset_steps_with_nothing_replaced_but_model_and_data(
             break
         time.sleep(0.1)
     process.terminate()
-    out, error = process.communicate(timeout=100)
+    out, error = process.communicate(timeout=300)
     assert "128 prompts × 8 samples = 1024 translations" in out, error
     assert "stopped after step" in out
     rows = rows_of(log)

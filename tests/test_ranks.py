@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import grpo
+import ranks as ranks_module
 import ssr
 import watch
 from judge import Judge, Score, turns
@@ -22,7 +24,7 @@ from tests import golden, processes
 
 SMALL = [
     *("--preset=toy", "--prompts-per-step=5", "--samples-per-prompt=4", "--eval-prompts=8"),
-    *("--shown-prompts=2", "--eval-every=2", "--no-report", "--lr=2e-3", "--patience=60"),
+    *("--shown-prompts=2", "--eval-every=2", "--no-report", "--lr=2e-3", "--patience=600"),
 ]
 
 
@@ -34,17 +36,23 @@ def rows_of(path):
 
 
 def golden_steps(rank, per_node, changes):
-    ranks = join("cpu", 60, within_nodes=per_node)
-    print(golden.as_text(golden.steps(ranks, **changes)), end="", file=sys.stderr)
+    ranks = join("cpu", 600, within_nodes=per_node)
+    print(json.dumps(list(golden.steps(ranks, **changes))), file=sys.stderr)
+
+
+def check_golden(done, size, changes):
+    """All ranks report the same numbers, those of one process but for the order of sums."""
+    assert done.codes == [0] * size, done.err
+    assert len(set(done.err)) == 1
+    assert not golden.differences(json.loads(done.err[0]), list(golden.steps(**changes)))
 
 
 @pytest.mark.parametrize(("size", "per_node"), [(2, None), (4, None), (4, 2)])
 def test_any_number_of_ranks_makes_the_golden_steps(tmp_path, size, per_node):
-    """Samples, rewards, losses, gradient norms of ten steps, in float64 to eight decimals; with
-    two ranks a node, weights spread over a node."""
+    """Samples, rewards, losses, gradient norms of ten steps, in float64; with two ranks a node,
+    weights spread over a node."""
     done = processes.run(tmp_path, size, golden_steps, bool(per_node), {}, per_node=per_node)
-    assert done.codes == [0] * size, done.err
-    assert done.err == [golden.FILE.read_text()] * size
+    check_golden(done, size, {})
 
 
 def test_ranks_clip_and_update_again_as_one_process_does(tmp_path):
@@ -52,17 +60,16 @@ def test_ranks_clip_and_update_again_as_one_process_does(tmp_path):
     changes = {"updates_per_batch": 2, "max_norm": 0.05, "loss_norm": "sequence", "steps": 4}
     changes |= {"advantage_scale": "batch", "micro_batch_tokens": 4096}
     done = processes.run(tmp_path, 3, golden_steps, False, changes)
-    assert done.codes == [0] * 3, done.err
-    expected = golden.as_text(golden.steps(**changes))
-    assert done.err == [expected] * 3 and expected != golden.FILE.read_text()
+    check_golden(done, 3, changes)
+    default = golden.from_text(golden.FILE.read_text())[:4]
+    assert golden.differences(json.loads(done.err[0]), default)
 
 
 def test_a_rank_without_a_row_takes_part(tmp_path):
     """One prompt with two samples for three ranks, and a KL, which the empty one has none of."""
     changes = {"prompts_per_step": 1, "samples_per_prompt": 2, "kl": 0.1, "steps": 3}
     done = processes.run(tmp_path, 3, golden_steps, False, changes)
-    assert done.codes == [0] * 3, done.err
-    assert done.err == [golden.as_text(golden.steps(**changes))] * 3
+    check_golden(done, 3, changes)
 
 
 def train(rank, words, stop_after=0):
@@ -259,16 +266,39 @@ def test_words_about_gloo_are_no_lost_rank():
     assert not is_lost(ValueError("--data igloo.jsonl: there is no such file"))
 
 
+class QuickEvent(threading.Event):
+    def wait(self, timeout=None):
+        return super().wait(timeout / 60)
+
+
+def train_while_time_flies(rank, words, flag):
+    """Once the flag is there, 600 seconds of the watchdog's clock pass in one; not before, so that
+    no busy machine is taken for a rank that hangs."""
+    flown = []
+
+    def monotonic():
+        now = time.monotonic()
+        if not flown and os.path.exists(flag):
+            flown.append(now)
+        return now + 600 * (now - flown[0]) if flown else now
+
+    ranks_module.time = SimpleNamespace(monotonic=monotonic)
+    ranks_module.threading = SimpleNamespace(Event=QuickEvent, Thread=threading.Thread)
+    train(rank, words)
+
+
 def test_a_rank_that_hangs_is_named_with_its_stage(toy, tmp_path):
-    words = [*SMALL, f"--model={toy}", f"--folder={tmp_path / 'run'}", "--patience=3"]
-    ranks = processes.start(tmp_path / "said", 2, train, [*words, "--steps=1000000"])
+    words = [*SMALL, f"--model={toy}", f"--folder={tmp_path / 'run'}", "--steps=1000000"]
+    flag = tmp_path / "flag"
+    both = processes.start(tmp_path / "said", 2, train_while_time_flies, words, str(flag))
     wait_for(lambda: len(lines(tmp_path / "run" / "metrics.jsonl")) > 3)
-    os.kill(ranks[1].pid, signal.SIGSTOP)
-    ranks[0].join(30)
-    ranks[1].kill()
-    done = processes.finish(tmp_path / "said", ranks)
+    os.kill(both[1].pid, signal.SIGSTOP)
+    flag.write_text("")
+    both[0].join(300)
+    both[1].kill()
+    done = processes.finish(tmp_path / "said", both)
     assert done.codes[0] == 1
-    assert "no progress for 3 s (--patience). Who is waited for:" in done.err[0]
+    assert "no progress for 600 s (--patience). Who is waited for:" in done.err[0]
     assert "rank 1 gives no sign of life, last at: step" in done.err[0]
 
 
@@ -276,7 +306,7 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

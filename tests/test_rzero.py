@@ -268,11 +268,10 @@ def test_a_run_that_was_killed_again_and_again_ends_where_it_would_have_ended(
         said = tmp_path / f"said-{number}"
         running = processes.start(said, 1, train, [*words, *again])
         if number < 4:
-            begun, limit = time.monotonic(), rng.uniform(0.05, 1.0)
+            limit = rng.uniform(0.05, 1.0)
             while not (folder / "settings.json").exists() and running[0].is_alive():
                 time.sleep(0.005)
             time.sleep(limit)
-            assert time.monotonic() - begun < 60
             sig = rng.choice([signal.SIGTERM, signal.SIGKILL])
             if running[0].is_alive():
                 os.kill(running[0].pid, sig)
@@ -379,7 +378,7 @@ def test_a_players_model_is_gone_after_its_turn(programs, tmp_path, monkeypatch)
 
 
 def test_two_ranks_begin_as_one_does(whole, programs, tmp_path):
-    words = ["--iterations=1", "--prompts-per-step=1", "--patience=60"]  # one has no prompt
+    words = ["--iterations=1", "--prompts-per-step=1", "--patience=600"]  # one has no prompt
     go(tmp_path / "one", programs, *words)
     go(tmp_path / "two", programs, *words, size=2)
     one, two = (rows_of(tmp_path / x / "challenger" / "metrics.jsonl") for x in ("one", "two"))
@@ -393,7 +392,7 @@ def test_two_ranks_begin_as_one_does(whole, programs, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_stopped_go_on(programs, tmp_path):
-    words = ["--patience=60"]
+    words = ["--patience=600"]
     go(tmp_path / "whole", programs, *words, size=2)
     go(tmp_path / "run", programs, *words, size=2, at="iteration 1, solver       2/4", after=0.0)
     assert not (tmp_path / "run" / "result.json").exists()

@@ -400,12 +400,12 @@ def test_a_signal_ends_a_run_whole(toy, tmp_path, name):
     run = tmp_path / "run"
     process = start(toy, run, "--steps=100000", "--eval-every=100000")
     metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
     process.send_signal(name)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     rows = rows_of(metrics)
     assert f"stopped after step {rows[-1]['step']}; go on with --resume" in out
@@ -513,9 +513,8 @@ def test_a_run_that_cheats_is_said_to_in_terminal_and_report(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_learn_as_much(learned):
     """`torchrun --nproc_per_node=2 ssr.py`, on the same pretrained model."""
-    [model] = (learned / "runs" / "toy-models").iterdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += [str(ROOT / "ssr.py"), f"--model={model}", "--folder=two"]
+    command += [str(ROOT / "ssr.py"), "--folder=two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=learned, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
@@ -528,12 +527,11 @@ def test_two_ranks_learn_as_much(learned):
 
 
 @pytest.mark.slow
-def test_the_toys_judge_is_not_taken_in(learned):
+def test_the_toys_judge_is_not_taken_in(toy):
     """Mean score of 200 held-out sentences' translations, right ones and tricks."""
-    [folder] = (learned / "runs" / "toy-models").iterdir()
     pair = Languages(0)
-    texts = Texts(AutoTokenizer.from_pretrained(folder))
-    judge = Judge(Sampler(load(folder), 256, 96), texts, TOY, "expected")
+    texts = Texts(AutoTokenizer.from_pretrained(toy))
+    judge = Judge(Sampler(load(toy), 256, 96), texts, TOY, "expected")
     tasks = [pair.task("held-out", i) for i in range(200)]
     others = [pair.task("held-out", i + 200) for i in range(200)]
 

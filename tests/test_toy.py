@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import statistics
 from collections import Counter
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ssr
-from judge import TOY, Given, Texts
-from model import load
-from toy import controls
+from judge import TOY, Given, Judge, Texts
+from model import load, load_tokenizer
+from sampler import Sampler
+from toy import controls, pretrain, programs
 from toy.languages import BEVO, KASU, Languages, quality
-from toy.pretrain import Corpus, Recipe, make, make_tokenizer
+from toy.pretrain import SHIPPED, Corpus, Muon, Recipe, make, make_tokenizer, orthogonalise
 
 PAIR = Languages(0)
 
@@ -161,19 +164,147 @@ def test_the_toys_control_words_cannot_be_forged():
     assert not texts.control_ids & set(ids)
 
 
-def test_a_model_is_made_once_and_anew_when_its_recipe_changes(folder, capsys):
+def test_a_model_is_built_once_and_anew_when_its_recipe_changes(folder, capsys):
     before = sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
     capsys.readouterr()
     assert make(Recipe(tokens=2e4), folder.parent) == folder
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"Toy model: {folder}, built earlier\n"
     assert before == sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
     other = make(Recipe(tokens=2e4, dropped=0.05), folder.parent)
-    assert other != folder and "Making the toy's" in capsys.readouterr().out
+    assert other != folder and "pretraining" in capsys.readouterr().out
 
 
-def test_the_same_recipe_makes_the_same_weights(folder, tmp_path):
-    again = make(Recipe(tokens=2e4), tmp_path)
+def test_the_same_recipe_makes_the_same_weights_whatever_the_threads(folder, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    try:
+        again = make(Recipe(tokens=2e4), tmp_path)
+    finally:
+        torch.set_num_threads(threads)
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_the_orthogonalising_optimizer_is_torchs_but_for_bf16():
+    """Three steps of each from the same weights and gradients, tall, wide and square."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((160, 96), (96, 256), (96, 96)):
+        weights, *gradients = torch.randn(4, *shape, generator=generator)
+        ours, theirs = (torch.nn.Parameter(weights.clone()) for _ in range(2))
+        options = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.01}
+        optimizers = Muon([ours], **options), torch.optim.Muon([theirs], **options)
+        for gradient in gradients:
+            for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+                parameter.grad = gradient.clone()
+                optimizer.step()
+        moved = (theirs - weights).norm()
+        assert moved > 0.1 and (ours - theirs).norm() < 0.02 * moved
+
+
+def test_orthogonalised_in_float64_and_fp32_are_the_same():
+    x = torch.randn(2, 96, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wide = orthogonalise(x)
+    torch.testing.assert_close(orthogonalise(x.float()).double(), wide, atol=1e-4, rtol=0)
+    singular = torch.linalg.svdvals(wide)
+    assert 0.6 < singular.min() and singular.max() < 1.3
+
+
+# ----------------------------------------------------------------------------- shipped models
+
+
+def test_the_shipped_models_are_of_the_recipes_and_are_said(capsys):
+    assert make(Recipe()) == SHIPPED / "languages-seed0"
+    assert programs.make(programs.Recipe()) == SHIPPED / "programs-seed0"
+    out = capsys.readouterr().out
+    assert (
+        "Toy model: languages-seed0, shipped with the project (by `python -m toy.pretrain` on"
+        in out
+    )
+    assert (
+        "Toy model: programs-seed0, shipped with the project (by `python -m toy.programs` on" in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("model.safetensors", b"x", "model.safetensors is damaged"),
+        ("tokenizer.json", None, "tokenizer.json is missing"),
+        ("made.json", b"{", "made.json cannot be read"),
+        ("made.json", None, "made.json is missing"),
+    ],
+)
+def test_a_shipped_model_that_is_damaged_or_missing_is_built_anew(
+    tmp_path, monkeypatch, capsys, file, content, said
+):
+    shipped = tmp_path / "shipped"
+    shutil.copytree(SHIPPED / "languages-seed0", shipped / "languages-seed0")
+    monkeypatch.setattr(pretrain, "SHIPPED", shipped)
+    assert pretrain.find_shipped("languages-seed0", Recipe()) == shipped / "languages-seed0"
+    (shipped / "languages-seed0" / file).unlink()
+    if content is not None:
+        (shipped / "languages-seed0" / file).write_bytes(content)
+    capsys.readouterr()
+    assert pretrain.find_shipped("languages-seed0", Recipe()) is None
+    line = f"Toy model: {shipped / 'languages-seed0'}: {said}; the model is built anew\n"
+    assert capsys.readouterr().out == line
+    assert pretrain.find_shipped("languages-seed1", Recipe(seed=1)) is None
+    assert pretrain.find_shipped("languages-seed0", Recipe(tokens=2e4)) is None
+    assert capsys.readouterr().out.count("\n") <= 2
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SSR_TOY_CACHE", str(tmp_path / "file" / "models"))
+    with pytest.raises(OSError, match=r"cannot keep the toy's model in .*: set SSR_TOY_CACHE"):
+        make(Recipe(tokens=2e4))
+    monkeypatch.setenv("SSR_TOY_CACHE", str(tmp_path / "models"))
+    assert make(Recipe(tokens=2e3, batch=4)).parent == tmp_path / "models"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["languages", "programs"])
+def test_the_shipped_model_is_as_good_as_one_made_now(kind, tmp_path):
+    """Not the same bits: processors round differently."""
+    module, build, measure = {
+        "languages": (Recipe, pretrain.build, languages_accuracy),
+        "programs": (programs.Recipe, programs.build, programs_accuracy),
+    }[kind]
+    anew = pretrain.ship(kind, module(), build, "a test", tmp_path)
+    now, shipped = measure(anew), measure(SHIPPED / f"{kind}-seed0")
+    for name in shipped:  # of 512 texts, several standard errors
+        assert now[name] == pytest.approx(shipped[name], abs=0.12), (now, shipped)
+
+
+def languages_accuracy(folder):
+    pair = PAIR
+    texts, sampler = Texts(load_tokenizer(folder)), Sampler(load(folder), 256, 96)
+    tasks = [pair.task("held-out", i) for i in range(512)]
+    prompts = texts.encode([TOY.ask(task) for task in tasks])
+    shares, answers = {}, []
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        groups = sampler.generate(prompts, 1, 20, temperature, stop_ids=texts.stop_ids)
+        answers = [[texts.decode(g[0].ids[:-1])] for g in groups]
+        right = [a == t.reference for [a], t in zip(answers, tasks, strict=True)]
+        shares[name] = sum(right) / len(right)
+    scores = [row[0].value for row in Judge(sampler, texts, TOY, "expected")(tasks, answers, 0)]
+    truth = [quality(a, t.reference) for [a], t in zip(answers, tasks, strict=True)]
+    return shares | {"correlation": statistics.correlation(scores, truth)}
+
+
+def programs_accuracy(folder):
+    game = programs.Programs(0, 512)
+    texts, sampler = Texts(load_tokenizer(folder)), Sampler(load(folder), 256, 96)
+    prompts = texts.encode([game.pose(question) for question, _ in game.held_out])
+    shares = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        groups = sampler.generate(prompts, 1, 41, temperature, stop_ids=texts.stop_ids)
+        answers = [
+            game.text_answer(texts.decode(g[0].ids[:-1]), question)
+            for g, (question, _) in zip(groups, game.held_out, strict=True)
+        ]
+        right = [a == truth for a, (_, truth) in zip(answers, game.held_out, strict=True)]
+        shares[name] = sum(right) / len(right)
+    return shares
 
 
 # ------------------------------------------------------------------------------------ controls

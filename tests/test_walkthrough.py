@@ -2,13 +2,15 @@
 
 import math
 import re
+import shutil
 import statistics
 
 import pytest
+import torch
 
 import ssr
-from docs.walkthrough import BLOCK, LINK, PAGE, ROOT, blocks, differences, filled, fixed, linked
-from toy.pretrain import Recipe, make
+from docs.walkthrough import BLOCK, LINK, PAGE, ROOT, blocks, differences, filled, linked, similar
+from model import load, save
 
 TEXT = PAGE.read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^#+ .*", TEXT, re.M)
@@ -139,18 +141,33 @@ def test_the_words_around_them_are_those_of_the_preset():
     assert (s.reading, s.judge, s.gate, s.advantage_scale) == ("expected", "live", "product", "std")
 
 
-def test_another_model_gives_the_same_page_with_other_numbers(toy):
+def test_another_model_gives_the_same_page_with_other_numbers(toy, tmp_path):
+    folder = shutil.copytree(toy, tmp_path / "other")
+    model = load(toy)
+    with torch.no_grad():
+        model.norm.weight *= 0.9
+    save(model, folder)
     place = int(re.search(r"Task (\d+):", TEXT)[1])
-    found = blocks(toy, place, "--steps=2", "--eval-prompts=8")
+    found = blocks(folder, place, "--steps=2", "--eval-prompts=8")
     text = filled(TEXT, found)
     assert found.keys() == Page(TEXT).blocks.keys() and all(found.values())
-    assert fixed(text) == fixed(TEXT) and re.findall(r"^#+ .*", text, re.M) == HEADINGS
+    for name in ("task", "prompt"):  # there the weights have no say
+        assert Page(text).blocks[name] == Page(TEXT).blocks[name]
+    assert re.findall(r"^#+ .*", text, re.M) == HEADINGS
     assert Page(text).rows("group") != Page(TEXT).rows("group")
 
 
+def test_lines_differ_by_more_than_rounding():
+    assert similar("mean = 0.8011, 12 tokens", "mean = 0.8012, 12 tokens")
+    assert similar("w = -2.105e-05", "w = -2.106e-05") and not similar(
+        "w = -2.1e-05", "w = 2.1e-05"
+    )
+    assert not similar("mean = 0.8011, 12 tokens", "mean = 0.8011, 13 tokens")
+    assert not similar("mean = 0.8011", "mean = 0.8111") and not similar("a 0.80", "b 0.80")
+    assert similar("| after step 100 | 0.1 | `a` |", "| after step 100 | 0.9 | `b` |")
+    assert not similar("| after step 1 | 0.1 | `a` |", "| after step 1 | 0.9 | `a` |")
+
+
 @pytest.mark.slow
-def test_the_page_is_what_a_run_gives(learned):
-    """Of a model made anew; where processors round differently, in what no weights change."""
-    [model] = (learned / "runs" / "toy-models").iterdir()
-    assert make(Recipe(seed=0, tokens=3.5e6), model.parent) == model
-    assert not differences(TEXT, model)
+def test_the_page_is_what_a_run_gives(toy):
+    assert not differences(TEXT, toy)
