@@ -1,6 +1,8 @@
 """A tiny model that has read the two made-up languages: what stands in for a pretrained LLM.
 
-    folder = make(Recipe(seed=0))              # 1.5 minutes, once; then it is found again
+    folder = make(Recipe())                    # shipped with the project: toy/shipped
+    folder = make(Recipe(seed=1))              # some minutes, once; then it is found again
+    python -m toy.pretrain                     # builds the shipped one anew
 
 It learns from two kinds of text, half of each batch:
 
@@ -26,6 +28,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -33,6 +36,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from judge import TOY, Task
@@ -43,6 +47,7 @@ CONTROL = ["<pad>", "<eos>", "<unk>", "translate", "score", "=>", "||"]
 SKILLS = ("compare", "rate", "write")  # each is a control word, too
 LONGEST = 16  # words of a sentence in either language: what "write" may be asked for
 SOURCES = ["judge.py", "model.py", "toy/languages.py", "toy/pretrain.py"]
+SHIPPED = Path(__file__).with_name("shipped")
 POOL = 40  # batches made, sorted by length and shuffled together
 
 
@@ -284,7 +289,50 @@ def loss_of(model: Transformer, rows, read_from: int | None, reading_loss: float
     return loss, ids.numel()
 
 
-def learn(model: Transformer, kinds: list[Kind], ids: dict[str, int], recipe, rng: Random) -> None:
+class Muon(torch.optim.Optimizer):
+    """Momentum whose direction is orthogonalised (Newton-Schulz, quintic), for matrices.
+
+    It is torch.optim.Muon, computed in the gradients' type instead of bf16, which a CPU without
+    bf16 instructions emulates: there that one takes 60% of the training time. Matrices of one shape
+    are orthogonalised together.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum=0.95, weight_decay=0.01):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), matrices in by_shape.items():
+                updates = []
+                for p in matrices:
+                    average = self.state[p].setdefault("average", torch.zeros_like(p))
+                    average.lerp_(p.grad, 1 - momentum)
+                    updates.append(p.grad.lerp(average, momentum))  # Nesterov's
+                rate = lr * max(1, rows / columns) ** 0.5
+                for p, update in zip(matrices, orthogonalise(torch.stack(updates)), strict=True):
+                    p.mul_(1 - lr * group["decay"]).sub_(update, alpha=rate)
+
+
+def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+    """(B, M, N) -> the same singular vectors with singular values of about 1 (0.7 to 1.2)."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def pretrain(
+    model: Transformer, kinds: list[Kind], ids: dict[str, int], recipe, rng: Random
+) -> None:
     """`recipe`: has tokens, batch, muon, adamw."""
     with torch.no_grad():
         for name, p in model.blocks.named_parameters():
@@ -294,13 +342,21 @@ def learn(model: Transformer, kinds: list[Kind], ids: dict[str, int], recipe, rn
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     inside = set(matrices)
     rest = [p for p in model.parameters() if p not in inside]
-    muon = torch.optim.Muon(
-        matrices, lr=recipe.muon, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"
-    )
+    muon = Muon(matrices, lr=recipe.muon)
     adamw = torch.optim.AdamW(
         rest, lr=recipe.adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
+    parameters = list(model.parameters())
     rows_of = [batches(kind.row, recipe, ids, rng) for kind in kinds]
+
+    def gradients(kind: Kind, rows: list) -> tuple[float, int, tuple[Tensor, ...]]:
+        read_from = ids[kind.read_from] if kind.read_from else None
+        loss, tokens = loss_of(model, rows, read_from, kind.reading_loss)
+        return loss.item(), tokens, torch.autograd.grad(loss, parameters)
+
+    # A thread for each kind: on two cores most of half the time, and everywhere the same sums.
+    pool = ThreadPoolExecutor(len(kinds))
+    rows = [next(drawn) for drawn in rows_of]
     read, step, start, shown = 0, 0, time.perf_counter(), 0.0
     while read < recipe.tokens:
         left = 1 - read / recipe.tokens
@@ -308,28 +364,25 @@ def learn(model: Transformer, kinds: list[Kind], ids: dict[str, int], recipe, rn
         for optimizer, top in ((muon, recipe.muon), (adamw, recipe.adamw)):
             for group in optimizer.param_groups:
                 group["lr"] = top * rate
-        found = [
-            loss_of(model, next(rows), ids[kind.read_from] if kind.read_from else None,
-                    kind.reading_loss)
-            for kind, rows in zip(kinds, rows_of, strict=True)
-        ]  # fmt: skip
-        model.zero_grad(set_to_none=True)
-        sum(loss for loss, _ in found).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        results = pool.map(gradients, kinds, rows)
+        rows = [next(drawn) for drawn in rows_of]  # of the next step, meanwhile
+        losses, tokens, all_gradients = zip(*results, strict=True)
+        for p, *parts in zip(parameters, *all_gradients, strict=True):
+            p.grad = sum(parts)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         muon.step()
         adamw.step()
-        counted = [n for kind, (_, n) in zip(kinds, found, strict=True) if kind.counted]
+        counted = [n for kind, n in zip(kinds, tokens, strict=True) if kind.counted]
         read, step = read + sum(counted), step + 1
         seconds = time.perf_counter() - start
         if seconds - shown > 5 or read >= recipe.tokens:
             shown, speed = seconds, read / seconds
             to_go = max(0.0, recipe.tokens - read) / speed
-            losses = ", ".join(
-                f"{kind.name} {loss.item():.2f}"
-                for kind, (loss, _) in zip(kinds, found, strict=True)
+            shares = ", ".join(
+                f"{kind.name} {x:.2f}" for kind, x in zip(kinds, losses, strict=True)
             )
             print(
-                f"  pretraining {min(1, read / recipe.tokens):4.0%}  loss: {losses}  "
+                f"  pretraining {min(1, read / recipe.tokens):4.0%}  loss: {shares}  "
                 f"{speed:,.0f} tokens/s, {to_go:.0f} s left",
                 flush=True,
             )
@@ -345,39 +398,49 @@ def shape_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Config:
     )  # fmt: skip
 
 
-def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
-    """The folder of the recipe's model: found, or made whole before it gets its name."""
-
-    def taught() -> tuple[Transformer, PreTrainedTokenizerFast]:
-        pair = Languages(recipe.seed)
-        tokenizer = make_tokenizer(pair, recipe.skills)
-        torch.manual_seed(recipe.seed)
-        model = Transformer(shape_of(recipe, tokenizer))
-        rng = pair.stream("batches", 0)
-        learn(model, Corpus(pair, recipe).kinds(), tokenizer.get_vocab(), recipe, rng)
-        return model, tokenizer
-
-    return found_or_made(f"seed{recipe.seed}", recipe, SOURCES, taught, cache)
+def build(recipe: Recipe) -> tuple[Transformer, PreTrainedTokenizerFast]:
+    pair = Languages(recipe.seed)
+    tokenizer = make_tokenizer(pair, recipe.skills)
+    torch.manual_seed(recipe.seed)
+    model = Transformer(shape_of(recipe, tokenizer))
+    rng = pair.stream("batches", 0)
+    pretrain(model, Corpus(pair, recipe).kinds(), tokenizer.get_vocab(), recipe, rng)
+    return model, tokenizer
 
 
-def found_or_made(name: str, recipe, sources: list[str], taught: Callable, cache: Path) -> Path:
-    """On one thread whatever the caller has: more would round otherwise, and make another model of
-    that name."""
+def make(recipe: Recipe, cache: Path | None = None) -> Path:
+    """The folder of the recipe's model: shipped, cached, or built whole before it gets its name."""
+    return load_or_build("languages", recipe, SOURCES, build, cache)
+
+
+# ------------------------------------------------------------------------------ kept models
+
+
+def load_or_build(
+    kind: str, recipe, sources: list[str], build: Callable, cache: Path | None
+) -> Path:
+    """`cache`: default $SSR_TOY_CACHE, or runs/toy-models."""
+    name = f"{kind}-seed{recipe.seed}"
+    if folder := find_shipped(name, recipe):
+        return folder
     root = Path(__file__).parent.parent
     content = [repr(recipe).encode(), torch.__version__.encode()]
     content += [(root / file).read_bytes() for file in sources]
     name = f"{name}-{hashlib.sha256(b'|'.join(content)).hexdigest()[:12]}"
-    folder = cache / name
+    cache = cache or Path(os.environ.get("SSR_TOY_CACHE", "runs/toy-models"))
+    folder, partial = cache / name, cache / f"{name}.{os.getpid()}.partial"
     if folder.is_dir():
+        print(f"Toy model: {folder}, built earlier", flush=True)
         return folder
-    print(f"Making the toy's pretrained model, once: {folder}", flush=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    model, tokenizer = taught()
-    torch.set_num_threads(threads)
-    partial = cache / f"{name}.{os.getpid()}.partial"
-    save(model, partial)
-    save_tokenizer(tokenizer, partial)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:  # before minutes of work are lost
+        raise OSError(
+            f"cannot keep the toy's model in {cache} ({error.strerror}): set SSR_TOY_CACHE to a "
+            "folder that can be written"
+        ) from None
+    print(f"Toy model: pretraining {folder}, once", flush=True)
+    save_model(*build_on_one_thread(build, recipe), partial)
     try:
         partial.rename(folder)
     except OSError:  # another process was faster: the same content
@@ -385,3 +448,63 @@ def found_or_made(name: str, recipe, sources: list[str], taught: Callable, cache
             raise
         shutil.rmtree(partial)
     return folder
+
+
+def build_on_one_thread(build: Callable, recipe) -> tuple:
+    """Whatever the caller has: another number rounds otherwise, and makes another model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return build(recipe)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def save_model(model: Transformer, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    save(model, folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def find_shipped(name: str, recipe) -> Path | None:
+    """The model that comes with the project, if it is of this recipe and as it was written."""
+    folder = SHIPPED / name
+    try:
+        about = json.loads((folder / "made.json").read_text())
+        if about["recipe"] != json.loads(json.dumps(dataclasses.asdict(recipe))):
+            return None
+        hashes = {file: hash_file(folder / file) for file in about["sha256"]}
+    except FileNotFoundError as error:
+        if recipe != type(recipe)():
+            return None  # nothing is shipped for this recipe
+        problem = f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError):
+        problem = "made.json cannot be read"
+    else:
+        wrong = [file for file, value in hashes.items() if value != about["sha256"][file]]
+        if not wrong:
+            print(f"Toy model: {name}, shipped with the project ({about['made']})", flush=True)
+            return folder
+        problem = f"{wrong[0]} is damaged"
+    print(f"Toy model: {folder}: {problem}; the model is built anew", flush=True)
+    return None
+
+
+def hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def ship(kind: str, recipe, build: Callable, command: str, shipped: Path = SHIPPED) -> Path:
+    """Build a model and write it where `find_shipped` looks."""
+    folder = shipped / f"{kind}-seed{recipe.seed}"
+    save_model(*build_on_one_thread(build, recipe), folder)
+    made = f"by `{command}` on {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, "
+    made += f"{torch.backends.cpu.get_cpu_capability()} processor"
+    files = sorted(f for f in folder.iterdir() if f.name != "made.json")
+    about = {"recipe": dataclasses.asdict(recipe), "made": made}
+    about["sha256"] = {file.name: hash_file(file) for file in files}
+    (folder / "made.json").write_text(json.dumps(about, indent=1) + "\n")
+    return folder
+
+
+if __name__ == "__main__":
+    ship("languages", Recipe(), build, "python -m toy.pretrain")

@@ -35,7 +35,7 @@ import torch
 from games import Quiz
 from judge import Given
 from model import Config, Transformer
-from toy.pretrain import Kind, found_or_made, learn, tokenizer_of
+from toy.pretrain import Kind, load_or_build, pretrain, ship, tokenizer_of
 
 LETTERS = [*"abcdefgh"]
 RULES = ["dim", "fal", "gor", "hex", "jun", "kip", "lom", "mev", "nax", "ort"]
@@ -185,18 +185,18 @@ def corpus(recipe: Recipe) -> tuple[Callable, Callable]:
     return question, solution
 
 
-def make(recipe: Recipe, cache: Path = Path("runs/toy-models")) -> Path:
-    """The folder of the recipe's model: found, or made."""
+def build(recipe: Recipe) -> tuple:
+    tokenizer = make_tokenizer()
+    torch.manual_seed(recipe.seed)
+    model = Transformer(shape_of(recipe, len(tokenizer)))
+    kinds = [Kind(*x) for x in zip(("asking", "solving"), corpus(recipe), strict=True)]
+    pretrain(model, kinds, tokenizer.get_vocab(), recipe, stream(recipe.seed, "batches"))
+    return model, tokenizer
 
-    def taught() -> tuple:
-        tokenizer = make_tokenizer()
-        torch.manual_seed(recipe.seed)
-        model = Transformer(shape_of(recipe, len(tokenizer)))
-        kinds = [Kind(*x) for x in zip(("asking", "solving"), corpus(recipe), strict=True)]
-        learn(model, kinds, tokenizer.get_vocab(), recipe, stream(recipe.seed, "batches"))
-        return model, tokenizer
 
-    return found_or_made(f"programs-seed{recipe.seed}", recipe, SOURCES, taught, cache)
+def make(recipe: Recipe, cache: Path | None = None) -> Path:
+    """The folder of the recipe's model: shipped, cached or built."""
+    return load_or_build("programs", recipe, SOURCES, build, cache)
 
 
 def make_tokenizer():
@@ -210,3 +210,7 @@ def shape_of(recipe: Recipe, words: int) -> Config:
         heads=3, kv_heads=3, head_dim=recipe.width // 3, max_length=96,
         tied=True, hub={"eos_token_id": CONTROL.index("<eos>"), "pad_token_id": 0},
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    ship("programs", Recipe(), build, "python -m toy.programs")
