@@ -446,6 +446,37 @@ def test_golden_steps_hold_on_a_machine_that_rounds_otherwise():
     assert not golden.differences(rows, golden.from_text(golden.FILE.read_text()))
 
 
+def scale_loss(real):
+    def loss(*args, **options):
+        value, stats = real(*args, **options)
+        return value * (1 + 1e-5), stats
+
+    return loss
+
+
+def drop_last_token(real):
+    def loss(hidden, head, targets, advantages, weights, **options):
+        weights = weights.clone()
+        weights[-1] = 0
+        return real(hidden, head, targets, advantages, weights, **options)
+
+    return loss
+
+
+def flip_kl(real):
+    return lambda *args, kl, **options: real(*args, kl=-kl, **options)
+
+
+@pytest.mark.parametrize("mistake", [scale_loss, drop_last_token, flip_kl])
+def test_golden_steps_are_not_those_of_a_small_mistake(monkeypatch, mistake):
+    from tests import golden
+
+    expected = golden.from_text(golden.FILE.read_text())[:3]
+    monkeypatch.setattr(grpo, "linear_policy_loss", mistake(grpo.linear_policy_loss))
+    rows = [row for row, _ in zip(golden.steps(), range(3), strict=False)]
+    assert golden.differences(rows, expected)
+
+
 def test_the_gap_between_sampler_and_trainer_is_measured_before_the_weights_move():
     model = tiny_model(dtype=torch.float32)
     s = settings(steps=2, updates_per_batch=3, lr=0.05)
