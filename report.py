@@ -122,6 +122,7 @@ CAME_TO = {
 STYLES = ["-", (0, (4, 2)), (0, (1, 1.6)), (0, (7, 2, 1, 2)), (0, (2, 4))]
 LIGHT = ["#2f6fb7", "#c0562b", "#3d8f5f", "#8a55b0", "#a8831a", "#c2477f", "#3a8f9f", "#777777"]
 DARK = ["#6aa9ef", "#f0915f", "#71c795", "#bd8fe0", "#dcb94e", "#ee85b3", "#7fcbd8", "#b5b5b5"]
+AGAIN = '<label><input id="again" type="checkbox" checked> reads itself again every 20 s</label>'
 INK, RULE, RED = "#010101", "#020202", "#030301"  # names, which page and picture replace
 
 
@@ -164,6 +165,7 @@ class Run:
         first = self.measured[0] if self.measured else {}
         named = [key[13:] for key in first if key.startswith("eval/sampled_")]
         self.measures = [name for name in named if name != "self"]
+        self.can_ring = not self.player and bool(self.measures or not self.measured)
         self.running = not ended and is_locked(path / "lock")
         self.step = self.rows[-1]["step"] if self.rows else 0
         self.best = self.best_until(self.step)
@@ -467,7 +469,7 @@ def overview(runs: list[Run], numbers: dict[str, int]) -> str:
             *ends,
             *own,
             "–" if run.player else str(run.best),
-            alarm if measure and not run.player else "cannot ring",
+            alarm if run.can_ring else "cannot ring",
             took(seconds),
             f"{seconds * ranks / 3600:.2g} {unit} hours",
         ]
@@ -579,6 +581,15 @@ def alarms(runs: list[Run]) -> list[dict]:
     return found
 
 
+def without_alarms(runs: list[Run]) -> str:
+    """What stands in their place."""
+    if any(run.alarms for run in runs):
+        return "They rang, but this run kept no evaluations.jsonl to show examples from."
+    if any(run.can_ring for run in runs):
+        return "None rang."
+    return "They cannot ring: nothing independent was measured."
+
+
 def cell(found: dict, i: int, measures: list[str]) -> dict:
     values = {name: found[name][i] for name in measures}
     return {"text": found["text"][i], "score": found["self"][i], "words": found["judge"][i],
@@ -672,6 +683,7 @@ def panels_for(runs: list[Run]) -> dict[str, Panel]:
 def page(runs: list[Run]) -> str:
     plt = pyplot()
     numbers, players = numbered(runs), all(run.player for run in runs)
+    running = any(run.running for run in runs)
     drawn = {name: panel_of(plt, p, runs, numbers) for name, p in panels_for(runs).items()}
     data = {
         "panels": {
@@ -683,8 +695,8 @@ def page(runs: list[Run]) -> str:
         "sentences": sentences(runs, numbers),
         "groups": training(runs, numbers),
         "alarms": alarms(runs),
-        "running": any(run.running for run in runs),
-        "rang": any(run.alarms for run in runs),
+        "running": running,
+        "without_alarms": without_alarms(runs),
     }
     of_runs = list(enumerate(runs))
     several = f"{len(runs)} runs" if len(runs) > 1 else runs[0].title
@@ -695,6 +707,7 @@ def page(runs: list[Run]) -> str:
     filled = {
         "title": escape(several),
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "again": AGAIN * running,
         "light": palette(LIGHT),
         "dark": palette(DARK),
         "rules": "".join(

@@ -481,9 +481,27 @@ def test_a_run_that_goes_on_is_said_to(runs, tmp_path):
         assert report.Run(run, "a").running and report.Run(run, "a").state() == "at step 5 of 5"
         assert not report.Run(run, "a", ended=True).running  # who asks holds the lock
         report.main([str(run)])
-    assert data_in(run / "report.html")["running"]
+    again = "reads itself again"
+    assert data_in(run / "report.html")["running"] and again in (run / "report.html").read_text()
     report.main([str(run)])
-    assert not data_in(run / "report.html")["running"]
+    text = (run / "report.html").read_text()
+    assert not data_in(run / "report.html")["running"] and again not in text
+
+
+def test_a_run_whose_alarm_cannot_ring_is_never_said_to_have_been_quiet(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    rewrite(run / "metrics.jsonl", lambda row: {
+        k: v for k, v in row.items() if not re.search("exact_match|quality|alarm|best_by", k)
+    })  # fmt: skip
+    (run / "evaluations.jsonl").unlink()
+    report.main([str(run)])
+    text = (run / "report.html").read_text()
+    assert "no alarm can ring" in text and "<td>cannot ring</td>" in text
+    assert "They cannot ring" in text and "None rang" not in text
+    report.main([str(runs[0]), "--out", str(tmp_path / "quiet.html")])
+    text = (tmp_path / "quiet.html").read_text()
+    assert "None rang." in text and "<td>none</td>" in text and "cannot ring" not in text
 
 
 def test_a_page_can_be_made_at_any_moment_of_a_run(runs, tmp_path):
