@@ -168,7 +168,11 @@ BOUNDS = [
 ]  # fmt: skip
 CHOICES = {name: known for name, known in ssr.CHOICES.items() if hasattr(Settings, name)}
 CHOICES |= {"challenge": CHALLENGES, "game": tuple(GAMES), "likeness": ("chrf", "score")}
-OF_A_TURN = {"steps", "samples_per_prompt"}  # of grpo's settings: each player has its own
+REFUSED = {  # two of grpo's settings, which `turn` sets, and what is none
+    "top_k": ssr.REFUSED["top_k"],
+    "steps": "each player has its own: --challenger-steps, --solver-steps",
+    "samples_per_prompt": "each player has its own: --challenger-samples, --solver-samples",
+}
 FREE = {"folder", "resume", "iterations", "save_every", "micro_batch_tokens", "slots", "device",
         "threads", "shard", "patience", "report", "gpus", "gpu"}  # fmt: skip  # may be others later
 ASKED = ("game", "questions", "answers", "top_p", "temperature", "seed", "likeness", "real")
@@ -410,9 +414,7 @@ class Run:
 
 
 def parse(words: list[str]) -> Settings:
-    given = options(words, Settings, PRESETS, "rzero.py", __doc__)
-    if own := given.keys() & OF_A_TURN:
-        raise ValueError(f"{option(min(own))}: each player has its own (--help lists all)")
+    given = options(words, Settings, PRESETS, "rzero.py", __doc__, REFUSED)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         given["resume"] = True  # torchrun started the ranks again
     preset, had = given.get("preset", "toy"), {}

@@ -302,8 +302,11 @@ def defaults(f: dataclasses.Field, presets: dict) -> str:
     return f" [{', '.join(usual + own)}]" if usual or own else ""
 
 
-def options(words: list[str], kind: type, presets: dict, program: str, about: str) -> dict:
-    """What of a dataclass's fields the command line gives."""
+def options(
+    words: list[str], kind: type, presets: dict, program: str, about: str, refused: dict
+) -> dict:
+    """What of a dataclass's fields the command line gives; those `refused` are no options, for a
+    reason."""
     parser = argparse.ArgumentParser(
         prog=program, usage=f"python {program} [--option VALUE …]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -314,6 +317,8 @@ def options(words: list[str], kind: type, presets: dict, program: str, about: st
     for f in fields:
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
+        if f.name in refused:
+            continue
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
@@ -324,16 +329,17 @@ def options(words: list[str], kind: type, presets: dict, program: str, about: st
     given, unknown = parser.parse_known_args(words)
     for word in unknown:
         name = word.lstrip("-").split("=")[0].replace("-", "_")
-        if name in REFUSED:
-            raise ValueError(f"{word}: {REFUSED[name]}")
-        near = difflib.get_close_matches(name, [f.name for f in fields], 1, 0.4)
+        if name in refused:
+            raise ValueError(f"{word}: {refused[name]}")
+        known = [f.name for f in fields if f.name not in refused]
+        near = difflib.get_close_matches(name, known, 1, 0.4)
         hint = f"; did you mean {option(near[0])}?" if near else ""
         raise ValueError(f"unknown option {word}{hint} (--help lists all)")
     return vars(given)
 
 
 def parse(words: list[str]) -> Settings:
-    given = options(words, Settings, PRESETS, "ssr.py", __doc__)
+    given = options(words, Settings, PRESETS, "ssr.py", __doc__, REFUSED)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not given.get("judge_only"):
         given["resume"] = True  # torchrun started the ranks again
     small = given.get("controls") or not torch.cuda.is_available()

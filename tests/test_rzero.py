@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -410,8 +411,8 @@ def test_two_ranks_stopped_go_on(programs, tmp_path):
         (["--challenge=best"], "--challenge best: use paper, released, percentile, random"),
         (["--game=chess"], "--game chess: use programs, mathematics, translation"),
         (["--preset=large"], "--preset large is unknown; known: toy, toy-translation, r-zero-4b"),
-        (["--steps=3"], "--steps: each player has its own"),
-        (["--samples-per-prompt=3"], "--samples-per-prompt: each player has its own"),
+        (["--steps=3"], "--steps=3: each player has its own: --challenger-steps, --"),
+        (["--samples-per-prompt=3"], "--samples-per-prompt=3: each player has its own"),
         (["--band=0.6"], "--band 0.6 must lie in 0 … 0.5"),
         (["--top-p=0"], "--top-p 0.0 must be above 0 and at most 1"),
         (["--answers=1"], "--answers 1 must be at least 2"),
@@ -424,6 +425,13 @@ def test_two_ranks_stopped_go_on(programs, tmp_path):
 def test_what_cannot_work_is_refused(words, message):
     with pytest.raises(ValueError, match=message):
         rzero.parse(words)
+
+
+def test_help_lists_no_option_that_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        rzero.parse(["--help"])
+    listed = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.M)
+    assert "--solver-steps" in listed and not {"--steps", "--samples-per-prompt"} & {*listed}
 
 
 def test_another_run_is_not_written_over_nor_contradicted(whole):
