@@ -436,7 +436,9 @@ class Judge:
             total = sum(shares)
             mean = sum(v * p for v, p in zip(worth, shares, strict=True)) / max(total, 1e-30)
             likely = list(self.prompts.scores)[shares.index(max(shares))]
-            words = f"{likely} ({max(shares):.0%})" if total >= 0.5 else f"no score ({total:.0%})"
+            words = f"{likely} ({max(shares):.0%})"
+            if total < 0.5:
+                words = f"no score: {total:.0%} of the probability lies on score tokens"
             scores.append(Score(mean if total >= 0.5 else None, words))
         return scores
 

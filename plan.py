@@ -272,8 +272,7 @@ def memory(k: Work) -> dict[str, float]:
         parts[f"COMET ({Path(name).name})"] = each + 2.5e9 * k.cuda
     if k.cuda:
         parts["CUDA and its libraries"] = 1.5e9
-    prefill = min(8192, k.sequences * (k.template + k.longest)) * wide
-    prefill *= 2 * c.hidden_size + 3 * (H + 2 * K) * E + 3 * c.intermediate_size
+    prefill = prefill_bytes(k, min(8192, k.sequences * (k.template + k.longest)))
     logits = min(3 * 2**28, 12 * k.sequences * c.vocab_size)  # of scores that are read at once
     parts[SAMPLING] = prefill + max(4 * 4 * k.slots * c.vocab_size, logits)
     # Of a token in a block, kept for the way back: norms, q, k, v and their turned and packed
@@ -294,12 +293,28 @@ def memory(k: Work) -> dict[str, float]:
 
 def check_room(k: Work, device: torch.device, processes: int) -> None:
     """Before anything is loaded; `processes` share what this machine has."""
-    needed, there = peak(memory(k)), room(device) / processes
+    advice = "--dry-run shows what for, and what would help"
+    refuse_without_room(peak(memory(k)), device, processes, advice)
+
+
+def check_judge_room(k: Work, tokens: int, device: torch.device, processes: int, advice: str):
+    """Of a model that only judges, with a cache of so many tokens."""
+    needed = k.wide * k.params[0] + tokens * (k.cache_bytes + 20) + prefill_bytes(k, 8192)
+    refuse_without_room(needed + 1.5e9 * k.cuda, device, processes, advice)
+
+
+def refuse_without_room(needed: float, device: torch.device, processes: int, advice: str) -> None:
+    there = room(device) / processes
     what = f"about {needed / 1e9:.1f} GB on each rank, and {there / 1e9:.1f} are there"
     if needed > 1.1 * there:
-        raise ValueError(f"this run needs {what}: --dry-run shows what for, and what would help")
+        raise ValueError(f"this run needs {what}: {advice}")
     if needed > 0.95 * there:
-        print(f"Memory will be tight: {what} (see --dry-run)")
+        print(f"Memory will be tight: {what}; {advice}")
+
+
+def prefill_bytes(k: Work, tokens: int) -> float:
+    c, heads = k.c, k.c.heads + 2 * k.c.kv_heads
+    return tokens * k.wide * (2 * c.hidden_size + 3 * heads * c.head_dim + 3 * c.intermediate_size)
 
 
 def peak(parts: dict[str, float]) -> float:

@@ -7,12 +7,14 @@
 Nothing here changes weights. The settings are ssr.py's.
 """
 
+import os
 from pathlib import Path
 
 import torch
 
 import data
 import family
+import plan
 from checkpoint import fingerprint
 from eval import sets
 from eval.comet import Comet, rows_of, where
@@ -235,7 +237,11 @@ def judge_behind(s, ranks: Ranks, prompts: Prompts) -> RemoteJudge:
 
 
 def judge_alone(s, ranks: Ranks, pairs: list[tuple[Task, str]], device: torch.device):
-    """The judge of translations that are there (--judge-only), and what it is known by."""
+    """The judge of translations that are there (--judge-only), and what it is known by.
+
+    Its cache has room for the longest of them that it can ever hold together, and no more: a call
+    gets as many slots as that makes of the length that the call needs.
+    """
     prompts = TEMPLATES[s.prompts]
     asked = ("prompts", "reading", "judge_samples", "judge_temperature", "judge_max_new_tokens")
     key = {name: getattr(s, name) for name in (*asked, "chat", "seed")}
@@ -245,13 +251,45 @@ def judge_alone(s, ranks: Ranks, pairs: list[tuple[Task, str]], device: torch.de
         }  # fmt: skip
     toy = s.preset == "toy" and not s.model
     folder = toy_folder(s, ranks) if toy else policy_folder(s, ranks)
-    model, texts = loaded(folder, device, s.chat)
-    longest = max(len(ids) for ids in texts.encode(
-        [prompts.ask_judge(task, text, s.reading) for task, text in pairs]))  # fmt: skip
-    window = min(longest + family.words_of(s, prompts), model.config.max_length)
-    judge = judge_of(s, Sampler(model, s.slots, window), texts, prompts)
+    config, texts = read_config(folder), Texts(load_tokenizer(folder), s.chat)
+    if not s.chat and texts.tokenizer.chat_template:
+        print("The tokenizer has a chat template: if the model is made to chat, ask it in that, "
+              "with --chat" + " --reading written" * (s.reading == "expected"))  # fmt: skip
+
+    def windows_of(pairs: list[tuple[Task, str]]) -> list[int]:
+        """Longest first; without what the model has no positions for."""
+        asked = texts.encode([prompts.ask_judge(*pair, s.reading) for pair in pairs])
+        windows = [len(ids) + family.words_of(s, prompts) for ids in asked]
+        return sorted((w for w in windows if w <= config.max_length), reverse=True)
+
+    windows = windows_of(pairs)
+    if not windows:
+        raise ValueError(
+            f"no translation can be judged within the model's {config.max_length} positions: lower "
+            f"--judge-max-new-tokens {s.judge_max_new_tokens}"
+        )
+    most = s.slots if s.reading == "written" else 1  # to read takes one slot
+    tokens = max(min(most, n * s.judge_samples) * w for n, w in enumerate(windows, 1))
+    work = plan.Work(s, config, ranks.size, ranks.size, 0, device.type == "cuda")
+    plan.check_judge_room(
+        work, tokens, device, 1 if work.cuda else int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        f"lower --slots {s.slots}, or leave out long translations (the longest takes "
+        f"{windows[0]:,} tokens with its judgement)",
+    )  # fmt: skip
+    model, _ = loaded(folder, device, s.chat)
+    judge = judge_of(s, None, texts, prompts)
+
+    def judge_fitting(tasks: list[Task], answers: list[list[str]], step: int):
+        needed = max(windows_of([(t, a) for t, [a] in zip(tasks, answers, strict=True)]), default=2)
+        now = judge.sampler
+        if not now or not needed <= now.max_length <= 2 * needed:
+            judge.sampler = now = None  # its cache goes before the next one comes
+            slots = min(most, len(windows) * s.judge_samples, tokens // needed)
+            judge.sampler = Sampler(model, slots, needed)
+        return judge(tasks, answers, step)
+
     known = {"model": f"{folder} {fingerprint(folder)}", "name": folder.resolve().name}
-    return judge, key | known | {"dtype": str(next(model.parameters()).dtype)}
+    return judge_fitting, key | known | {"dtype": str(next(model.parameters()).dtype)}
 
 
 def loaded(folder: Path, device: torch.device, chat: bool) -> tuple[Transformer, Texts]:

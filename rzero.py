@@ -263,10 +263,11 @@ class Run:
             return written(*players, [first + n for n in numbers], numbers)
 
         path = self.path / f"iteration-{self.iteration}" / "questions.jsonl"
-        what, size = f"iteration {self.iteration}, questions", 8 * s.slots * self.ranks.size
         rows = in_rounds(
-            self.ranks, lambda: Rows(path, key, elsewhere="--folder"), what, s.questions, size, work
-        )
+            self.ranks, lambda: Rows(path, key, elsewhere="--folder"),
+            f"iteration {self.iteration}, questions", range(s.questions), work,
+            size=s.slots * self.ranks.size,
+        )  # fmt: skip
         first = {tuple(row["question"]): row for row in reversed(rows) if row["question"]}
         return sorted(first.values(), key=lambda row: row["segment"])
 

@@ -350,6 +350,9 @@ def parse(words: list[str]) -> Settings:
     if given.get("judge_only"):
         for name in given.keys() & {"resume", "controls", "dry_run", "data", "held_out", "reward"}:
             raise ValueError(f"{option(name)} has no effect with --judge-only")
+        if not given.keys() & {"model", "judge_url", "preset"}:
+            raise ValueError("--judge-only: which model judges? Name it with --model or --judge-url"
+                             "; --preset toy is the toy, for its own languages")  # fmt: skip
     had = {}
     if given.get("resume") and not given.get("controls"):  # `check` refuses both together
         folder = given.get("folder") or folder_of(preset, "", True)
@@ -731,7 +734,7 @@ def judge_file(s: Settings) -> None:
     path = out / f"{files[0].stem}.judged-by-{name}.jsonl"
     key |= {"translations": hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]}
     print(f"judged by {key['model']}, score {s.reading}; writing {path}", flush=True)
-    rows = agreement.judged(items, judge, ranks, path, key, 8 * s.slots * ranks.size)
+    rows = agreement.judged(items, judge, ranks, path, key)
     ranks.on_first("say how it agrees", lambda: agreement.tell(items, rows, path, key["model"]))
 
 

@@ -284,7 +284,7 @@ def with_comet(
             )
         return known | {"references": shown and known["takes_reference"]}
 
-    scored = in_rounds(ranks, open_file, what, len(rows), 512 * ranks.size, work, about)
+    scored = in_rounds(ranks, open_file, what, range(len(rows)), work, about)
     said = ranks.on_first("read", lambda: opened[0].about)
     return mean_of([row["score"] for row in scored], words_about(said))
 

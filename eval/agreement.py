@@ -82,10 +82,13 @@ def scores_in(row: dict) -> dict[str, float]:
     return found
 
 
-def judged(
-    items: list[Item], judge: Callable, ranks: Ranks, path: Path, key: dict, size: int
-) -> list[dict]:
-    """A row for each with the judge's "score", 0 … 1 or null, and its words; kept in `path`."""
+def judged(items: list[Item], judge: Callable, ranks: Ranks, path: Path, key: dict) -> list[dict]:
+    """A row for each with the judge's "score", 0 … 1 or null, and its words; kept in `path`. Long
+    ones are judged first: what is judged together is about as long, and what is too much is soon
+    known."""
+
+    def length(i: int) -> int:
+        return len(items[i].task.text) + len(items[i].translation)
 
     def work(numbers: list[int]) -> list[dict]:
         tasks = [items[i].task._replace(reference=None) for i in numbers]
@@ -97,9 +100,8 @@ def judged(
             for i, (s,) in zip(numbers, found, strict=True)
         ]  # fmt: skip
 
-    return in_rounds(
-        ranks, lambda: Rows(path, key, elsewhere="--folder"), "judged", len(items), size, work
-    )
+    order = sorted(range(len(items)), key=length, reverse=True)
+    return in_rounds(ranks, lambda: Rows(path, key, elsewhere="--folder"), "judged", order, work)
 
 
 # ---------------------------------------------------------------------------------- agreement

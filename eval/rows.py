@@ -1,9 +1,10 @@
 """Work on many segments, kept as it is done and never done again.
 
-    rows = in_rounds(ranks, lambda: Rows(path, key), "wmt23", count, 512, work)
+    rows = in_rounds(ranks, lambda: Rows(path, key), "wmt23", range(count), work)
 
-`work` gets numbers of segments and gives a row for each, with its "segment". After each round the
-rows are on the disk; what was there before is read. Ranks share the work, the first one writes.
+`work` gets numbers of segments and gives a row for each, with its "segment". After each round, a
+few seconds, the rows are on the disk; what was there before is read. Ranks share the work, the
+first one writes.
 """
 
 import contextlib
@@ -12,11 +13,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from ranks import Ranks
+
+FEW = 5.0  # seconds: what a round takes at least, and the time between two lines
 
 
 class Rows:
@@ -87,34 +90,51 @@ def whole(path: Path) -> Iterator[IO[str]]:
 
 
 class Pace:
-    """One line about how far it is, how fast and how long still."""
+    """A line every few seconds: how far it is, how fast since the last line, how long still."""
 
     def __init__(self, what: str, done: int, of: int):
-        self.what, self.begun, self.had, self.of = what, time.perf_counter(), done, of
+        self.what, self.of = what, of
+        self.started = self.last_time = time.perf_counter()
+        self.last_done = done
 
     def __call__(self, done: int) -> None:
-        spent = time.perf_counter() - self.begun
-        rate = max(done - self.had, 1e-9) / spent
-        left = int((self.of - done) / rate)
-        clock = f"{left // 60}:{left % 60:02} left"
-        line = f"{self.what}: {done}/{self.of} segments, {rate:.1f}/s, {clock}"
+        now, ended = time.perf_counter(), done == self.of
+        spent = now - self.last_time
+        if spent < FEW and not ended:
+            return
+        rate = (done - self.last_done) / spent
+        self.last_time, self.last_done = now, done
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        left = f", {speed}, {clock((self.of - done) / rate)} left"
+        how = f" in {clock(now - self.started)}" if ended else left
+        line = f"{self.what}: {done}/{self.of} segments{how}"
         if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="\n" if done == self.of else "", flush=True)
+            print(f"\r\033[K{line}", end="\n" if ended else "", flush=True)
         else:
             print(line, flush=True)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def in_rounds(
     ranks: Ranks,
     rows: Callable[[], Rows],
     what: str,
-    count: int,
-    size: int,
+    numbers: Sequence[int],
     work: Callable,
     about: Callable[[], dict] = dict,
+    size: int = 0,
 ) -> list[dict]:
-    """The rows of all `count` segments: those that are there, and those that `work` makes of the
-    numbers of `size` segments at a time."""  # fmt: skip
+    """The rows of the segments `numbers`, sorted by number: those that are there, and those that
+    `work` makes of some numbers at a time, in the order given.
+
+    The first round has a segment for each rank. Rounds double while one takes less than a few
+    seconds, or while that is faster by a quarter: a sampler decodes many sequences in hardly more
+    time than one. `size`: all rounds are of that size. What is sampled together can differ in the
+    last bits from what is sampled alone, and so does not depend on the clock.
+    """
     file: list[Rows] = []
 
     def opened() -> list[dict]:
@@ -123,15 +143,27 @@ def in_rounds(
 
     done = ranks.on_first(f"open {what}", opened)
     there = {row["segment"]: row for row in done}
-    todo = [i for i in range(count) if i not in there]
-    pace = Pace(what, len(there), count)
+    todo = [i for i in numbers if i not in there]
+    pace = Pace(what, len(there), len(numbers))
+    round_size, best_rate = size or ranks.size, 0.0
     try:
-        for start in range(0, len(todo), size):
-            made = ranks.share(what, todo[start : start + size], work)
-            ranks.on_first(f"write {what}", lambda made=made: file[0].add(made, about()))
+        while todo:
+            started = time.perf_counter()
+            made = ranks.share(what, todo[:round_size], work)
+
+            def keep(made=made, started=started) -> float:
+                file[0].add(made, about())
+                return time.perf_counter() - started
+
+            seconds = ranks.on_first(f"write {what}", keep)
+            todo = todo[round_size:]
             there |= {row["segment"]: row for row in made}
             pace(len(there))
+            rate = len(made) / seconds
+            if not size and (seconds < FEW or rate > 1.25 * best_rate):
+                round_size *= 2
+            best_rate = max(best_rate, rate)
     finally:
         for one in file:
             one.file.close()
-    return [there[i] for i in range(count)]
+    return [there[i] for i in sorted(numbers)]

@@ -19,8 +19,6 @@ from ranks import Ranks
 from sampler import Sampler
 from toy.pretrain import Recipe, make
 
-ROUND = 8  # times the slots: segments between two writes
-
 
 class System(NamedTuple):
     name: str
@@ -73,7 +71,7 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
         one.file: in_rounds(
             ranks, lambda one=one: Rows(out / system.name / f"{one.file}.jsonl",
                                         key | {"set or tokenizer": digest(asked[one.file])}),
-            f"{system.name} {one.entry}", len(one.tasks), ROUND * args.slots * ranks.size,
+            f"{system.name} {one.entry}", range(len(one.tasks)),
             lambda numbers, one=one: translated(one, numbers),
         )
         for one in chosen

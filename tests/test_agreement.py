@@ -4,15 +4,22 @@ import json
 import math
 import random
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import plan
+import problem
 import ssr
 from eval import agreement
+from eval import rows as eval_rows
 from eval.agreement import Item, count_pairs, read, scores_in
 from judge import Score, Task
 from ranks import Ranks
+from sampler import Sampler
+from tests.tiny import make_model, make_tokenizer
 from toy.languages import Languages, quality
 
 
@@ -117,7 +124,7 @@ def test_the_judge_sees_no_reference_and_what_does_not_fit_has_no_score(tmp_path
         ]
 
     items = [i._replace(task=i.task._replace(reference="secret")) for i in items_of([1, 2, 3])]
-    rows = agreement.judged(items, judge, Ranks(), tmp_path / "x.jsonl", {"model": "m"}, 2)
+    rows = agreement.judged(items, judge, Ranks(), tmp_path / "x.jsonl", {"model": "m"})
     assert [row["score"] for row in rows] == [0.5, None, 0.5]
     assert len(asked) == 3 and all(task.reference is None for task in asked)
 
@@ -211,18 +218,23 @@ def test_a_file_is_judged_and_the_agreement_said(toy, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "24 translations of 6 texts" in out and 'against "score"' in out
     path = tmp_path / f"rows.judged-by-{toy.name}.jsonl"
-    judged = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["segment"] for row in judged[1:]] == list(range(24))
-    assert all(0 <= row["score"] <= 1 for row in judged[1:] if row["score"] is not None)
+    judged = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    judged.sort(key=lambda row: row["segment"])
+    assert [row["segment"] for row in judged] == list(range(24))
+    assert all(0 <= row["score"] <= 1 for row in judged if row["score"] is not None)
     found = json.loads(path.with_suffix(".agreement.json").read_text())
-    scores = [row["score"] for row in judged[1:]]
+    scores = [row["score"] for row in judged]
     again = agreement.agreement("score", read([file]), scores)
     assert found["against"]["score"]["kendall"] == pytest.approx(again.kendall, nan_ok=True)
     # It goes on where it was, and does not mix judges.
-    whole = path.read_text()
-    path.write_text("".join(line + "\n" for line in whole.splitlines()[:9]))
+    kept = path.read_text().splitlines()[:9]
+    path.write_text("".join(line + "\n" for line in kept))
     ssr.main(words)
-    assert path.read_text() == whole and "judged: 24/24" in capsys.readouterr().out
+    assert "judged: 24/24 segments in 0:" in capsys.readouterr().out
+    lines = path.read_text().splitlines()
+    assert lines[:9] == kept
+    later = {row["segment"]: row["score"] for row in map(json.loads, lines[1:])}
+    assert [later[i] for i in range(24)] == pytest.approx(scores, abs=1e-4)
     with pytest.raises(SystemExit, match="its reading was expected, now written: name another --f"):
         ssr.main([*words, "--reading=written"])
     file.write_text(file.read_text().replace("xk=Kasu", "xk=Kusu"))
@@ -236,3 +248,167 @@ def test_a_file_is_judged_and_the_agreement_said(toy, tmp_path, capsys):
         ):
             ssr.main([*words, more])
     assert len(read([file, file])) == 48  # of several systems, say
+
+
+# ------------------------------------------------------------------- how much is done at a time
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time passes when a test says so."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(eval_rows, "time", clock)
+    return clock
+
+
+def rounds_of(clock, path, count, cost, **more):
+    """How many segments each round had, and whether those before lay on the disk."""
+    sizes = []
+
+    def work(numbers):
+        there = path.read_text().splitlines()[1:] if path.stat().st_size else []
+        assert len(there) == sum(sizes)
+        sizes.append(len(numbers))
+        clock.now += cost(len(numbers))
+        return [{"segment": i} for i in numbers]
+
+    eval_rows.in_rounds(
+        Ranks(), lambda: eval_rows.Rows(path, {"v": 1}), "work", range(count), work, **more
+    )
+    return sizes
+
+
+def test_rounds_grow_until_one_takes_a_few_seconds(clock, tmp_path, capsys):
+    sizes = rounds_of(clock, tmp_path / "slow.jsonl", 40, lambda n: 2.0 * n)
+    assert sizes == [1, 2, *[4] * 9, 1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "work: 3/40 segments, 2.0 s each, 1:14 left"
+    assert lines[-1] == "work: 40/40 segments in 1:20" and len(lines) == len(sizes) - 1
+    sizes = rounds_of(clock, tmp_path / "fast.jsonl", 1000, lambda n: n / 64)
+    assert sizes == [1, 2, 4, 8, 16, 32, 64, 128, 256, 489]
+    assert capsys.readouterr().out.splitlines() == [
+        "work: 511/1000 segments, 64.0/s, 0:07 left", "work: 1000/1000 segments in 0:15"
+    ]  # fmt: skip
+
+
+def test_rounds_grow_as_long_as_that_is_faster(clock, tmp_path):
+    """A sampler of 16 slots takes a minute for one sequence, and for sixteen."""
+    sizes = rounds_of(clock, tmp_path / "x.jsonl", 100, lambda n: 60.0 * -(-n // 16))
+    assert sizes == [1, 2, 4, 8, 16, 32, 32, 5]
+
+
+def test_rounds_of_a_given_size_do_not_follow_the_clock(clock, tmp_path):
+    assert rounds_of(clock, tmp_path / "x.jsonl", 10, lambda n: 100.0, size=4) == [4, 4, 2]
+
+
+def test_what_was_judged_is_kept_when_a_run_is_interrupted(clock, tmp_path):
+    items, path, asked = items_of(range(100)), tmp_path / "x.jsonl", []
+
+    def judge(tasks, answers, step):
+        clock.now += 3.0 * len(tasks)
+        asked.extend(tasks)
+        if len(asked) == 15:
+            raise KeyboardInterrupt
+        return [[Score(0.5, "50")] for _ in tasks]
+
+    with pytest.raises(KeyboardInterrupt):
+        agreement.judged(items, judge, Ranks(), path, {"model": "m"})
+    assert len(path.read_text().splitlines()) > 12
+    rows = agreement.judged(items, judge, Ranks(), path, {"model": "m"})
+    assert [row["segment"] for row in rows] == list(range(100)) and len(asked) < 105
+
+
+# ------------------------------------------------------------------------ how much memory it takes
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tokenizer(folder)
+    make_model(folder, vocab=400, positions=4096)
+    return folder
+
+
+def pairs_of_lengths(*letters):
+    return [(Task(f"Night {i:02}", "English", "German"), "x" * n) for i, n in enumerate(letters)]
+
+
+def judge_of_pairs(tiny, pairs, monkeypatch, *words):
+    """The judge, and what samplers it has made so far: slots and length of each."""
+    made = []
+
+    def sampler(model, slots, max_length):
+        made.append((slots, max_length))
+        return Sampler(model, slots, max_length)
+
+    monkeypatch.setattr(problem, "Sampler", sampler)
+    words = ["--judge-only=x", f"--model={tiny}", "--prompts=plain", "--device=cpu", *words]
+    s = ssr.parse(["--judge-max-new-tokens=4", *words])
+    judge, _ = problem.judge_alone(s, Ranks(), pairs, torch.device("cpu"))
+
+    def ask(*numbers):
+        found = judge([pairs[i][0] for i in numbers], [[pairs[i][1]] for i in numbers], 0)
+        assert all(score.words != "too long to judge" for [score] in found)
+        return made
+
+    return ask
+
+
+def test_a_judge_has_the_slots_that_its_rows_can_use(tiny, monkeypatch):
+    pairs = pairs_of_lengths(*[5] * 7)
+    for words, slots in (
+        ([], 7),
+        (["--slots=4"], 4),
+        (["--judge-samples=3", "--judge-temperature=1"], 21),
+        (["--reading=expected"], 1),  # to read takes one
+    ):
+        if "--reading=expected" in words:
+            monkeypatch.setattr(problem.Texts, "one_token", lambda self, text: 5)
+        ask = judge_of_pairs(tiny, pairs, monkeypatch, *words)
+        made = ask(0, 1)
+        assert ask(*range(7)) == made and [n for n, _ in made] == [slots], words
+
+
+def test_one_long_row_does_not_size_the_memory_of_all(tiny, monkeypatch):
+    pairs = pairs_of_lengths(3300, *[5] * 20)
+    made = judge_of_pairs(tiny, pairs, monkeypatch)(0, 1, 2)[:]
+    alone = judge_of_pairs(tiny, pairs, monkeypatch)(*range(1, 21))[:]
+    (few, long), (many, short) = made[0], alone[0]
+    assert many == 21 and long > 4 * short and few < 6
+    assert few * long <= max(long, many * 1.1 * short)
+    ask = judge_of_pairs(tiny, pairs, monkeypatch)
+    ask(0, 1)
+    assert ask(*range(2, 21)) == [(few, long), (many, short)]
+
+
+def test_a_row_that_the_model_has_no_room_for_takes_none(tiny, monkeypatch):
+    pairs = pairs_of_lengths(20_000, 5)
+    judged = judge_of_pairs(tiny, pairs, monkeypatch)(1)
+    assert judged == judge_of_pairs(tiny, pairs[1:], monkeypatch)(0)
+    with pytest.raises(ValueError, match="within the model's 4096 positions: lower --judge-max"):
+        judge_of_pairs(tiny, pairs[:1], monkeypatch)
+
+
+def test_a_judge_without_room_is_refused_before_it_is_loaded(tiny, monkeypatch):
+    pairs = pairs_of_lengths(*[2000] * 9, 2001)
+    monkeypatch.setattr(problem, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(plan, "room", lambda device: 10e6)
+    with pytest.raises(ValueError, match=r"needs about .* GB .* lower --slots 256, or leave out l"):
+        judge_of_pairs(tiny, pairs, monkeypatch)
+
+
+# ------------------------------------------------------------------------------- who judges
+
+
+def test_a_judge_must_be_named():
+    with pytest.raises(ValueError, match="which model judges"):
+        ssr.parse(["--judge-only=rows.jsonl"])
+    assert ssr.parse(["--judge-only=rows.jsonl", "--preset=toy"]).preset == "toy"
+
+
+def test_a_chat_template_that_is_not_used_is_pointed_out(tiny, monkeypatch, capsys):
+    pairs = pairs_of_lengths(5)
+    judge_of_pairs(tiny, pairs, monkeypatch)
+    assert "ask it in that, with --chat\n" in capsys.readouterr().out
+    judge_of_pairs(tiny, pairs, monkeypatch, "--chat")
+    assert "--chat" not in capsys.readouterr().out

