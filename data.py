@@ -25,6 +25,7 @@ import difflib
 import hashlib
 import html
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -156,7 +157,7 @@ def gather(
     pairs = pairs_of(source, target)
     tasks, before, with_references = [], set(), Counter()
     counts: dict[str, Counter] = {}
-    for entry in filter(None, (w.strip() for w in words.split(","))):
+    for entry in entries_of(words):
         count = counts[entry] = Counter(read=0, kept=0)
         for found in read(entry, pairs):
             count["read"] += 1
@@ -179,7 +180,28 @@ def gather(
                 with_references[entry] += found.reference is not None
     if not counts:
         raise ValueError("--data names nothing: give a file, or a set such as wmt17-20:en-zh")
-    return Corpus(tasks, counts, with_references)
+    corpus = Corpus(tasks, counts, with_references)
+    if not tasks:
+        found = corpus.report().replace("\n", "; ")
+        raise ValueError(f"there is no text to translate in {found}")
+    return corpus
+
+
+def entries_of(words: str) -> list[str]:
+    """What stands between the commas, some of which may belong to a file's name."""
+    pieces, found = words.split(","), []
+    while pieces:
+        for count in range(len(pieces), 0, -1):
+            entry = ",".join(pieces[:count]).strip()
+            if count == 1 or is_file(split_entry(entry)[0]):
+                break
+        found.append(entry)
+        pieces = pieces[count:]
+    return [entry for entry in found if entry]
+
+
+def is_file(name: str) -> bool:
+    return os.path.isfile(os.path.expanduser(name))  # also of what is too long for a name
 
 
 Found = Iterator[Task | ValueError | str]  # str: why a text is left out
@@ -213,7 +235,7 @@ SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 
 def split_entry(entry: str) -> tuple[str, str]:
     """ "news.txt:en-zh" -> its file or set, and its pair, "" without one."""
-    if Path(entry).expanduser().is_file():
+    if is_file(entry):
         return entry, ""
     found = re.fullmatch(r"(.+):([\w=]+-[\w= ]+)", entry)
     return (found[1], found[2]) if found else (entry, "")
@@ -294,7 +316,9 @@ def from_text(path: Path, pairs: list[tuple[str, str]]) -> Found:
             except UnicodeDecodeError as error:
                 yield ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})")
                 continue
-            if text:
+            if "\0" in text:
+                yield ValueError(f"{path}, line {number}: NUL, which no text holds: is it UTF-16?")
+            elif text:
                 yield from (Task(text, *pair) for pair in pairs)
 
 

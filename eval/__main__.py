@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from data import code_pair
+from data import code_pair, entries_of
 from eval import sets, table
 from eval.comet import NAMES, Comet, python_of, rows_of, where
 from eval.rows import Rows, in_rounds, whole
@@ -167,7 +167,7 @@ def named(words: str) -> tuple[str, str]:
 
 def sets_of(args: argparse.Namespace) -> list[Set]:
     found = []
-    for entry in filter(None, (w.strip() for w in args.sets.split(","))):
+    for entry in entries_of(args.sets):
         segments: dict[str, list[Task]] = {}
         for task in sets.load(entry):
             segments.setdefault(code_pair((task.source, task.target)), []).append(task)

@@ -25,6 +25,7 @@ from data import (
     FLORES,
     SUFFIXES,
     code_pair,
+    entries_of,
     gather,
     lines_of,
     pair_of,
@@ -61,7 +62,7 @@ def load(entry: str) -> list[Task]:
 def held_out(words: str, pairs: list[tuple[str, str]]) -> list[Task]:
     """Of several entries, all directions; a set without one is taken in those of `pairs`."""
     tasks = []
-    for entry in filter(None, (w.strip() for w in words.split(","))):
+    for entry in entries_of(words):
         name, pair = split_entry(entry)
         if pair or Path(name).expanduser().is_file() or Path(name).suffix in SUFFIXES:
             tasks += load(entry)

@@ -141,6 +141,21 @@ def test_a_mixture_of_pairs_is_one_corpus(tmp_path):
     assert [c["kept"] for c in corpus.counts.values()] == [2, 2, 2]
 
 
+def test_a_file_may_have_commas_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", "a, b, c.txt", "d.txt"):
+        Path(name).write_text(f"{name}\n")
+    words = "d.txt:en-zh,a,b.txt:en-zh, a, b, c.txt:en-de"
+    texts = ["d.txt", "a,b.txt", "a, b, c.txt"]
+    assert [task.text for task in data.gather(words).tasks] == texts
+    found = data.gather("a, b, c.txt,d.txt", "en", "zh").tasks
+    assert [task.text for task in found] == [texts[2], texts[0]]
+    assert [task.text for task in sets.held_out(words, [])] == texts
+    many = ",".join(f"gone{i}.txt" for i in range(99))  # together too long for a name
+    with pytest.raises(ValueError, match=r"^gone0\.txt: there is no such file"):
+        data.gather(many, "en", "zh")
+
+
 def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch):
     file = tmp_path / "a.parquet"
     file.write_bytes(b"PAR1")
@@ -221,6 +236,14 @@ def test_plain_text_without_its_language_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a\n\xff\n")
     with pytest.raises(ValueError, match=r"a\.txt, line 2: not UTF-8"):
         data.gather(f"{tmp_path}/a.txt:en-zh")
+
+
+def test_a_line_of_nul_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\n\0\0\0\n")
+    with pytest.raises(ValueError, match=r"a\.txt, line 2: NUL, which no text holds"):
+        data.gather(f"{tmp_path}/a.txt:en-zh")
+    corpus = data.gather(f"{tmp_path}/a.txt:en-zh", skip_bad=True)
+    assert [task.text for task in corpus.tasks] == ["a"]
 
 
 def test_data_comes_in_shuffled_epochs_that_depend_on_the_seed_alone():
