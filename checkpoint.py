@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from ranks import Ranks
 
-VERSION = 2  # of state.json and of the names in `tensors_of`
+VERSION = 3  # of state.json and of the names in `tensors_of`
 
 
 def tensors_of(model, optimizer, average: Iterable[Tensor] = ()) -> dict[str, Tensor]:
@@ -240,4 +241,13 @@ def fingerprint(weights: Path) -> str:
             for place in range(64):
                 file.seek(place * size // 64)
                 digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(model: Path) -> str:
+    """Of the tokenizer in a model's folder, its chat template included: whole files."""
+    digest = hashlib.sha256()
+    for path in sorted(model.iterdir()):
+        if re.search("token|vocab|merges|chat_template", path.name) and path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

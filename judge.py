@@ -22,6 +22,7 @@ Letters: P tasks, N samples of each. Only the standard library is needed: sample
 handed in.
 """
 
+import datetime
 import hashlib
 import math
 import re
@@ -204,8 +205,9 @@ TOY = Prompts(
 class Texts:
     """Between text and token ids. Control tokens come from templates alone."""
 
-    def __init__(self, tokenizer, chat: bool = False):
-        """`chat`: a prompt is a user's turn in the tokenizer's chat template."""
+    def __init__(self, tokenizer, chat: bool = False, thinking: bool = True):
+        """`chat`: a prompt is a user's turn in the tokenizer's chat template. `thinking`: it may
+        leave room for a thought."""
         self.tokenizer = tokenizer
         # What "unknown" becomes is no way to say anything, so it may come from given text.
         # Some tokenizers add runs of spaces or a line's end: those control nothing.
@@ -219,9 +221,10 @@ class Texts:
         self.known: dict[str, list[int]] = {}  # the template's pieces
         self.stop_ids = [tokenizer.eos_token_id]
         self.turn = ("", "")  # what stands before and after a prompt
+        self.notes: list[str] = []  # what the chat template is told
         if chat:
             self.begin = []  # the template has it
-            self.turn, end = turns(tokenizer)
+            self.turn, end, self.notes = turns(tokenizer, thinking)
             self.stop_ids += [i for i in self.pieces([end])[0][:1] if i in self.control_ids]
 
     def encode(self, prompts: Sequence[list[str]]) -> list[list[int]]:
@@ -271,18 +274,39 @@ class Texts:
         return ids[0]
 
 
-def turns(tokenizer) -> tuple[tuple[str, str], str]:
-    """(What a chat template sets before and after a user's words), what ends an assistant's."""
+TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template takes where it knows no clock
+
+
+def turns(tokenizer, thinking: bool = True) -> tuple[tuple[str, str], str, list[str]]:
+    """(What a chat template sets before and after a user's words), what ends an assistant's, and
+    what is changed in the template: its clock stands still, so that prompts are the same tomorrow;
+    and (`thinking=False`) it leaves no room for a thought, where it knows a switch for that."""
     mark = "THE-WORDS"
     talk = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
     if not tokenizer.chat_template:
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template: leave the "
                          "chat option out")  # fmt: skip
+    own, switches, notes = tokenizer.get_chat_template(), {}, []
+    template = re.sub(
+        r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda m: repr(TODAY.strftime(m[2])), own
+    )
+    if "strftime_now(" in template:
+        raise ValueError(f"{tokenizer.name_or_path}: the chat template reads the clock, so prompts "
+                         "would be others tomorrow: write a date into it")  # fmt: skip
+    if template != own:
+        notes.append(f"The chat template writes today's date: it is given {TODAY}, so that prompts "
+                     "are the same tomorrow")  # fmt: skip
+    if not thinking and "enable_thinking" in template:
+        switches = {"enable_thinking": False}
+        notes.append("The chat template's thinking is switched off: the prompts ask for no thought")
     try:
         asked, said = (
-            tokenizer.apply_chat_template(talk[:n], tokenize=False, add_generation_prompt=n == 1)
+            tokenizer.apply_chat_template(
+                talk[:n], chat_template=template, tokenize=False, add_generation_prompt=n == 1,
+                **switches,
+            )
             for n in (1, 2)
-        )
+        )  # fmt: skip
     except Exception as error:  # whatever the template raises: it is a program
         raise ValueError(f"{tokenizer.name_or_path}: the chat template fails: {error}") from None
     if asked.count(mark) != 1 or said.count(mark) != 2:
@@ -290,7 +314,7 @@ def turns(tokenizer) -> tuple[tuple[str, str], str]:
             "the tokenizer's chat template does not set down a user's words as they are"
         )
     before, after = asked.split(mark)
-    return (before, after), said.rsplit(mark)[-1].strip()
+    return (before, after), said.rsplit(mark)[-1].strip(), notes
 
 
 def seen(text: str) -> str:

@@ -14,6 +14,7 @@ Letters: B rows, T tokens of a row, D width, H query heads, K key/value heads, E
 V vocabulary.
 """
 
+import itertools
 import json
 import math
 import os
@@ -373,21 +374,16 @@ def load(
     `place(name, tensor) -> share`; each tensor is read whole, one after another (see ranks.py).
     """
     folder = find_folder(source)
-    config = read_config(folder)
+    config, tensors = check_folder(folder)
     with torch.device("meta"):  # shapes only: a 7B model takes its memory once
         model = Transformer(config)
     place = shard(model) if shard else lambda name, tensor: tensor
-    tensors = find_tensors(folder)
-    check_names(config, tensors, folder)
     state = {}
     for ours, pieces in hub_pieces(config).items():
         parts = []
-        for name, shape in pieces:
+        for name, _ in pieces:
             path, file = tensors[name]
             part = file.get_tensor(name)
-            if tuple(part.shape) != shape:
-                found = f"has the shape {tuple(part.shape)}, but config.json asks for {shape}"
-                raise ValueError(f"{path}: tensor {name} {found}")
             if part.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 found = f"has the type {part.dtype}; quantised weights are not supported"
                 raise ValueError(f"{path}: tensor {name} {found}")
@@ -402,6 +398,20 @@ def load(
             )
     model.load_state_dict(state, assign=True)  # assigned: nothing can be copied to meta
     return model
+
+
+def check_folder(folder: Path) -> tuple[Config, dict]:
+    """config.json and the tensors it asks for: names and shapes are checked, no value is read."""
+    config, tensors = read_config(folder), find_tensors(folder)
+    check_names(config, tensors, folder)
+    for name, shape in itertools.chain(*hub_pieces(config).values()):
+        path, file = tensors[name]
+        found = tuple(file.get_slice(name).get_shape())
+        if found != shape:
+            raise ValueError(
+                f"{path}: tensor {name} has the shape {found}, but config.json asks for {shape}"
+            )
+    return config, tensors
 
 
 def find_folder(source: str | Path) -> Path:
@@ -441,9 +451,12 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     hub = read_json(path)
 
+    kinds = {"family": (str,), "norm_eps": (int, float)}
     for ours, key in HUB_KEYS.items():
-        if not isinstance(hub.get(key), str if ours == "family" else int | float):
+        if type(hub.get(key)) not in kinds.get(ours, (int,)):
             raise ValueError(f"{path}: the key {key!r} is missing or not of its type")
+        if ours not in kinds and hub[key] < 1:
+            raise ValueError(f"{path}: {key} {hub[key]} must be at least 1")
     known = {ours: hub[key] for ours, key in HUB_KEYS.items()}
     family, heads = known["family"], known["heads"]
     if family not in FAMILIES:

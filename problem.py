@@ -19,7 +19,7 @@ from checkpoint import fingerprint
 from eval import sets
 from eval.comet import Comet, rows_of, where
 from judge import PAPER, PLAIN, TOY, Judge, Outside, Prompts, Task, Texts
-from model import Transformer, find_folder, load, load_tokenizer, read_config
+from model import Transformer, check_folder, find_folder, load, load_tokenizer
 from ranks import Ranks
 from remote import RemoteJudge
 from sampler import Sampler
@@ -97,8 +97,32 @@ def policy_folder(s, ranks: Ranks) -> Path:
     return ranks.one_first("fetch the model", lambda: find_folder(s.model))
 
 
+def texts_of(folder: Path, prompts: Prompts, chat: bool) -> Texts:
+    """Of the model that translates: refused where its answers would begin with a thought that has
+    no place in the right form, or whose beginning stands in the prompt already."""
+    check_folder(folder)  # first, as a broken config.json breaks the tokenizer, too
+    texts = Texts(load_tokenizer(folder), chat, thinking=prompts.tags)
+    before, opened, _ = texts.turn[1].rpartition("<think>")
+    if opened and "</think>" not in texts.turn[1][len(before) :]:
+        raise ValueError(
+            f"{folder}: its chat template begins every answer with <think>, and has no switch "
+            "(enable_thinking) for that, so no translation would have the right form: leave --chat "
+            "out, or take a model that can answer without thinking"
+        )
+    if not (chat or prompts.tags) and "<think>" in texts.tokenizer.get_added_vocab():
+        raise ValueError(
+            f"{folder}: this model thinks, between <think> and </think>, and --prompts plain has "
+            "no place for a thought, so no translation would have the right form: use --chat, "
+            "which switches thinking off, or --prompts paper"
+        )
+    for note in texts.notes:
+        print(note)
+    return texts
+
+
 def toy_problem(s, ranks: Ranks) -> Problem:
     folder = Path(s.model) if s.model else toy_folder(s, ranks)
+    check_folder(folder)
     pair = Languages(s.seed)
     known = load_tokenizer(folder).get_vocab().keys()
     if foreign := {word for words in pair.vocabulary.values() for word in words} - known:
@@ -127,8 +151,7 @@ def data_problem(s, ranks: Ranks, comets: Comets) -> Problem:
     corpus, apart = ranks.on_first("read the texts", read)
     folder = policy_folder(s, ranks)
     prompts = TEMPLATES[s.prompts]
-    read_config(folder)  # the first to say that a folder is no model's
-    texts = Texts(load_tokenizer(folder), s.chat)
+    texts = texts_of(folder, prompts, s.chat)
 
     def fitting(tasks: list[Task]) -> list[Task]:
         lengths = map(len, texts.encode([prompts.ask(task) for task in tasks]))

@@ -44,7 +44,7 @@ import plan
 import report
 import ssr
 from challenge import CHALLENGES, Challenge, Player, accuracy, window_of, written
-from checkpoint import Checkpoints, fingerprint, tensors_of
+from checkpoint import Checkpoints, fingerprint, tensors_of, tokenizer_fingerprint
 from eval.rows import Rows, in_rounds
 from games import GAMES
 from judge import Texts
@@ -330,6 +330,7 @@ class Run:
         start = copy_of(model, half) if s.track_kl or s.kl else None
         optimizer = grpo.make_optimizer(model, s)
         identity = {"turn": [player, self.iteration], "weights": fingerprint(source)}
+        identity["tokenizer"] = tokenizer_fingerprint(source)
         where, done = final.with_name(f"{player}.checkpoints"), None
         kept = Checkpoints(where, 1, ranks, tensors_of(model, optimizer), identity)
         if about := kept.restore():
@@ -428,6 +429,8 @@ def parse(words: list[str]) -> Settings:
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
     s = Settings(**PRESETS[preset] | had | given | {"preset": preset})
+    if s.folder:
+        ssr.check_place(s.folder)
     bounded(s, BOUNDS)
     for name, known in CHOICES.items():
         if getattr(s, name) not in known:

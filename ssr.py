@@ -43,7 +43,7 @@ import data
 import family
 import grpo
 import plan
-from checkpoint import Checkpoints, fingerprint, tensors_of
+from checkpoint import Checkpoints, fingerprint, tensors_of, tokenizer_fingerprint
 from eval import agreement
 from judge import GATES, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
@@ -437,6 +437,8 @@ def check(s: Settings) -> Settings:
             raise ValueError(
                 f"--folder {s.folder} is not the folder of a run: it has no settings.json"
             )
+    if s.folder:
+        check_place(s.folder)
     if s.controls and (s.resume or ranks_here() > 1):
         raise ValueError("--controls starts its own runs, and skips those that are done: leave out "
                          "--resume and torchrun")  # fmt: skip
@@ -451,6 +453,15 @@ def check(s: Settings) -> Settings:
     elif s.reward not in REWARDS:
         raise ValueError(f"--reward {s.reward} needs the truth, which only --preset toy has")
     return s
+
+
+def check_place(folder: str) -> None:
+    """Whether the folder can be made, or written into where it is there."""
+    path = Path(folder).absolute()
+    there = next(x for x in (path, *path.parents) if os.path.lexists(x))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        why = "cannot be written" if there.is_dir() else "is no folder"
+        raise ValueError(f"--folder {folder}: {there} {why}")
 
 
 def check_judge(s: Settings) -> None:
@@ -560,7 +571,7 @@ def prepare(s: Settings, ranks: Ranks, problem: Problem, device, comets: Comets)
     work = plan.Work(s, config, ranks.size, shared, judge_template(s), cuda, judge_shape(s))
     plan.check_room(work, device, 1 if cuda else per_node)
     model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
-    texts = Texts(load_tokenizer(problem.folder), s.chat)
+    texts = Texts(load_tokenizer(problem.folder), s.chat, problem.prompts.tags)
     window = window_of(s, problem, texts, config.max_length)
     actor, start, judging, average = samplers(s, model, window, work)
     if s.judge_model:
@@ -642,8 +653,11 @@ def identity_of(s: Settings, problem: Problem, model: Transformer, comets: Comet
     """What must be the same on all ranks, and when a run goes on; except its settings."""
     shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hub"}
     known = {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
+    known["tokenizer or chat template"] = tokenizer_fingerprint(problem.folder)
     if s.judge_model and not s.judge_url:
-        known["judge's weights"] = fingerprint(find_folder(s.judge_model))
+        judge = find_folder(s.judge_model)
+        known["judge's weights"] = fingerprint(judge)
+        known["judge's tokenizer or chat template"] = tokenizer_fingerprint(judge)
     for name, comet in comets.started.items():
         known[f"COMET {Path(name).name}"] = comet.ready()["revision"] or stamp(name)
     return known

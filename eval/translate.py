@@ -12,9 +12,9 @@ import torch
 from checkpoint import fingerprint
 from eval.rows import Rows, in_rounds
 from eval.sets import Set
-from judge import Texts, shown_translation
-from model import find_folder, load, load_tokenizer
-from problem import TEMPLATES
+from judge import shown_translation
+from model import find_folder, load
+from problem import TEMPLATES, texts_of
 from ranks import Ranks
 from sampler import Sampler
 from toy.pretrain import Recipe, make
@@ -31,8 +31,8 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
     """Rows by set. The model is loaded when there is something left to translate."""
     device = device_of(args)
     folder = ranks.one_first("fetch the model", lambda: folder_of(system.model))
-    texts = Texts(load_tokenizer(folder), args.chat)
     prompts = TEMPLATES[args.prompts]
+    texts = texts_of(folder, prompts, args.chat)
     key = {"model": weights_of(folder), "prompts": args.prompts, "chat": args.chat}
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     key |= {"max_new_tokens": args.max_new_tokens, "dtype": dtype}

@@ -9,13 +9,17 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import problem
 import remote
+import rzero
 import ssr
-from judge import Task
+from eval import __main__ as evaluate
+from judge import PAPER, PLAIN, Task, Texts, translation_in
+from model import load_tokenizer
 from tests import corpora
 from tests.test_data import wmt  # noqa: F401 (a fixture)
 from tests.tiny import make_model, make_tokenizer
@@ -228,6 +232,113 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_written(
     with pytest.raises(SystemExit, match=f"(?s)^ssr.py: .*{message}"):
         go(pupil, texts, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_data_without_a_text_is_said_and_not_a_length(pupil, texts, tmp_path):
+    empty, broken = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl"
+    empty.write_text("\n")
+    broken.write_text("{broken\n")
+    for words, said in (
+        ([f"--held-out={empty}"], "empty.jsonl: 0 texts read, 0 kept"),
+        ([f"--data={empty}"], "empty.jsonl: 0 texts read, 0 kept"),
+        ([f"--data={broken}", "--skip-bad-lines"], "broken.jsonl: 1 texts read, 0 kept; left out"),
+    ):
+        with pytest.raises(SystemExit, match=f"there is no text to translate in .*{said}"):
+            go(pupil, texts, tmp_path / "run", *words)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_looked_at(texts):
+    for words in ([], ["--judge-only=rows.jsonl"]):
+        with pytest.raises(SystemExit, match=r"--folder .*run: .*texts\.jsonl is no folder"):
+            ssr.main([*words, "--model=nowhere/at-all", f"--folder={texts}/run"])
+    with pytest.raises(SystemExit, match=r"--folder .*run: .*texts\.jsonl is no folder"):
+        rzero.main([f"--folder={texts}/run"])
+
+
+def test_a_wrong_shape_in_the_config_is_said_before_the_tokenizer_is_read(
+    pupil, texts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(problem, "load_tokenizer", None)  # transformers would blame it
+    broken = tmp_path / "model"
+    shutil.copytree(pupil, broken)
+    config = json.loads((broken / "config.json").read_text())
+    cases = {65: "config.json asks for", 64.5: "not of its type", -64: "at least 1"}
+    for size, said in cases.items():
+        (broken / "config.json").write_text(json.dumps(config | {"hidden_size": size}))
+        with pytest.raises(SystemExit, match=said):
+            go(broken, texts, tmp_path / "run")
+
+
+# ------------------------------------------------------------------------- models that think
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory):
+    """A model whose tokenizer is like Qwen3's: thoughts stand between tokens of their own."""
+    folder = tmp_path_factory.mktemp("thinker")
+    make_model(folder, vocab=400, positions=4096)
+    make_tokenizer(folder, thinks=True)
+    return folder
+
+
+def test_a_model_that_thinks_is_refused_where_a_thought_has_no_place(thinker, texts, tmp_path):
+    with pytest.raises(SystemExit, match=r"this model thinks, .*--prompts plain has no place"):
+        go(thinker, texts, tmp_path / "run", "--prompts=plain", "--max-prompt-tokens=2000")
+    words = [f"--model=x={thinker}", f"--sets={texts}", f"--out={tmp_path}", "--metrics=chrf"]
+    with pytest.raises(SystemExit, match=r"this model thinks, .*--prompts plain has no place"):
+        evaluate.main([*words, "--prompts=plain"])
+    always = tmp_path / "always"
+    shutil.copytree(thinker, always)
+    template = (always / "chat_template.jinja").read_text()
+    (always / "chat_template.jinja").write_text(f"{template}<think>\n")
+    for prompts in (PAPER, PLAIN):
+        with pytest.raises(ValueError, match="begins every answer with <think>"):
+            problem.texts_of(always, prompts, chat=True)
+
+
+def test_thinking_is_switched_off_where_the_template_can_and_the_prompts_want_none(
+    thinker, texts, tmp_path, capsys
+):
+    tail = "<|im_start|>assistant\n"
+    for prompts, more in ((PLAIN, "<think>\n\n</think>\n\n"), (PAPER, "")):
+        codec = problem.texts_of(thinker, prompts, chat=True)
+        (ids,) = codec.encode([prompts.ask(Task("a", "English", "German"))])
+        assert codec.decode(ids).endswith(tail + more)
+        assert ("thinking is switched off" in capsys.readouterr().out) == bool(more)
+    answer = codec.pieces(["gut"])[0]
+    sample = SimpleNamespace(ids=[*answer, codec.stop_ids[0]], stopped=True)
+    assert translation_in(codec, PLAIN, Task("a", "English", "German"), sample) == "gut"
+    words = ["--prompts=plain", "--chat", "--max-prompt-tokens=2000"]
+    assert len(go(thinker, texts, tmp_path / "run", *words)) == 2
+
+
+# --------------------------------------------------------------------- templates and tokenizers
+
+
+def test_a_template_with_a_clock_makes_the_same_prompts_tomorrow(tmp_path, capsys):
+    make_tokenizer(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text("{{ strftime_now('%d %B %Y') }}, " + file.read_text())
+    texts = Texts(load_tokenizer(tmp_path), chat=True)
+    assert texts.turn[0].startswith("26 July 2024, <|im_start|>system")
+    assert "is given 2024-07-26, so that prompts are the same tomorrow" in texts.notes[0]
+    file.write_text("{% set form = '%H' %}{{ strftime_now(form) }}" + file.read_text())
+    with pytest.raises(ValueError, match="the chat template reads the clock"):
+        Texts(load_tokenizer(tmp_path), chat=True)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja"])
+def test_a_tokenizer_that_was_replaced_is_noticed(pupil, texts, tmp_path, file):
+    model, judge = tmp_path / "model", tmp_path / "judge"
+    shutil.copytree(pupil, model), shutil.copytree(pupil, judge)
+    words = ["--chat", f"--judge-model={judge}"]
+    go(model, texts, tmp_path / "run", *words)
+    for folder, whose in ((judge, "the judge's tokenizer"), (model, "the tokenizer")):
+        (folder / file).write_text((folder / file).read_text() + " ")
+        with pytest.raises(SystemExit, match=f"{whose} or chat template it began with"):
+            go(model, texts, tmp_path / "run", *words, "--resume", "--steps=2")
+        (folder / file).write_text((pupil / file).read_text())
+    go(model, texts, tmp_path / "run", *words, "--resume", "--steps=2")
 
 
 def test_missing_references_and_a_missing_comet_are_said(pupil, texts, tmp_path, monkeypatch):

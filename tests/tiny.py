@@ -69,9 +69,19 @@ QWEN_CHAT = (  # as Qwen2.5's: a system's turn, then the others, then the begin 
 )
 
 
-def make_tokenizer(folder: Path, texts=("a small test of some letters, nothing more",), size=400):
-    """A byte-level BPE tokenizer with Qwen2.5's special tokens and turns. It cuts texts as Qwen's
-    does: transformers sets that pattern for every model of this type."""
+THINKING_CHAT = QWEN_CHAT.replace(  # a switch as Qwen3's: no thought is an empty one
+    "assistant\\n' }}{% endif %}",
+    "assistant\\n' }}{% if enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}",
+)
+
+
+def make_tokenizer(
+    folder: Path, texts=("a small test of some letters, nothing more",), size=400, thinks=False
+):
+    """A byte-level BPE tokenizer with Qwen2.5's special tokens and turns; or (`thinks`) Qwen3's
+    tokens and switch. It cuts texts as Qwen's does: transformers sets that pattern for every model
+    of this type."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -83,8 +93,11 @@ def make_tokenizer(folder: Path, texts=("a small test of some letters, nothing m
     )
     bpe.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|endoftext|>", chat_template=QWEN_CHAT
-    )
+        tokenizer_object=bpe, eos_token="<|endoftext|>",
+        chat_template=THINKING_CHAT if thinks else QWEN_CHAT,
+    )  # fmt: skip
+    if thinks:
+        fast.add_tokens(["<think>", "</think>"])
     fast.save_pretrained(folder)
 
 
