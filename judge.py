@@ -537,7 +537,8 @@ class Reward:
     zero-one        format + format * score
     plus-minus-one  ±1 + format * score
 
-    A scorer whose `of_samples` is true also gets the groups: it reads ids, not text alone.
+    A scorer whose `of_samples` is true also gets the groups: it reads ids, not text alone. One
+    whose `references` is true sees the tasks' references, the others do not.
     """
 
     def __init__(
@@ -560,14 +561,15 @@ class Reward:
             [translation_in(self.texts, self.prompts, task, sample) for sample in group]
             for task, group in zip(tasks, groups, strict=True)
         ]
-        found = {}
+        found, blind = {}, [task._replace(reference=None) for task in tasks]
         for name, (_, scorer) in self.scorers.items():
+            shown = tasks if getattr(scorer, "references", False) else blind
             more = [groups] if getattr(scorer, "of_samples", False) else []
-            found[name] = scorer(tasks, answers, step, *more)
+            found[name] = scorer(shown, answers, step, *more)
         first = next(iter(found))
         weights = [1.0] * len(groups)
         if self.weigh:
-            weights = self.weigh(tasks, answers, found[first], step)
+            weights = self.weigh(blind, answers, found[first], step)
         judged = []
         for p, row in enumerate(answers):
             parts = {"format": [float(answer is not None) for answer in row]}

@@ -156,7 +156,7 @@ class Work(NamedTuple):
     def comets(self) -> list[str]:
         """The checkpoints that a rank has a worker for."""
         named = [w.strip() for w in self.s.measures.split(",")] if self.s.measures else []
-        named += [self.s.comet] if "comet" in self.s.reward else []
+        named += [self.s.comet] if "comet" in self.s.reward.split("+") else []
         return [name for name in dict.fromkeys(named) if name not in ("chrf", "none")]
 
     @property
@@ -192,7 +192,7 @@ class Work(NamedTuple):
     def questions(self) -> int:
         """To the judge about each sample, at most; a group's candidates are counted as if apart."""
         known = {"pairs": self.s.samples_per_prompt - 1, "cream": 2, "group": 1}
-        return known.get(self.s.reward, int(self.s.reward.startswith("self")))
+        return known.get(self.s.reward, int("self" in self.s.reward.split("+")))
 
     @property
     def longest(self) -> int:

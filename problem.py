@@ -7,7 +7,9 @@
 Nothing here changes weights. The settings are ssr.py's.
 """
 
+import importlib.util
 import os
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ import plan
 from checkpoint import fingerprint
 from eval import sets
 from eval.comet import Comet, rows_of, where
-from judge import PAPER, PLAIN, TOY, Judge, Outside, Prompts, Task, Texts
+from judge import PAPER, PLAIN, TOY, Judge, Outside, Prompts, Scorer, Task, Texts
 from model import Transformer, check_folder, find_folder, load, load_tokenizer
 from ranks import Ranks
 from remote import RemoteJudge
@@ -133,12 +135,7 @@ def toy_problem(s, ranks: Ranks) -> Problem:
     family.check_taught(s, known)
     held_out = [pair.task("held-out", i) for i in range(s.eval_prompts)]
     measures = {"exact_match": each(exact_match), "quality": each(quality)}
-    needs_truth = s.reward not in ("self", "random", *family.REWARDS)
-
-    def task(number: int) -> Task:
-        task = pair.task("train", number)
-        return task if needs_truth else task._replace(reference=None)
-
+    task = partial(pair.task, "train")
     return Problem(folder, TEMPLATES[s.prompts], task, held_out, measures, f"toy {s.seed}")
 
 
@@ -180,8 +177,10 @@ def data_problem(s, ranks: Ranks, comets: Comets) -> Problem:
         f"{f' from {s.held_out}' if s.held_out else ''}, {same} left out that repeat held-out "
         f"ones; {len(training):,} to train on"
     )
-    if s.comet_references and any(not task.reference for task in training):
-        raise ValueError(f'--comet-references: not all texts of {s.data} have a "reference"')
+    wants = [p for p in own_parts(s.reward) if getattr(own_scorer(p), "references", False)]
+    wants += ["--comet-references"] * s.comet_references
+    if wants and any(not task.reference for task in training):
+        raise ValueError(f'{wants[0]}: not all texts of {s.data} have a "reference"')
     measures = measures_of(s, held_out, comets)
     digest = data.digest(training + held_out)
     return Problem(folder, prompts, data.Order(training, s.seed).task, held_out, measures, digest)
@@ -217,11 +216,11 @@ def scorers_of(s, judge, comets: Comets) -> dict:
     """name -> (weight, scorer) for judge.Reward; `judge` is the policy, or another."""
     if s.reward in family.REWARDS:
         return family.scorers(s, judge)
-    if s.reward not in REWARDS:
+    if s.reward not in REWARDS and s.reward in controls.REWARDS:
         return controls.scorers(s.reward, judge, s.seed, s.toy_noise)
-    weigh = s.self_weight if s.reward == "self+comet" else 1.0
-    scorers = {"self": (weigh, judge)} if "self" in s.reward else {}
-    if "comet" in s.reward:
+    parts = s.reward.split("+")
+    scorers = {"self": (s.self_weight if parts[1:] else 1.0, judge)} if "self" in parts else {}
+    if "comet" in parts:
         comet = comets.start(s.comet)
         if comet.ready()["needs_reference"] and not s.comet_references:
             raise ValueError(
@@ -230,8 +229,36 @@ def scorers_of(s, judge, comets: Comets) -> dict:
             )
         control = comet.about["control"]
         outside = Outside(comet.score, s.comet_low, s.comet_high, s.comet_references, control)
-        scorers["comet"] = (s.comet_weight if scorers else 1.0, outside)
-    return scorers
+        scorers["comet"] = (s.comet_weight if parts[1:] else 1.0, outside)
+    own = {part.rpartition(":")[2]: own_scorer(part) for part in own_parts(s.reward)}
+    return scorers | {name: (1.0, scorer) for name, scorer in own.items()}
+
+
+def own_parts(reward: str) -> list[str]:
+    """Those that are of the form FILE.py:NAME, of several with a + between them."""
+    return [part for part in reward.split("+") if ".py:" in part]
+
+
+@cache
+def own_scorer(part: str) -> Scorer:
+    """What a file calls NAME: a scorer of somebody's own (see docs/your-own-reward.md)."""
+    file, _, name = part.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--reward {part}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever that file raises: it is a program
+        raise ValueError(
+            f"--reward {part}: {file} does not run ({type(error).__name__}: {error})"
+        ) from error
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"--reward {part}: {file} has no function {name}")
+    if name in ("self", "comet", "format", "total", "weight"):
+        raise ValueError(f"--reward {part}: there is a reward/{name} already: call it otherwise")
+    return getattr(module, name)
 
 
 def another_judge(

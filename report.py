@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 POINTS = 400  # of a curve; what has more is shown as means of neighbours
@@ -55,7 +56,7 @@ LEARNING = [
           True),
     Panel("reward", "Reward of the step's samples", "What the loop maximises, by component.",
           {"reward/total": "total", "reward/self": "judge", "reward/comet": "COMET",
-           "reward/external": "external", "reward/format": "right form"}),
+           "reward/format": "right form"}),
     Panel("correlation", "Judge's correlation with quality", "On held-out samples at T 1. It falls "
           "as samples grow alike; near 0 the judge says nothing about them.",
           {"eval/judge_correlation": "Pearson"}, True),
@@ -327,7 +328,7 @@ def draw_panel(axes, panel: Panel, runs: list[Run], numbers: dict[str, int], poi
     for n, run in enumerate(runs):
         number = numbers[run.label]
         had: list[list[float]] = []
-        for (key, name), style in zip(panel.keys.items(), STYLES, strict=False):
+        for (key, name), style in zip(panel.keys.items(), cycle(STYLES), strict=False):
             x, y = run.series(key, points)
             if not x or y in had:  # a reward of one component is its total: the same line twice
                 continue
@@ -430,7 +431,7 @@ def panels_html(panels: list[dict], runs: list[Run]) -> str:
         order = list(panel.keys.values())
         keys = "".join(
             '<span class="key"><svg viewBox="0 0 24 4"><path d="M0 2H24" '
-            f'class="dash{order.index(x)}"/></svg>{escape(x)}</span>'
+            f'class="dash{order.index(x) % len(STYLES)}"/></svg>{escape(x)}</span>'
             for x in names
         )
         parts.append(
@@ -677,7 +678,12 @@ def said(value) -> str:
 
 def panels_for(runs: list[Run]) -> dict[str, Panel]:
     own = OF_PLAYERS if all(run.player for run in runs) else {}
-    return {name: replace(panel, **own.get(name, {})) for name, panel in PANELS.items()}
+    panels = {name: replace(panel, **own.get(name, {})) for name, panel in PANELS.items()}
+    drawn = {key for panel in panels.values() for key in panel.keys}
+    found = dict.fromkeys(key for run in runs for row in run.rows for key in row)
+    more = {k: k[7:] for k in found if k.startswith("reward/") and k not in drawn}
+    panels["reward"].keys = panels["reward"].keys | more
+    return panels
 
 
 def page(runs: list[Run]) -> str:

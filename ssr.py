@@ -57,6 +57,8 @@ from problem import (
     judge_alone,
     judge_of,
     judge_template,
+    own_parts,
+    own_scorer,
     scorers_of,
     stamp,
     toy_problem,
@@ -109,11 +111,12 @@ class Settings(grpo.Settings):
     reward: str = "self"
     """"self" (SSR-Zero), "self+comet" (SSR-X-Zero), "comet"; family.py's "certainty", "confidence",
     "pairs", "group", "cream" (with --judge previous), "majority" (for answers that can be equal);
-    for comparison on the toy "random", "oracle", "external", "self+external"."""
+    for comparison on the toy "random", "oracle", "external", "self+external"; one of your own,
+    FILE.py:NAME or self+FILE.py:NAME (docs/your-own-reward.md)."""
     comet: str = "cometkiwi"
     """COMET's checkpoint in the reward: a short name (see eval/comet.py), a hub id, a folder."""
     self_weight: float = 1.0
-    """Of the judge's score, 0 to 1, in "self+comet"."""
+    """Of the judge's score, 0 to 1, beside another."""
     comet_weight: float = 1.0
     """Of COMET's score."""
     comet_low: float = 0.0
@@ -205,7 +208,6 @@ CHOICES = {
     "advantage_baseline": BASELINES,
     "loss_norm": ("token", "sequence"),
     "prompts": tuple(TEMPLATES),
-    "reward": tuple(dict.fromkeys((*REWARDS, *controls.REWARDS))),
     "comet_dtype": ("float32", "bfloat16", "float16"),
     "judge": ("live", "frozen", "ema", "previous"),
     "reading": ("written", "expected"),
@@ -405,6 +407,7 @@ def check(s: Settings) -> Settings:
     for name, known in CHOICES.items():
         if getattr(s, name) not in known:
             raise ValueError(f"{option(name)} {getattr(s, name)}: use {', '.join(known)}")
+    check_reward(s.reward)
     bounded(s, BOUNDS)
     if s.samples_per_prompt < 2:
         raise ValueError(
@@ -450,7 +453,7 @@ def check(s: Settings) -> Settings:
                 raise ValueError(
                     f"{option(name)}: the toy makes its own sentences; use another --preset"
                 )
-    elif s.reward not in REWARDS:
+    elif s.reward in controls.REWARDS and s.reward not in REWARDS:
         raise ValueError(f"--reward {s.reward} needs the truth, which only --preset toy has")
     return s
 
@@ -464,13 +467,25 @@ def check_place(folder: str) -> None:
         raise ValueError(f"--folder {folder}: {there} {why}")
 
 
+def check_reward(reward: str) -> None:
+    known, own = dict.fromkeys((*REWARDS, *controls.REWARDS)), own_parts(reward)
+    others = "+".join(part for part in reward.split("+") if part not in own)
+    if reward not in known and (not own or others not in ("", "self", "comet", "self+comet")):
+        raise ValueError(f"--reward {reward}: use {', '.join(known)}, or FILE.py:NAME, your own")
+    for part in own:
+        own_scorer(part)  # which says what is wrong with it
+    if len({part.rpartition(":")[2] for part in own}) < len(own):
+        raise ValueError(f"--reward {reward}: two of its parts have the same name")
+
+
 def check_judge(s: Settings) -> None:
     if s.judge_only and s.judge_model and not s.judge_url:
         raise ValueError("--judge-only judges with --model (or --judge-url and --judge-model)")
     if s.judge_url and not s.judge_model:
         raise ValueError("--judge-url needs --judge-model, the model's name at that endpoint")
     family.check(s, skills_of(s.toy_skills))
-    if s.judge_model and "self" not in s.reward:
+    parts = s.reward.split("+")
+    if s.judge_model and "self" not in parts:
         raise ValueError(f"--judge-model has nothing to judge with --reward {s.reward}")
     if s.judge_model and s.judge != "live":
         raise ValueError(f"--judge {s.judge} is the policy's own; --judge-model names another")
@@ -483,12 +498,13 @@ def check_judge(s: Settings) -> None:
                          "not allow: use --reading written")  # fmt: skip
     if s.judge_chat and not s.judge_model:
         raise ValueError("--judge-chat is for --judge-model; --chat sets the policy's own prompts")
-    comet = "comet" in s.reward
+    comet, beside = "comet" in parts, parts[1:] and "external" not in parts
     for names, holds, instead in (
         ("comet comet_low comet_high comet_references", comet, "--reward self+comet"),
-        ("comet_weight self_weight", s.reward == "self+comet", "--reward self+comet"),
+        ("comet_weight", comet and beside, "--reward self+comet"),
+        ("self_weight", "self" in parts and beside, "--reward self+comet"),
         ("judge_parallel judge_patience", s.judge_url, "--judge-url"),
-        ("toy_noise", "external" in s.reward, "--reward external"),
+        ("toy_noise", "external" in parts, "--reward external"),
         ("toy_tokens toy_skills", s.preset == "toy", "--preset toy"),
         ("previous_every", s.judge == "previous", "--judge previous"),
     ):
@@ -519,12 +535,14 @@ def agree(ranks: Ranks, values: dict) -> None:
 
 def said_reward(s: Settings) -> str:
     judge = f"judge {s.judge_model or s.judge}" + (f" at {s.judge_url}" if s.judge_url else "")
-    if "comet" not in s.reward:
-        return f"{s.reward}, {judge}"
-    comet = f"COMET {s.comet}, {s.comet_dtype}"
-    if s.reward == "comet":
-        return comet
-    return f"{s.self_weight:g} × self + {s.comet_weight:g} × COMET, {judge}, {comet}"
+    parts = s.reward.split("+")
+    if parts[1:] and "external" not in parts:
+        weights = {"self": f"{s.self_weight:g} × self", "comet": f"{s.comet_weight:g} × COMET"}
+        parts = [weights.get(part, part) for part in parts]
+    said = [" + ".join(parts)] + [judge] * (s.reward != "comet")
+    if "comet" in s.reward.split("+"):
+        said.append(f"COMET {s.comet}, {s.comet_dtype}")
+    return ", ".join(said)
 
 
 def arithmetic(s: Settings) -> str:
@@ -556,7 +574,7 @@ def run(s: Settings) -> None:
     agree(ranks, {option(name): value for name, value in dataclasses.asdict(s).items()})
     agree(ranks, {"the code": commit(), "PyTorch": torch.__version__})
     with contextlib.closing(Comets(s, device)) as comets:
-        if "comet" in s.reward:
+        if "comet" in s.reward.split("+"):
             comets.start(s.comet)  # it loads while we go on
         toy = s.preset == "toy"
         problem = toy_problem(s, ranks) if toy else data_problem(s, ranks, comets)
@@ -658,6 +676,8 @@ def identity_of(s: Settings, problem: Problem, model: Transformer, comets: Comet
         judge = find_folder(s.judge_model)
         known["judge's weights"] = fingerprint(judge)
         known["judge's tokenizer or chat template"] = tokenizer_fingerprint(judge)
+    for part in own_parts(s.reward):
+        known[f"file of --reward {part}"] = fingerprint(Path(part.rpartition(":")[0]).expanduser())
     for name, comet in comets.started.items():
         known[f"COMET {Path(name).name}"] = comet.ready()["revision"] or stamp(name)
     return known

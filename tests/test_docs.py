@@ -1,11 +1,13 @@
 """What the documents say is there: files, headings, options."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+import report
 import rzero
 import ssr
 
@@ -47,3 +49,23 @@ def test_options_that_are_shown_exist():
         shown = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", page.read_text()))
         shown = {word.replace("--no-", "--") for word in shown}
         assert shown <= known, page.name
+
+
+def test_the_rewards_of_the_page_run_and_are_drawn(toy, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "your-own-reward.md").read_text()
+    (code,), (commands,) = (re.findall(rf"(?s)```{x}\n(.*?)```", page) for x in ("python", "bash"))
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(code)
+    small = f"--model={toy} --steps=2 --prompts-per-step=4 --eval-prompts=4 --no-report".split()
+    for number, words in enumerate(re.findall(r"(?m)^python ssr\.py (.*)", commands)):
+        ssr.main([*words.split(), *small, f"--folder=run{number}"])
+        name = re.search(r"mine\.py:(\w+)", words)[1]
+        rows = [json.loads(x) for x in Path(f"run{number}/metrics.jsonl").read_text().splitlines()]
+        assert 0 < rows[1][f"reward/{name}"] < 1
+        if "self" in words:
+            group = json.loads(Path(f"run{number}/groups.jsonl").read_text().splitlines()[0])
+            for x in group["samples"]:
+                if None not in x.values():
+                    assert x["reward"] == pytest.approx(x["format"] * (0.5 * x["self"] + x[name]))
+            report.main([f"run{number}"])
+            assert f">{name}</span>" in Path(f"run{number}/report.html").read_text()

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import plan
 import problem
 import remote
 import rzero
 import ssr
 from eval import __main__ as evaluate
-from judge import PAPER, PLAIN, Task, Texts, translation_in
+from judge import PAPER, PLAIN, Reward, Score, Task, Texts, translation_in
 from model import load_tokenizer
 from tests import corpora
 from tests.test_data import wmt  # noqa: F401 (a fixture)
@@ -262,8 +263,11 @@ def test_a_wrong_shape_in_the_config_is_said_before_the_tokenizer_is_read(
     broken = tmp_path / "model"
     shutil.copytree(pupil, broken)
     config = json.loads((broken / "config.json").read_text())
-    cases = {65: "config.json asks for", 64.5: "not of its type", -64: "at least 1"}
-    for size, said in cases.items():
+    for size, said in (
+        (65, "config.json asks for"),
+        (64.5, "not of its type"),
+        (-64, "at least 1"),
+    ):
         (broken / "config.json").write_text(json.dumps(config | {"hidden_size": size}))
         with pytest.raises(SystemExit, match=said):
             go(broken, texts, tmp_path / "run")
@@ -391,7 +395,7 @@ def test_resuming_what_is_not_there_is_said(pupil, texts, tmp_path, capsys):
     assert "from the beginning: there is no checkpoint to go on from" in capsys.readouterr().out
 
 
-class Score:
+class Comet:
     """Stands where COMET's client would."""
 
     about = {"needs_reference": False, "takes_reference": True, "control": ["</s>"]}  # noqa: RUF012
@@ -409,7 +413,7 @@ class Score:
 
 def test_comets_weight_scale_and_references_reach_the_reward():
     comets = problem.Comets(None, None)
-    comets.started["x/y"] = comet = Score()
+    comets.started["x/y"] = comet = Comet()
     words = ["--preset=ssr-x-zero-7b", "--comet=x/y", "--self-weight=0.5", "--comet-weight=2"]
     s = ssr.parse([*words, "--comet-low=0.1", "--comet-high=0.5", "--comet-references"])
     scorers = problem.scorers_of(s, "the judge", comets)
@@ -429,9 +433,90 @@ def test_comets_weight_scale_and_references_reach_the_reward():
         problem.scorers_of(ssr.parse(words), "the judge", comets)
 
 
+def scores_half(seen):
+    def score(tasks, answers, step):
+        seen.append([task.reference for task in tasks])
+        return [[Score(0.5, "")] * len(row) for row in answers]
+
+    return score
+
+
+def test_references_are_shown_to_those_alone_that_ask_for_them(thinker):
+    texts, task = Texts(load_tokenizer(thinker)), Task("a", "English", "German", "the truth")
+    sample = SimpleNamespace(ids=[*texts.pieces(["gut"])[0], texts.stop_ids[0]], stopped=True)
+    blind, asking, weighing = [], [], []
+    scorers = {"one": (1.0, scores_half(blind)), "other": (1.0, scores_half(asking))}
+    scorers["other"][1].references = True
+    weigh = scores_half(weighing)
+    reward = Reward(
+        texts, PLAIN, scorers,
+        weigh=lambda tasks, answers, scores, step: weigh(tasks, answers, step) and [1.0],
+    )  # fmt: skip
+    (judged,) = reward([task], [[sample]], 1)
+    assert judged.total == [1.0]
+    assert (blind, asking, weighing) == ([[None]], [["the truth"]], [[None]])
+
+
+OWN = """
+from judge import Score
+
+def external(tasks, answers, step):
+    return [[Score(0.25, "") for _ in row] for row in answers]
+
+def asking(tasks, answers, step):
+    return [[Score(0.25, t.reference) for _ in row] for t, row in zip(tasks, answers)]
+
+asking.references = True
+"""
+
+
+def test_a_reward_of_ones_own_is_known_by_its_whole_name(tmp_path):
+    """Whatever words of other rewards its file's name holds."""
+    file = tmp_path / "self-comet.py"
+    file.write_text(OWN)
+    s = ssr.parse(["--preset=ssr-zero-7b", "--data=x.jsonl", f"--reward={file}:external"])
+    comets = problem.Comets(s, None)
+    assert list(problem.scorers_of(s, "the judge", comets)) == ["external"]
+    assert not comets.started
+    work = plan.Work(s, None, 1, 1, 0, False)
+    assert work.comets == [] and work.questions == 0
+    for words, said in (
+        (["--judge-model=x/y"], "has nothing to judge with"),
+        (["--self-weight=2"], "--self-weight has no effect"),
+        (["--toy-noise=2"], "--toy-noise has no effect"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ssr.parse([f"--reward={file}:external", "--preset=toy", *words])
+    both = ssr.parse([f"--reward=self+{file}:external", "--preset=toy", "--self-weight=2"])
+    assert problem.scorers_of(both, "the judge", comets)["self"] == (2.0, "the judge")
+    assert plan.Work(both, None, 1, 1, 0, False).questions == 1
+    with pytest.raises(ValueError, match="two of its parts have the same name"):
+        ssr.parse([f"--reward={file}:external+{file}:external"])
+    file.with_name("broken.py").write_text("def f(:")
+    with pytest.raises(ValueError, match=r"broken\.py does not run \(SyntaxError: "):
+        ssr.parse([f"--reward={file.with_name('broken.py')}:f"])
+
+
+def test_a_reward_of_ones_own_learns_and_is_part_of_the_run(pupil, texts, tmp_path):
+    file, run = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(OWN)
+    words = [f"--reward=self+{file}:asking"]
+    rows = go(pupil, texts, run, *words)
+    assert rows[1]["reward/asking"] == pytest.approx(0.25) and rows[1]["reward/self"] > 0
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(texts.read_text().replace('"reference"', '"note"'))
+    with pytest.raises(
+        SystemExit, match=r'mine\.py:asking: not all texts of .* have a "reference"'
+    ):
+        go(pupil, bare, tmp_path / "other", *words)
+    file.write_text(OWN.replace("0.25", "0.5"))
+    with pytest.raises(SystemExit, match=r"the file of --reward .*mine\.py:asking it began with"):
+        go(pupil, texts, run, *words, "--resume", "--steps=2")
+
+
 def test_a_comet_measure_sees_references_of_all_texts_or_of_none():
     comets = problem.Comets(None, None)
-    comets.started["x/y"] = comet = Score()
+    comets.started["x/y"] = comet = Comet()
     tasks = [Task("a", "English", "German", "r"), Task("b", "English", "German", None)]
     assert comets.measure("x/y", referenced=False)(tasks[:1], ["c"]) == [0.3]
     assert comets.measure("x/y", referenced=True)(tasks[:1], ["c"]) == [0.3]

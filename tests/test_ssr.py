@@ -296,6 +296,12 @@ def test_the_correlation_is_pearsons_over_what_has_a_score():
             ["--preset=ssr-zero-7b", "--data=ssr.py", "--reward=oracle"],
             "needs the truth, which only",
         ),
+        (
+            ["--reward=oracle+comet"],
+            "--reward oracle\\+comet: use self, .* or FILE.py:NAME, your own",
+        ),
+        (["--reward=self+gone.py:x"], "--reward gone.py:x: there is no file gone.py"),
+        (["--reward=ssr.py:nothing"], "--reward ssr.py:nothing: ssr.py has no function nothing"),
         (["--folder=tests"], "--folder tests exists already: go on with --resume, name another"),
         (["--model=nowhere/at-all"], "nowhere/at-all"),
         (["--judge-samples=2"], "2 judge samples would all be the same"),

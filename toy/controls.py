@@ -44,6 +44,9 @@ def oracle(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
     return [[Score(value, "truth") for value in row] for row in values]
 
 
+oracle.references = True
+
+
 def external(seed: int, noise: float):
     """The truth with an error of that standard deviation."""
 
@@ -54,6 +57,7 @@ def external(seed: int, noise: float):
             for rng, row in zip(streams, oracle(tasks, answers, step), strict=True)
         ]
 
+    score.references = True
     return score
 
 
