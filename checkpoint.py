@@ -244,8 +244,8 @@ def fingerprint(weights: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def tokenizer_fingerprint(model: Path) -> str:
-    """Of the tokenizer in a model's folder, its chat template included: whole files."""
+def fingerprint_tokenizer(model: Path) -> str:
+    """Hash the tokenizer's files in a model's folder, its chat template included."""
     digest = hashlib.sha256()
     for path in sorted(model.iterdir()):
         if re.search("token|vocab|merges|chat_template", path.name) and path.is_file():

@@ -157,7 +157,7 @@ def gather(
     pairs = pairs_of(source, target)
     tasks, before, with_references = [], set(), Counter()
     counts: dict[str, Counter] = {}
-    for entry in entries_of(words):
+    for entry in split_entries(words):
         count = counts[entry] = Counter(read=0, kept=0)
         for found in read(entry, pairs):
             count["read"] += 1
@@ -187,8 +187,8 @@ def gather(
     return corpus
 
 
-def entries_of(words: str) -> list[str]:
-    """What stands between the commas, some of which may belong to a file's name."""
+def split_entries(words: str) -> list[str]:
+    """Split at commas, except those that belong to the name of an existing file."""
     pieces, found = words.split(","), []
     while pieces:
         for count in range(len(pieces), 0, -1):
@@ -201,7 +201,7 @@ def entries_of(words: str) -> list[str]:
 
 
 def is_file(name: str) -> bool:
-    return os.path.isfile(os.path.expanduser(name))  # also of what is too long for a name
+    return os.path.isfile(os.path.expanduser(name))  # False for names that are too long, too
 
 
 Found = Iterator[Task | ValueError | str]  # str: why a text is left out
@@ -317,7 +317,7 @@ def from_text(path: Path, pairs: list[tuple[str, str]]) -> Found:
                 yield ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})")
                 continue
             if "\0" in text:
-                yield ValueError(f"{path}, line {number}: NUL, which no text holds: is it UTF-16?")
+                yield ValueError(f"{path}, line {number}: it contains NUL: is it UTF-16?")
             elif text:
                 yield from (Task(text, *pair) for pair in pairs)
 

@@ -206,8 +206,8 @@ class Texts:
     """Between text and token ids. Control tokens come from templates alone."""
 
     def __init__(self, tokenizer, chat: bool = False, thinking: bool = True):
-        """`chat`: a prompt is a user's turn in the tokenizer's chat template. `thinking`: it may
-        leave room for a thought."""
+        """`chat`: a prompt is a user's turn in the tokenizer's chat template. `thinking`: whether
+        the model may think, if that template can choose."""
         self.tokenizer = tokenizer
         # What "unknown" becomes is no way to say anything, so it may come from given text.
         # Some tokenizers add runs of spaces or a line's end: those control nothing.
@@ -221,7 +221,7 @@ class Texts:
         self.known: dict[str, list[int]] = {}  # the template's pieces
         self.stop_ids = [tokenizer.eos_token_id]
         self.turn = ("", "")  # what stands before and after a prompt
-        self.notes: list[str] = []  # what the chat template is told
+        self.notes: list[str] = []  # on changes to the chat template
         if chat:
             self.begin = []  # the template has it
             self.turn, end, self.notes = turns(tokenizer, thinking)
@@ -279,8 +279,8 @@ TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template takes where it kno
 
 def turns(tokenizer, thinking: bool = True) -> tuple[tuple[str, str], str, list[str]]:
     """(What a chat template sets before and after a user's words), what ends an assistant's, and
-    what is changed in the template: its clock stands still, so that prompts are the same tomorrow;
-    and (`thinking=False`) it leaves no room for a thought, where it knows a switch for that."""
+    notes on what was changed in the template: today's date is a fixed one, so that prompts do not
+    change from day to day; `thinking=False` disables thinking where the template has a switch."""
     mark = "THE-WORDS"
     talk = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
     if not tokenizer.chat_template:
@@ -292,13 +292,13 @@ def turns(tokenizer, thinking: bool = True) -> tuple[tuple[str, str], str, list[
     )
     if "strftime_now(" in template:
         raise ValueError(f"{tokenizer.name_or_path}: the chat template reads the clock, so prompts "
-                         "would be others tomorrow: write a date into it")  # fmt: skip
+                         "would change from day to day: write a fixed date into it")  # fmt: skip
     if template != own:
-        notes.append(f"The chat template writes today's date: it is given {TODAY}, so that prompts "
-                     "are the same tomorrow")  # fmt: skip
+        notes.append(f"The chat template writes today's date; {TODAY} is used instead, so that "
+                     "prompts do not change from day to day")  # fmt: skip
     if not thinking and "enable_thinking" in template:
         switches = {"enable_thinking": False}
-        notes.append("The chat template's thinking is switched off: the prompts ask for no thought")
+        notes.append("Thinking is disabled in the chat template: the prompts have no place for it")
     try:
         asked, said = (
             tokenizer.apply_chat_template(

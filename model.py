@@ -401,7 +401,7 @@ def load(
 
 
 def check_folder(folder: Path) -> tuple[Config, dict]:
-    """config.json and the tensors it asks for: names and shapes are checked, no value is read."""
+    """Read config.json and check the tensors' names and shapes against it; no value is read."""
     config, tensors = read_config(folder), find_tensors(folder)
     check_names(config, tensors, folder)
     for name, shape in itertools.chain(*hub_pieces(config).values()):

@@ -99,23 +99,23 @@ def policy_folder(s, ranks: Ranks) -> Path:
     return ranks.one_first("fetch the model", lambda: find_folder(s.model))
 
 
-def texts_of(folder: Path, prompts: Prompts, chat: bool) -> Texts:
-    """Of the model that translates: refused where its answers would begin with a thought that has
-    no place in the right form, or whose beginning stands in the prompt already."""
-    check_folder(folder)  # first, as a broken config.json breaks the tokenizer, too
+def load_texts(folder: Path, prompts: Prompts, chat: bool) -> Texts:
+    """The text codec of the model that translates. A model is refused if its answers would contain
+    a thought that the format has no place for, or that already begins in the prompt."""
+    check_folder(folder)  # first: transformers would blame the tokenizer for a bad config.json
     texts = Texts(load_tokenizer(folder), chat, thinking=prompts.tags)
     before, opened, _ = texts.turn[1].rpartition("<think>")
     if opened and "</think>" not in texts.turn[1][len(before) :]:
         raise ValueError(
-            f"{folder}: its chat template begins every answer with <think>, and has no switch "
+            f"{folder}: its chat template begins every answer with <think> and has no switch "
             "(enable_thinking) for that, so no translation would have the right form: leave --chat "
-            "out, or take a model that can answer without thinking"
+            "out, or use a model that can answer without thinking"
         )
     if not (chat or prompts.tags) and "<think>" in texts.tokenizer.get_added_vocab():
         raise ValueError(
             f"{folder}: this model thinks, between <think> and </think>, and --prompts plain has "
             "no place for a thought, so no translation would have the right form: use --chat, "
-            "which switches thinking off, or --prompts paper"
+            "which disables thinking, or --prompts paper"
         )
     for note in texts.notes:
         print(note)
@@ -148,7 +148,7 @@ def data_problem(s, ranks: Ranks, comets: Comets) -> Problem:
     corpus, apart = ranks.on_first("read the texts", read)
     folder = policy_folder(s, ranks)
     prompts = TEMPLATES[s.prompts]
-    texts = texts_of(folder, prompts, s.chat)
+    texts = load_texts(folder, prompts, s.chat)
 
     def fitting(tasks: list[Task]) -> list[Task]:
         lengths = map(len, texts.encode([prompts.ask(task) for task in tasks]))
@@ -177,7 +177,7 @@ def data_problem(s, ranks: Ranks, comets: Comets) -> Problem:
         f"{f' from {s.held_out}' if s.held_out else ''}, {same} left out that repeat held-out "
         f"ones; {len(training):,} to train on"
     )
-    wants = [p for p in own_parts(s.reward) if getattr(own_scorer(p), "references", False)]
+    wants = [p for p in custom_parts(s.reward) if getattr(load_scorer(p), "references", False)]
     wants += ["--comet-references"] * s.comet_references
     if wants and any(not task.reference for task in training):
         raise ValueError(f'{wants[0]}: not all texts of {s.data} have a "reference"')
@@ -230,18 +230,18 @@ def scorers_of(s, judge, comets: Comets) -> dict:
         control = comet.about["control"]
         outside = Outside(comet.score, s.comet_low, s.comet_high, s.comet_references, control)
         scorers["comet"] = (s.comet_weight if parts[1:] else 1.0, outside)
-    own = {part.rpartition(":")[2]: own_scorer(part) for part in own_parts(s.reward)}
+    own = {part.rpartition(":")[2]: load_scorer(part) for part in custom_parts(s.reward)}
     return scorers | {name: (1.0, scorer) for name, scorer in own.items()}
 
 
-def own_parts(reward: str) -> list[str]:
-    """Those that are of the form FILE.py:NAME, of several with a + between them."""
+def custom_parts(reward: str) -> list[str]:
+    """The parts of a reward, separated by +, that have the form FILE.py:NAME."""
     return [part for part in reward.split("+") if ".py:" in part]
 
 
 @cache
-def own_scorer(part: str) -> Scorer:
-    """What a file calls NAME: a scorer of somebody's own (see docs/your-own-reward.md)."""
+def load_scorer(part: str) -> Scorer:
+    """Import the scorer that FILE.py:NAME refers to (see docs/your-own-reward.md)."""
     file, _, name = part.rpartition(":")
     path = Path(file).expanduser()
     if not path.is_file():
@@ -257,7 +257,7 @@ def own_scorer(part: str) -> Scorer:
     if not callable(getattr(module, name, None)):
         raise ValueError(f"--reward {part}: {file} has no function {name}")
     if name in ("self", "comet", "format", "total", "weight"):
-        raise ValueError(f"--reward {part}: there is a reward/{name} already: call it otherwise")
+        raise ValueError(f"--reward {part}: reward/{name} exists already: choose another name")
     return getattr(module, name)
 
 

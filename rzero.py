@@ -44,7 +44,7 @@ import plan
 import report
 import ssr
 from challenge import CHALLENGES, Challenge, Player, accuracy, window_of, written
-from checkpoint import Checkpoints, fingerprint, tensors_of, tokenizer_fingerprint
+from checkpoint import Checkpoints, fingerprint, fingerprint_tokenizer, tensors_of
 from eval.rows import Rows, in_rounds
 from games import GAMES
 from judge import Texts
@@ -330,7 +330,7 @@ class Run:
         start = copy_of(model, half) if s.track_kl or s.kl else None
         optimizer = grpo.make_optimizer(model, s)
         identity = {"turn": [player, self.iteration], "weights": fingerprint(source)}
-        identity["tokenizer"] = tokenizer_fingerprint(source)
+        identity["tokenizer"] = fingerprint_tokenizer(source)
         where, done = final.with_name(f"{player}.checkpoints"), None
         kept = Checkpoints(where, 1, ranks, tensors_of(model, optimizer), identity)
         if about := kept.restore():
@@ -430,7 +430,7 @@ def parse(words: list[str]) -> Settings:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")
     s = Settings(**PRESETS[preset] | had | given | {"preset": preset})
     if s.folder:
-        ssr.check_place(s.folder)
+        ssr.check_writable(s.folder)
     bounded(s, BOUNDS)
     for name, known in CHOICES.items():
         if getattr(s, name) not in known:

@@ -43,7 +43,7 @@ import data
 import family
 import grpo
 import plan
-from checkpoint import Checkpoints, fingerprint, tensors_of, tokenizer_fingerprint
+from checkpoint import Checkpoints, fingerprint, fingerprint_tokenizer, tensors_of
 from eval import agreement
 from judge import GATES, Reward, Task, Texts, check_reading
 from kernels.advantage import BASELINES, SCALES
@@ -53,12 +53,12 @@ from problem import (
     TEMPLATES,
     Comets,
     another_judge,
+    custom_parts,
     data_problem,
     judge_alone,
     judge_of,
     judge_template,
-    own_parts,
-    own_scorer,
+    load_scorer,
     scorers_of,
     stamp,
     toy_problem,
@@ -441,7 +441,7 @@ def check(s: Settings) -> Settings:
                 f"--folder {s.folder} is not the folder of a run: it has no settings.json"
             )
     if s.folder:
-        check_place(s.folder)
+        check_writable(s.folder)
     if s.controls and (s.resume or ranks_here() > 1):
         raise ValueError("--controls starts its own runs, and skips those that are done: leave out "
                          "--resume and torchrun")  # fmt: skip
@@ -458,22 +458,22 @@ def check(s: Settings) -> Settings:
     return s
 
 
-def check_place(folder: str) -> None:
-    """Whether the folder can be made, or written into where it is there."""
+def check_writable(folder: str) -> None:
+    """Refuse a folder that cannot be created or written to."""
     path = Path(folder).absolute()
     there = next(x for x in (path, *path.parents) if os.path.lexists(x))
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        why = "cannot be written" if there.is_dir() else "is no folder"
+        why = "is not writable" if there.is_dir() else "is not a folder"
         raise ValueError(f"--folder {folder}: {there} {why}")
 
 
 def check_reward(reward: str) -> None:
-    known, own = dict.fromkeys((*REWARDS, *controls.REWARDS)), own_parts(reward)
+    known, own = dict.fromkeys((*REWARDS, *controls.REWARDS)), custom_parts(reward)
     others = "+".join(part for part in reward.split("+") if part not in own)
     if reward not in known and (not own or others not in ("", "self", "comet", "self+comet")):
         raise ValueError(f"--reward {reward}: use {', '.join(known)}, or FILE.py:NAME, your own")
     for part in own:
-        own_scorer(part)  # which says what is wrong with it
+        load_scorer(part)  # which says what is wrong with it
     if len({part.rpartition(":")[2] for part in own}) < len(own):
         raise ValueError(f"--reward {reward}: two of its parts have the same name")
 
@@ -671,12 +671,12 @@ def identity_of(s: Settings, problem: Problem, model: Transformer, comets: Comet
     """What must be the same on all ranks, and when a run goes on; except its settings."""
     shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hub"}
     known = {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
-    known["tokenizer or chat template"] = tokenizer_fingerprint(problem.folder)
+    known["tokenizer or chat template"] = fingerprint_tokenizer(problem.folder)
     if s.judge_model and not s.judge_url:
         judge = find_folder(s.judge_model)
         known["judge's weights"] = fingerprint(judge)
-        known["judge's tokenizer or chat template"] = tokenizer_fingerprint(judge)
-    for part in own_parts(s.reward):
+        known["judge's tokenizer or chat template"] = fingerprint_tokenizer(judge)
+    for part in custom_parts(s.reward):
         known[f"file of --reward {part}"] = fingerprint(Path(part.rpartition(":")[0]).expanduser())
     for name, comet in comets.started.items():
         known[f"COMET {Path(name).name}"] = comet.ready()["revision"] or stamp(name)

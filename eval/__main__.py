@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from data import code_pair, entries_of
+from data import code_pair, split_entries
 from eval import sets, table
 from eval.comet import NAMES, Comet, python_of, rows_of, where
 from eval.rows import Rows, in_rounds, whole
@@ -167,7 +167,7 @@ def named(words: str) -> tuple[str, str]:
 
 def sets_of(args: argparse.Namespace) -> list[Set]:
     found = []
-    for entry in entries_of(args.sets):
+    for entry in split_entries(args.sets):
         segments: dict[str, list[Task]] = {}
         for task in sets.load(entry):
             segments.setdefault(code_pair((task.source, task.target)), []).append(task)

@@ -25,11 +25,11 @@ from data import (
     FLORES,
     SUFFIXES,
     code_pair,
-    entries_of,
     gather,
     lines_of,
     pair_of,
     pairs_in,
+    split_entries,
     split_entry,
 )
 from judge import Task
@@ -62,7 +62,7 @@ def load(entry: str) -> list[Task]:
 def held_out(words: str, pairs: list[tuple[str, str]]) -> list[Task]:
     """Of several entries, all directions; a set without one is taken in those of `pairs`."""
     tasks = []
-    for entry in entries_of(words):
+    for entry in split_entries(words):
         name, pair = split_entry(entry)
         if pair or Path(name).expanduser().is_file() or Path(name).suffix in SUFFIXES:
             tasks += load(entry)

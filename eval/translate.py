@@ -14,7 +14,7 @@ from eval.rows import Rows, in_rounds
 from eval.sets import Set
 from judge import shown_translation
 from model import find_folder, load
-from problem import TEMPLATES, texts_of
+from problem import TEMPLATES, load_texts
 from ranks import Ranks
 from sampler import Sampler
 from toy.pretrain import Recipe, make
@@ -32,7 +32,7 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
     device = device_of(args)
     folder = ranks.one_first("fetch the model", lambda: folder_of(system.model))
     prompts = TEMPLATES[args.prompts]
-    texts = texts_of(folder, prompts, args.chat)
+    texts = load_texts(folder, prompts, args.chat)
     key = {"model": weights_of(folder), "prompts": args.prompts, "chat": args.chat}
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     key |= {"max_new_tokens": args.max_new_tokens, "dtype": dtype}

@@ -240,7 +240,7 @@ def test_plain_text_without_its_language_is_refused(tmp_path):
 
 def test_a_line_of_nul_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a\n\0\0\0\n")
-    with pytest.raises(ValueError, match=r"a\.txt, line 2: NUL, which no text holds"):
+    with pytest.raises(ValueError, match=r"a\.txt, line 2: it contains NUL"):
         data.gather(f"{tmp_path}/a.txt:en-zh")
     corpus = data.gather(f"{tmp_path}/a.txt:en-zh", skip_bad=True)
     assert [task.text for task in corpus.tasks] == ["a"]

@@ -250,9 +250,9 @@ def test_data_without_a_text_is_said_and_not_a_length(pupil, texts, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_looked_at(texts):
     for words in ([], ["--judge-only=rows.jsonl"]):
-        with pytest.raises(SystemExit, match=r"--folder .*run: .*texts\.jsonl is no folder"):
+        with pytest.raises(SystemExit, match=r"--folder .*run: .*texts\.jsonl is not a folder"):
             ssr.main([*words, "--model=nowhere/at-all", f"--folder={texts}/run"])
-    with pytest.raises(SystemExit, match=r"--folder .*run: .*texts\.jsonl is no folder"):
+    with pytest.raises(SystemExit, match=r"--folder .*run: .*texts\.jsonl is not a folder"):
         rzero.main([f"--folder={texts}/run"])
 
 
@@ -297,7 +297,7 @@ def test_a_model_that_thinks_is_refused_where_a_thought_has_no_place(thinker, te
     (always / "chat_template.jinja").write_text(f"{template}<think>\n")
     for prompts in (PAPER, PLAIN):
         with pytest.raises(ValueError, match="begins every answer with <think>"):
-            problem.texts_of(always, prompts, chat=True)
+            problem.load_texts(always, prompts, chat=True)
 
 
 def test_thinking_is_switched_off_where_the_template_can_and_the_prompts_want_none(
@@ -305,10 +305,10 @@ def test_thinking_is_switched_off_where_the_template_can_and_the_prompts_want_no
 ):
     tail = "<|im_start|>assistant\n"
     for prompts, more in ((PLAIN, "<think>\n\n</think>\n\n"), (PAPER, "")):
-        codec = problem.texts_of(thinker, prompts, chat=True)
+        codec = problem.load_texts(thinker, prompts, chat=True)
         (ids,) = codec.encode([prompts.ask(Task("a", "English", "German"))])
         assert codec.decode(ids).endswith(tail + more)
-        assert ("thinking is switched off" in capsys.readouterr().out) == bool(more)
+        assert ("Thinking is disabled" in capsys.readouterr().out) == bool(more)
     answer = codec.pieces(["gut"])[0]
     sample = SimpleNamespace(ids=[*answer, codec.stop_ids[0]], stopped=True)
     assert translation_in(codec, PLAIN, Task("a", "English", "German"), sample) == "gut"
@@ -325,7 +325,7 @@ def test_a_template_with_a_clock_makes_the_same_prompts_tomorrow(tmp_path, capsy
     file.write_text("{{ strftime_now('%d %B %Y') }}, " + file.read_text())
     texts = Texts(load_tokenizer(tmp_path), chat=True)
     assert texts.turn[0].startswith("26 July 2024, <|im_start|>system")
-    assert "is given 2024-07-26, so that prompts are the same tomorrow" in texts.notes[0]
+    assert "2024-07-26 is used instead, so that prompts do not change" in texts.notes[0]
     file.write_text("{% set form = '%H' %}{{ strftime_now(form) }}" + file.read_text())
     with pytest.raises(ValueError, match="the chat template reads the clock"):
         Texts(load_tokenizer(tmp_path), chat=True)
