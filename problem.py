@@ -301,7 +301,7 @@ def judge_alone(s, ranks: Ranks, pairs: list[tuple[Task, str]], device: torch.de
         }  # fmt: skip
     toy = s.preset == "toy" and not s.model
     folder = toy_folder(s, ranks) if toy else policy_folder(s, ranks)
-    config, texts = read_config(folder), Texts(load_tokenizer(folder), s.chat)
+    (config, _), texts = check_folder(folder), Texts(load_tokenizer(folder), s.chat)
     if not s.chat and texts.tokenizer.chat_template:
         print("The tokenizer has a chat template: if the model is made to chat, ask it in that, "
               "with --chat" + " --reading written" * (s.reading == "expected"))  # fmt: skip
