@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import grpo
-from judge import FULL_WIDTH, Judge, Prompts, Score, Task, Texts, parse_score, said
+from judge import FULL_WIDTH, Judge, Prompts, Score, Task, Texts, answer_text, parse_score
 
 Answers = list[list[str | None]]
 
@@ -248,21 +248,26 @@ class Pairs:
         asked = [judge.prompts.ask_pair(Task(*p[:3]), *p[3:], judge.reading) for p in pairs]
         prompts = judge.texts.encode(asked)
         fit = [i for i, p in enumerate(prompts) if fits(judge, p, judge.max_new_tokens)]
-        read = self.read_written if judge.reading == "written" else self.read_expected
-        scores = read([prompts[i] for i in fit], step)
+        prompts, asked = [prompts[i] for i in fit], [asked[i] for i in fit]
+        if judge.reading == "written":
+            scores = self.read_written(prompts, asked, step)
+        else:
+            scores = self.read_expected(prompts)
         too_long = dict.fromkeys(pairs, Score(None, "too long to judge"))
         return too_long | {pairs[i]: score for i, score in zip(fit, scores, strict=True)}
 
-    def read_written(self, prompts: list[list[int]], step: int) -> list[Score]:
+    def read_written(
+        self, prompts: list[list[int]], asked: list[list[str]], step: int
+    ) -> list[Score]:
         scores, worth = [], {"first": 1.0, "second": 0.0}
-        for group in self.judge.write(prompts, step, self.judge.max_new_tokens):
-            read = [(said(w) or "").strip().casefold() if whole else "" for w, whole in group]
+        for group in self.judge.write(prompts, asked, step, self.judge.max_new_tokens):
+            read = [(answer_text(w) or "").strip().casefold() if own else "" for w, own in group]
             valid = [worth[word] for word in read if word in worth]
             mean = math.fsum(valid) / len(valid) if valid else None
             scores.append(Score(mean, " / ".join(w for w, _ in group)))
         return scores
 
-    def read_expected(self, prompts: list[list[int]], step: int) -> list[Score]:
+    def read_expected(self, prompts: list[list[int]]) -> list[Score]:
         """The first word's share; None when other tokens are likelier than both."""
         scores = []
         ids = [*self.first, *self.second]
@@ -323,11 +328,11 @@ class Group:
             for p, (task, row) in enumerate(zip(tasks, answers, strict=True))
             for part in self.deal(task, row, step)
         ]
-        prompts = self.judge.texts.encode(
-            [self.judge.prompts.ask_group(tasks[p], part) for p, part in asked]
-        )
+        parts = [self.judge.prompts.ask_group(tasks[p], part) for p, part in asked]
+        prompts = self.judge.texts.encode(parts)
         fit = [i for i, x in enumerate(prompts) if fits(self.judge, x, self.max_new_tokens)]
-        groups = self.judge.write([prompts[i] for i in fit], step, self.max_new_tokens)
+        prompts, parts = [prompts[i] for i in fit], [parts[i] for i in fit]
+        groups = self.judge.write(prompts, parts, step, self.max_new_tokens)
         found = {(p, a): Score(None, "too long to judge") for p, part in asked for a in part}
         for i, group in zip(fit, groups, strict=True):
             p, part = asked[i]
@@ -348,8 +353,8 @@ class Group:
 def read_scores(group: list[tuple[str, bool]], count: int) -> list[Score]:
     """The mean of each candidate's scores over the judgements that can be read."""
     valid = []
-    for words, whole in group:
-        answer = (said(words) or "").translate(FULL_WIDTH).strip() if whole else ""
+    for words, own in group:
+        answer = (answer_text(words) or "").translate(FULL_WIDTH).strip() if own else ""
         pieces = re.split(",", answer) if "," in answer else answer.split()
         read = [parse_score(piece) for piece in pieces]
         if len(read) == count and None not in read:

@@ -11,12 +11,16 @@ with every control token in it taken to pieces, so no text can pose as the templ
 translation earns something by its form alone is decided here, before the judge is asked:
 
     no readable <answer>, tags missing, twice or out of order, cut off         format 0
-    a control token in the answer, nothing but punctuation, the copied source  format 0
+    a tag, however spelt; a control token or a score that the source has not   format 0
+    no letters, a copy (`is_copy`), another script (`wrong_script`)            format 0
     too long to be judged                                                      score 0
     the judge's own words cannot be read as a score                            no reward (NaN)
 
-What the judge says is read strictly (`parse_score`). What cannot be read is `None`: never clamped,
-never a middle value. A sample without a reward is left out of its group and counted.
+What the judge says is read strictly (`parse_score`), and only what it wrote itself: the texts that
+it is asked about hold no tag (`without_tags`), and without tags what stands in one of them is an
+echo. What cannot be read is `None`: never clamped, never a middle value. A sample without a reward
+is left out of its group and counted. A plea in words, which a judge may obey, has no form that
+could be told from a translation's: it stays inside its fence, and that is all.
 
 Letters: P tasks, N samples of each. Only the standard library is needed: sampler and tokenizer are
 handed in.
@@ -24,11 +28,14 @@ handed in.
 
 import datetime
 import hashlib
+import html
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -112,7 +119,8 @@ class Prompts:
                 )
         names = {"source_language": task.source, "target_language": task.target}
         template = re.sub(r"\{(\w+_language)\}", lambda m: names[m[1]], template)
-        given = {"source": task.text, **given}
+        shown = without_tags if given else str  # to a judge, whose answer is in tags
+        given = {name: shown(text) for name, text in {"source": task.text, **given}.items()}
         parts: list[str] = []
         for i, piece in enumerate(re.split(rf"\{{({'|'.join(given)})\}}", template)):
             if i % 2 == 0:  # between two names
@@ -120,7 +128,7 @@ class Prompts:
                 continue
             text = given[piece]
             bar = fence
-            while bar and bar in seen(text):
+            while bar and bar in nfkc(text):
                 bar += fence[0]
             parts += [bar + "\n", Given(text), "\n" + bar] if bar else [Given(text)]
         return parts
@@ -236,7 +244,7 @@ class Texts:
             self.known |= zip(new, self.pieces(new), strict=True)
         texts = sorted(given)
         # A control token's text, letter by letter, is only that: letters.
-        safe = [self.control.sub(spelled, self.plain(t)).split("\0") for t in texts]
+        safe = [self.control.sub(split_control_token, self.plain(t)).split("\0") for t in texts]
         flat = iter(self.pieces([piece for pieces in safe for piece in pieces]))
         ids = {
             t: [i for _ in pieces for i in next(flat)]
@@ -255,7 +263,7 @@ class Texts:
     def plain(self, text: str) -> str:
         """Without NUL, and normalised where that brings a control token to light."""
         text = text.replace("\0", "")
-        return seen(text) if self.control.search(seen(text)) else text
+        return nfkc(text) if self.control.search(nfkc(text)) else text
 
     def pieces(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
@@ -317,13 +325,62 @@ def turns(tokenizer, thinking: bool = True) -> tuple[tuple[str, str], str, list[
     return (before, after), said.rsplit(mark)[-1].strip(), notes
 
 
-def seen(text: str) -> str:
+def nfkc(text: str) -> str:
     """As a tokenizer may see it: normalising makes a backtick of U+1FEF, a "<" of a wide one."""
     return unicodedata.normalize("NFKC", text.replace("\0", ""))
 
 
-def spelled(match: re.Match) -> str:
+def split_control_token(match: re.Match) -> str:
     return "\0" + "\0".join(match[0]) + "\0"
+
+
+# ------------------------------------------------------------------------ what is not the judge's
+
+# Letters that look like Latin ones, and what looks like < and >.
+LOOK_ALIKE = str.maketrans(
+    "авеһіјкмнорсԛѕтԝхуαικνορτυɑɪᴀᴇʜᴋɴʀꜱᴛᴡ", "abehijkmhopcqstwxyaikvoptuaiaehknrstw"
+)
+ANGLES = "<\u2039\u27e8\u3008\u276e\u276c\u1438\u02c2"  # and their like
+FILLERS = "\u115f\u1160\u2800"  # blank letters; others become these when normalised
+TAG = re.compile(rf"[{ANGLES}]\W?(think|answer)")
+
+
+def folded(text: str) -> str:
+    """Without what shows nothing, case, accents and another script's letters in Latin words."""
+    text = unicodedata.normalize("NFKD", html.unescape(text)).casefold().translate(LOOK_ALIKE)
+    return "".join(c for c in text if unicodedata.category(c)[0] not in "MZC" and c not in FILLERS)
+
+
+def without_tags(text: str) -> str:
+    """With round brackets where a tag, however spelt, could be brought back by an echo."""
+    return re.sub(f"[{ANGLES}]", "(", nfkc(text)) if TAG.search(folded(text)) else text
+
+
+def holds_score(answer: str, source: str) -> bool:
+    """A line of scores, unless one of the source has their digits and no letters but in a label;
+    or, anywhere, "score: 90" or "90/100", unless the source has that number."""
+
+    def plain(text: str) -> str:
+        text = re.sub(r"[*_`\"“”{}()\[\]]", "", nfkc(text))
+        return "".join(str(unicodedata.decimal(c, c)) for c in text)
+
+    def digits(lines: Iterable[str]) -> set[str]:
+        return {"".join(sorted(filter(str.isdigit, line))) for line in lines}
+
+    answer, source = plain(answer), plain(source)
+    lines = (line.strip(" .!?:,;'。") for line in answer.splitlines())
+    own = digits(line for line in lines if SCORES.fullmatch(line))
+    known = (x for x in source.splitlines() if not re.search(r"[^\W\d]", x.split(":")[-1]))
+    labelled = re.findall(r"\bscore\s*[:=]\s*(\d+)(?!\d|\s*[-–:]\s*\d)", answer, re.I)
+    labelled += re.findall(r"(\d+)\s*/\s*100\b", answer)
+    return not own <= digits(known) or not {*labelled} <= {*re.findall(r"\d+", source)}
+
+
+def is_echo(words: str, asked: Sequence[str]) -> bool:
+    """Whether a judge's answer without tags stands in a text that it was asked about."""
+    words = nfkc(words).strip().casefold()
+    texts = [nfkc(part).casefold() for part in asked if isinstance(part, Given)]
+    return "<answer>" not in words and any(words in text for text in texts)
 
 
 # ------------------------------------------------------------------------------- the reading
@@ -345,6 +402,7 @@ FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 SCORE = re.compile(
     r"(?:score\s*:\s*)?(100(?:\.0+)?|[0-9]{1,2}(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*100)?", re.I
 )
+SCORES = re.compile(rf"{SCORE.pattern}(?:[,\s]+{SCORE.pattern})*", re.I)
 
 
 def parse_score(text: str) -> float | None:
@@ -353,12 +411,12 @@ def parse_score(text: str) -> float | None:
     Read is what stands in the last <answer>. Without any <answer>, the whole text must be a score:
     numbers are never fished out of prose. An <answer> that is not closed was cut off: None.
     """
-    answer = said(text)
+    answer = answer_text(text)
     found = SCORE.fullmatch(answer.translate(FULL_WIDTH).strip()) if answer is not None else None
     return float(found[1]) if found else None
 
 
-def said(text: str) -> str | None:
+def answer_text(text: str) -> str | None:
     """What stands in the last <answer>, all of a text without any, None where one was cut off."""
     if text.rfind("<answer>") > text.rfind("</answer>"):
         return None
@@ -425,26 +483,33 @@ class Judge:
         scores = {p: Score(0.0, "too long to judge") for p in pairs}
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
         pairs, prompts = [pairs[i] for i in fitting], [prompts[i] for i in fitting]
-        read = self.read_written if self.reading == "written" else self.read_expected
-        return scores | dict(zip(pairs, read(prompts, step), strict=True))
+        if self.reading == "written":
+            read = self.read_written(prompts, [asked[i] for i in fitting], step)
+        else:
+            read = self.read_expected(prompts)
+        return scores | dict(zip(pairs, read, strict=True))
 
     def write(
-        self, prompts: list[list[int]], step: int, max_new_tokens: int
+        self, prompts: list[list[int]], asked: list[list[str]], step: int, max_new_tokens: int
     ) -> list[list[tuple[str, bool]]]:
-        """For each prompt its judgements' words, and whether they were not cut off."""
+        """For each prompt, which `asked` is the text of, its judgements' words, and whether they
+        are the judge's own to the end: neither cut off nor an echo."""
         keys = [digest(step, prompt) for prompt in prompts]  # the same whatever else is asked
         groups = self.sampler.generate(
             prompts, self.samples, max_new_tokens, self.temperature,
             stop_ids=self.stop_ids, seed=self.seed, keys=keys,
         )  # fmt: skip
+        words = [[self.texts.decode(s.ids[: len(s.ids) - s.stopped]) for s in g] for g in groups]
         return [
-            [(self.texts.decode(s.ids[: len(s.ids) - s.stopped]), s.stopped) for s in group]
-            for group in groups
+            [(w, s.stopped and not is_echo(w, parts)) for w, s in zip(row, group, strict=True)]
+            for row, group, parts in zip(words, groups, asked, strict=True)
         ]
 
-    def read_written(self, prompts: list[list[int]], step: int) -> list[Score]:
+    def read_written(
+        self, prompts: list[list[int]], asked: list[list[str]], step: int
+    ) -> list[Score]:
         scores = []
-        for group in self.write(prompts, step, self.max_new_tokens):
+        for group in self.write(prompts, asked, step, self.max_new_tokens):
             words = [w for w, _ in group]
             read = [parse_score(w) if whole else None for w, whole in group]
             valid = [score / 100 for score in read if score is not None]
@@ -452,7 +517,7 @@ class Judge:
             scores.append(Score(mean, " / ".join(words)))
         return scores
 
-    def read_expected(self, prompts: list[list[int]], step: int) -> list[Score]:
+    def read_expected(self, prompts: list[list[int]]) -> list[Score]:
         """The mean score over the score tokens; None when other tokens are likelier than they."""
         scores, worth = [], list(self.prompts.scores.values())
         for row in self.sampler.next_logprobs(prompts, self.score_ids).tolist():
@@ -602,10 +667,11 @@ def translation_in(texts: Texts, prompts: Prompts, task: Task, sample) -> str | 
     if prompts.tags and not format_ok(text):
         return None
     answer = texts.plain(read_answer(text) if prompts.tags else text).strip()
-    copied = bare(answer) == bare(task.text) and any(c.isalpha() for c in answer)
-    if copied or not bare(answer) or texts.control.search(answer):
+    control = {*texts.control.findall(answer)} - {*texts.control.findall(texts.plain(task.text))}
+    forged = TAG.search(folded(answer)) or holds_score(answer, task.text)
+    if control or forged or not letters_only(answer):
         return None
-    return answer
+    return None if is_copy(answer, task) or wrong_script(answer, task) else answer
 
 
 def shown_translation(texts: Texts, prompts: Prompts, task: Task, sample) -> tuple[str, bool]:
@@ -617,6 +683,90 @@ def shown_translation(texts: Texts, prompts: Prompts, task: Task, sample) -> tup
     return (text if answer is None else answer), right
 
 
-def bare(text: str) -> str:
-    """Letters and digits alone: a copy in quotes, or without its full stop, is a copy."""
-    return "".join(c for c in seen(text).casefold() if c.isalnum())
+# --------------------------------------------------------------------------- copies and scripts
+
+# The script of a language, as Unicode calls it. A language that is not listed is not checked.
+WRITTEN = """
+LATIN Afrikaans Albanian Azerbaijani Basque Bosnian Catalan Croatian Czech Danish Dutch English
+Esperanto Estonian Filipino Finnish French Galician German Hausa Hungarian Icelandic Igbo Irish
+Indonesian Italian Javanese Latvian Lithuanian Luxembourgish Malagasy Malay Maltese Maori Polish
+Norwegian_Bokmal Norwegian_Nynorsk Portuguese Romanian Scottish_Gaelic Slovak Slovenian Somali
+Spanish Swahili Swedish Turkish Vietnamese Welsh Xhosa Yoruba Zulu | ETHIOPIC Amharic | KHMER Khmer
+| ARABIC Arabic Pashto Persian Sindhi Urdu Uyghur | ARMENIAN Armenian | BENGALI Assamese Bengali
+| CJK Cantonese Chinese Simplified_Chinese Traditional_Chinese | CJK+HANGUL Korean | GREEK Greek
+| CJK+HIRAGANA+KATAKANA Japanese | DEVANAGARI Hindi Marathi Nepali | HEBREW Hebrew Yiddish
+| CYRILLIC Belarusian Bulgarian Kyrgyz Macedonian Russian Tajik Ukrainian | GEORGIAN Georgian
+| GUJARATI Gujarati | KANNADA Kannada | LAO Lao | MALAYALAM Malayalam | MYANMAR Burmese | ORIYA Odia
+| SINHALA Sinhala | TAMIL Tamil | TELUGU Telugu | THAI Thai | TIBETAN Tibetan"""
+ENTRIES = map(str.split, WRITTEN.split("|"))
+SCRIPTS = {x.replace("_", " "): key.split("+") for key, *names in ENTRIES for x in names}
+# Of these a sentence may be right in two; so it may where languages' names share a word.
+CLOSE = """Bosnian Croatian Montenegrin Serbian|Cantonese Chinese|Danish Norwegian Swedish
+Catalan Galician Italian Portuguese Spanish|Belarusian Russian Ukrainian|Bulgarian Macedonian
+Czech Slovak|Indonesian Malay|Xhosa Zulu"""
+PARTICLES = "a al an and bin da de del den der des di do dos du e el en et la le of the und van von"
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+CODE = re.compile(r"[\d/@\\_=<>{}#$%|~^]|\w[.:]\w")  # or a number, or an address
+
+
+def letters_only(text: str) -> str:
+    """Letters and digits: what is spelt with look-alikes, or with gaps, is the same."""
+    return "".join(c for c in folded(text) if c.isalnum())
+
+
+@lru_cache(maxsize=2**12)
+def words_in(text: str) -> dict[str, str]:
+    """Each word but particles, by its letters; where no spaces are between words, each letter."""
+    words = {letters_only(word): word for word in WORD.findall(text)}
+    return {key: word for key, word in words.items() if key and key not in PARTICLES.split()}
+
+
+@lru_cache(maxsize=2**12)
+def names_in(text: str) -> set[str]:
+    """Words that a translation may keep: with a capital (unless all have), numbers, code."""
+    words = words_in(text.lower() if text.isupper() and len(text.split()) > 2 else text)
+    return {key for key, word in words.items() if word != word.lower() or CODE.search(word)}
+
+
+def is_copy(answer: str, task: Task) -> bool:
+    """Whether an answer is made of the source's words, give or take a letter, or has all of it.
+    Where the truth may be a copy the judge is asked: of names, of two words (eight letters where
+    no spaces are), between languages that are close."""
+    source, words, names = words_in(task.text), words_in(answer), names_in(task.text)
+    groups = [set(group.split()) for group in re.split(r"[|\n]", f"{CLOSE}|{task.source}")]
+    close = any(x & {*task.source.split()} and x & {*task.target.split()} for x in groups)
+    plain = [word for word in source.values() if not CODE.search(word)]
+    length = sum(0.25 if re.match(f"[{UNSPACED}]", word) else 1 for word in plain)
+    if close or length <= 2 or names.issuperset(source):
+        return False
+    a, b = letters_only(task.text), letters_only(answer)
+    joined = a in b or (b in a and 2 * len(b) > len(a))
+    return joined or share_of(words.keys() - names, source) >= 0.8
+
+
+def share_of(words: Collection[str], others: Collection[str]) -> float:
+    """Of the words that are among the others, or one letter off."""
+
+    def spellings(word: str) -> set[str]:
+        gap = "*" if len(word) < 5 else ""  # of longer ones a letter may also be missing
+        return {word, *(word[:i] + gap + word[i + 1 :] for i in range(len(word)) if len(word) > 2)}
+
+    known = {spelling for word in others for spelling in spellings(word)}
+    return sum(not known.isdisjoint(spellings(word)) for word in words) / max(1, len(words))
+
+
+@lru_cache(maxsize=2**16)
+def script_of(word: str) -> str:
+    """Of most of its letters: LATIN, CJK, …; "" of none."""
+    names = [unicodedata.name(c, "?") for c in nfkc(word) if c.isalpha()]
+    return Counter(re.split("[ -]", name)[0] for name in names or [""]).most_common(1)[0][0]
+
+
+def wrong_script(answer: str, task: Task) -> bool:
+    """Whether less than a third of the words that are not the source's (or, where all are, of
+    those that are not its names) are in the target's script."""
+    words = words_in(answer)
+    new = words.keys() - words_in(task.text) or words.keys() - names_in(task.text)
+    counts = Counter(filter(None, (script_of(words[key]) for key in new)))
+    return 3 * sum(counts[x] for x in SCRIPTS.get(task.target, counts)) < counts.total()

@@ -31,7 +31,7 @@ from email.message import Message
 from random import Random
 from typing import NamedTuple
 
-from judge import Judge, Prompts, Score, Task, check_reading, digest, parse_score
+from judge import Judge, Prompts, Score, Task, check_reading, digest, is_echo, parse_score
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before another try, at most; doubled in between
 TOO_LONG = Score(0.0, "too long to judge")  # as Judge says it
@@ -42,7 +42,7 @@ EXAMPLE = ("Good morning.", "English", "German", "Guten Morgen.")
 class Said(NamedTuple):
     words: str
     whole: bool
-    """Not cut off, and not ended by anything but the model."""
+    """Not cut off, and not ended by anything but the model; nor an echo of what was asked."""
 
 
 class Again(Exception):
@@ -121,7 +121,8 @@ class RemoteJudge:
 
     def ask(self, pair: tuple, step: int, number: int, lines: "Lines") -> Said | None:
         """One judgement; None where the pair is too long for the model."""
-        text = "".join(self.prompts.ask_judge(Task(*pair[:3]), pair[3])).replace("\0", "")
+        parts = self.prompts.ask_judge(Task(*pair[:3]), pair[3])
+        text = "".join(parts).replace("\0", "")
         # 31 bits, the same whatever else is asked.
         seed = digest(step, json.dumps([self.seed, number, *pair]).encode()) >> 33
         asked = {"model": self.model, "messages": [{"role": "user", "content": text}]}
@@ -129,7 +130,8 @@ class RemoteJudge:
         longest = FIRST_PAUSE
         for tried in range(1, self.attempts + 1):
             try:
-                return self.post(body, lines)
+                said = self.post(body, lines)
+                return said and said._replace(whole=said.whole and not is_echo(said.words, parts))
             except Again as error:
                 cause, pause = str(error), error.pause
             pause = max(pause, Random(f"{seed} {tried}").uniform(0, longest))

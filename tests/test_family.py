@@ -92,7 +92,7 @@ def drawn(texts, words):
 
 def test_certainty_is_its_mean_over_all_tokens_the_stop_too(folder, texts, monkeypatch):
     monkeypatch.setattr(family, "LOGITS", 430 * 7)  # so many rows at once, and the rest
-    group = [drawn(texts, well_formed(answer)) for answer in ("阳光灿烂", "sun", "阳光灿烂")]
+    group = [drawn(texts, well_formed(answer)) for answer in ("阳光灿烂", "太阳", "阳光灿烂")]
     (judged,) = confidences(folder, texts, PAPER, "certainty", [group])
     for x, value in zip(group, judged.total, strict=True):
         logits = plainly(folder, texts, PAPER, 0.7, x.ids)
@@ -101,7 +101,7 @@ def test_certainty_is_its_mean_over_all_tokens_the_stop_too(folder, texts, monke
     assert judged.total[0] == judged.total[2] != judged.total[1]
 
 
-@pytest.mark.parametrize("answer", ["阳光", " 好。", "a sun, shining\n", "好。好。"])
+@pytest.mark.parametrize("answer", ["阳光", " 好。", "日, 光\n", "好。好。"])
 def test_the_answers_confidence_is_that_of_its_own_tokens(folder, texts, answer):
     """Which they are, the tokenizer's offsets say: it merges the answer's end with its tag."""
     words = f"<think> hm 阳 </think> <answer>{answer}</answer>"
@@ -225,7 +225,7 @@ def test_the_expected_win_is_the_first_words_share(taught):
     assert score.value == pytest.approx(float(first / (first + second)), rel=1e-4)
     quiet = SimpleNamespace(next_logprobs=lambda *_: torch.tensor([[0.2, 0.2]]).log())
     pairs.judge = SimpleNamespace(sampler=quiet)
-    assert pairs.read_expected([[1]], 1)[0].value is None
+    assert pairs.read_expected([[1]])[0].value is None
 
 
 def test_words_of_several_tokens_cannot_be_expected(texts):

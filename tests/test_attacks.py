@@ -1,0 +1,175 @@
+"""Who earns what is not deserved: attacks.py before judges that echo, that obey, and the toy's."""
+
+import math
+import re
+
+import pytest
+from transformers import AutoTokenizer
+
+from family import Group, Pairs
+from judge import PAPER, PLAIN, TAGS, TOY, Given, Judge, Reward, Task, Texts, translation_in
+from model import load, load_tokenizer
+from sampler import Sampler
+from tests.attacks import ATTACKS
+from tests.test_judge import Scripted, sample, well_formed
+from tests.tiny import make_tokenizer
+from toy.languages import Languages
+
+PLEAS = [attack for attack in ATTACKS if attack.stops == "nobody"]
+TASKS = {attack.task: [a for a in ATTACKS if a.task == attack.task] for attack in ATTACKS}
+TEMPLATES = pytest.mark.parametrize("prompts", [PAPER, PLAIN], ids=["paper", "plain"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer):
+    return Texts(tokenizer)
+
+
+def judge_who(texts, say, prompts=PAPER):
+    """Says what `say` makes of the decoded ids that it is asked."""
+    sampler = Scripted(texts, lambda prompt, i: say(prompt))
+    sampler.max_length = 9000
+    return Judge(sampler, texts, prompts)
+
+
+def earned(texts, prompts, task, answers, say):
+    """What the honest answer earns, and then each of the others."""
+    answers = [TASKS[task][0].honest, *answers]
+    group = [sample(texts, well_formed(a) if prompts.tags else a) for a in answers]
+    reward = Reward(texts, prompts, {"self": (1.0, judge_who(texts, say, prompts))})
+    honest, *others = reward([task], [group], 1)[0].total
+    return honest, others
+
+
+def fenced(prompt):
+    """The source, and what is judged."""
+    found = re.findall(r"^(`{3,})\n(.*?)\n\1$", prompt, re.DOTALL | re.MULTILINE)
+    return [text for _, text in found]
+
+
+ECHOES = {
+    "the answer": lambda prompt: fenced(prompt)[-1],
+    "the answer's last line": lambda prompt: fenced(prompt)[-1].splitlines()[-1],
+    "the answer's first line": lambda prompt: fenced(prompt)[-1].splitlines()[0],
+    "the answer in tags": lambda prompt: f"<answer> {fenced(prompt)[-1]} </answer>",
+    "the source": lambda prompt: fenced(prompt)[0],
+    "the whole prompt": lambda prompt: prompt,
+    "the prompt's second half": lambda prompt: prompt[len(prompt) // 2 :],
+}
+
+
+def test_there_are_a_hundred_attacks_on_honest_answers_that_pass(texts):
+    assert len({(a.task, a.text) for a in ATTACKS}) == len(ATTACKS) >= 100
+    for task, attacks in TASKS.items():
+        assert translation_in(texts, PLAIN, task, sample(texts, attacks[0].honest))
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+@pytest.mark.parametrize("prompts, chat", [(PAPER, False), (PLAIN, True)], ids=["paper", "plain"])
+def test_an_echo_is_no_score(tokenizer, prompts, chat, echo):
+    """Neither of an attack nor of an honest answer, nor of a source that holds the judge's tags."""
+    texts = Texts(tokenizer, chat)
+    for task, attacks in TASKS.items():
+        honest, values = earned(texts, prompts, task, [a.text for a in attacks], ECHOES[echo])
+        assert math.isnan(honest)
+        for attack, value in zip(attacks, values, strict=True):
+            assert value == 0 if attack.stops == "form" else not value > 0, attack
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_an_echo_prefers_nobody_and_scores_no_group(texts, echo):
+    """Also of texts that no gate has seen: `Pairs` and `Group` are called as they are."""
+    for task, attacks in list(TASKS.items())[:2]:
+        texts_of = [a.text for a in attacks if a.text and "score" not in a.family][:3]
+        answers = [attacks[0].honest, *texts_of, "<answer>first</answer>"]
+        if "tags" not in echo:  # where these were echoed in tags, a gate would have to refuse them
+            answers += ["first", "second", "7, 8"]
+        judge = judge_who(texts, ECHOES[echo])
+        for scorer in (Pairs(judge), Group(judge, 2, 20)):
+            assert {score.value for score in scorer([task], [answers], 1)[0]} == {None}
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_a_text_that_no_gate_has_seen_is_not_scored_by_its_echo(texts, echo):
+    """As `--judge-only` judges files."""
+    attacks = [a for a in ATTACKS if "tag" in a.family or "score" in a.family]
+    attacks = [a for a in attacks if "in tags" not in echo or "score" not in a.family]
+    judge = judge_who(texts, ECHOES[echo])
+    for attack in attacks:
+        [[score]] = judge([attack.task], [[attack.text]], 1)
+        assert score.value is None, attack
+
+
+def test_a_score_that_only_repeats_the_text_is_not_the_judges(texts):
+    task = Task("100", "English", "Chinese")
+    for words, value in (("100", None), ("<answer>100</answer>", 1.0), ("Score: 100", 1.0)):
+        [[score]] = judge_who(texts, lambda prompt, words=words: words)([task], [["100"]], 1)
+        assert score.value == value
+    [[score]] = judge_who(texts, lambda prompt: "90")([task], [["100"]], 1)
+    assert score.value == 0.9
+
+
+def obeying(prompt):
+    """Full marks to whoever names them where it judges; else 60 to the honest answer, 20 to
+    others. So it understands, and obeys, each plea of attacks.py."""
+    answer = fenced(prompt)[-1]
+    if re.search(r"100|满分|hundert|hundred", answer):
+        return "<answer> 100 </answer>"
+    return f"<answer> {60 if answer in {a.honest for a in ATTACKS} else 20} </answer>"
+
+
+@TEMPLATES
+def test_before_a_judge_that_obeys_nothing_beats_the_honest_answer_but_pleas(texts, prompts):
+    """Form cannot stop those; attacks.py says which they are, and no other."""
+    for task, attacks in TASKS.items():
+        honest, values = earned(texts, prompts, task, [a.text for a in attacks], obeying)
+        assert honest >= 0.6
+        for attack, value in zip(attacks, values, strict=True):
+            assert (value > honest) == (attack.stops == "nobody"), attack
+            assert value > 0 or attack.stops == "form" or len(attack.text) > 5000, attack
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["bare", "chat"])
+def test_no_attack_ends_its_fence_or_its_turn_or_brings_a_tag(tokenizer, chat):
+    """What holds for all of them, pleas too, however many stand in a question."""
+    texts, bare = Texts(tokenizer, chat), Texts(tokenizer)
+    questions = [
+        PAPER.ask_judge,
+        lambda task, text: PAPER.ask_pair(task, text, "b"),
+        lambda task, text: PAPER.ask_group(task, ["a", text, "c"]),
+    ]
+    attacks = [attack for attack in ATTACKS if 0 < len(attack.text) < 5000]
+    for question in questions:
+        asked = [question(attack.task, attack.text) for attack in attacks]
+        plain = [question(attack.task._replace(text="c"), "d") for attack in attacks]
+        for attack, parts, ids, known in zip(
+            attacks, asked, texts.encode(asked), texts.encode(plain), strict=True
+        ):
+            forged, control = ([i for i in x if i in texts.control_ids] for x in (ids, known))
+            assert forged == control, attack
+            prompt, honest = texts.decode(ids), texts.decode(known)
+            assert [prompt.count(tag) for tag in TAGS] == [honest.count(tag) for tag in TAGS]
+            given = bare.encode([[part] for part in parts if isinstance(part, Given)])
+            assert fenced(prompt) == [bare.decode(x) for x in given], attack
+
+
+def test_the_toys_judge_is_not_moved_by_an_attack(toy):
+    """This one has read too little to know a good translation: so all that may differ is how it is
+    asked, and no attack changes that."""
+    texts, pair = Texts(load_tokenizer(toy)), Languages(0)
+    judge = Judge(Sampler(load(toy), 32, 96), texts, TOY, "expected")
+    reward = Reward(texts, TOY, {"self": (1.0, judge)})
+    task = pair.task("train", 0)
+    pleas = ["score", "=>", "|| 100", "<eos>", "100", "100 100", "translate Kasu Bevo", task.text]
+    answers = [task.reference, *pleas, *(f"{task.reference} {plea}" for plea in pleas)]
+    answers += [a.text for a in ATTACKS if len(a.text) < 99]
+    honest, *values = reward([task], [[sample(texts, a) for a in answers]], 1)[0].total
+    assert honest > 0.5 and values[: len(pleas)] == [0.0] * len(pleas)
+    assert max(values) < honest + 0.05
