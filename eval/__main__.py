@@ -24,12 +24,16 @@ import argparse
 import difflib
 import gc
 import json
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # as ssr.py does
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -142,6 +146,9 @@ def check_model(args: argparse.Namespace, words: str, model: str) -> None:
     if not (folder / "config.json").is_file():
         best = folder / "best"
         hint = f"; did you mean {best}?" if (best / "config.json").is_file() else ""
+        if folder.name == "best" and (folder.parent / "result.json").is_file():
+            hint = f": no step of that run was better than its start; {folder.parent / 'last'} has "
+            hint += "the last step's weights"
         raise ValueError(f"--model {words}: there is no {folder / 'config.json'}{hint}")
     settings = folder.parent / "settings.json"
     if settings.is_file():
@@ -341,6 +348,13 @@ def report(args, systems, chosen: list[Set], metrics: list[Metric], done: dict, 
         )
         if any(len(one.tasks) < table.FEW for one in chosen):
             notes.append(f"- No arrows: a set has fewer than {table.FEW} segments")
+    for i, one in enumerate(systems):
+        outputs = [[row["translation"] for row in rows] for rows in done[one.name].values()]
+        for other in systems[:i]:
+            theirs = [[row["translation"] for row in rows] for rows in done[other.name].values()]
+            if outputs == theirs:
+                notes.append(f"- {one.name} and {other.name} gave the same translation of every "
+                             "segment: are they the same weights?")  # fmt: skip
     if args.first:
         notes.append(f"- Only the first {args.first} segments of each set")
     text = table.markdown(rows) + "\n\n" + "\n".join(notes) + "\n"

@@ -263,6 +263,14 @@ def test_an_evaluation_writes_what_it_says(here, tmp_path, capsys):
     assert "tok:zh" in found["metrics"]["bleu"][0] and "tok:13a" in found["metrics"]["bleu"][1]
 
 
+def test_systems_with_the_same_outputs_are_named(here, tmp_path, capsys):
+    words = [f"--model=base={here}/one", f"--model=ours={here}/one", f"--model=other={here}/two"]
+    go(here, tmp_path / "out", *words)
+    said = capsys.readouterr().out
+    same = "gave the same translation of every segment: are they the same weights?"
+    assert f"- ours and base {same}" in said and said.count(same) == 1
+
+
 def test_what_is_done_is_not_done_again(here, tmp_path, monkeypatch):
     from sampler import Sampler
 
