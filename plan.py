@@ -225,8 +225,7 @@ class Work(NamedTuple):
     def slots(self) -> int:
         """As many as a rank ever decodes together."""
         s = self.s
-        texts = max(s.prompts_per_step, s.shown_prompts)
-        most = max(-(-texts // self.G) * s.samples_per_prompt, -(-s.eval_prompts // self.G))
+        most = max(self.sequences, -(-s.eval_prompts // self.G))
         return min(s.slots, most * s.judge_samples)
 
     @property
@@ -369,12 +368,29 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
     return parts
 
 
+def evaluation_seconds(k: Work, m: Machine) -> float:
+    """Two translations of each held-out text, both judged, by the policy if by nobody else."""
+    asked = {"prompts_per_step": k.s.eval_prompts, "samples_per_prompt": 1, "reward": "self"}
+    parts = seconds(k.changed(**asked), m)
+    return 2 * (parts["sample"] + parts["judge"])
+
+
 def report(k: Work, m: Machine, name: str) -> str:
     """The two tables, the verdict, and what would make it fit."""
     parts, times = memory(k), seconds(k, m)
     long = ("max_prompt_tokens", "max_new_tokens", "judge_max_new_tokens")
     shorter = k.changed(**{name: max(1, getattr(k.s, name) // 4) for name in long})
     quick = seconds(shorter, m)
+    steps, totals = k.s.steps, [k.s.steps * sum(x.values()) for x in (times, quick)]
+    evaluation = []
+    if k.s.eval_prompts:
+        each = [evaluation_seconds(x, m) for x in (k, shorter)]
+        count = 1 + -(-steps // k.s.eval_every)  # the first before any training
+        words = f"evaluation, {count} of them"
+        evaluation = [f"{words:28} {each[0]:7.3g}  {each[1]:7.3g}"]
+        totals = [total + count * one for total, one in zip(totals, each, strict=True)]
+    unit_of_time, length = ("hours", 3600) if totals[0] > 3600 else ("minutes", 60)
+    label = f"{steps} steps, {unit_of_time}"
     share = f", weights shared by {k.S}" if k.G > 1 else ""
     scale, unit = (1e9, "GB") if peak(parts) > 2e9 else (1e6, "MB")
     lines = [
@@ -387,11 +403,11 @@ def report(k: Work, m: Machine, name: str) -> str:
         f"{'seconds of a step':28} longest  a quarter as long",
         *(f"{part:28} {time:7.3g}  {quick[part]:7.3g}" for part, time in times.items()),
         f"{'step':28} {sum(times.values()):7.3g}  {sum(quick.values()):7.3g}",
-        f"{f'{k.s.steps} steps, hours':28} {k.s.steps * sum(times.values()) / 3600:7.3g}  "
-        f"{k.s.steps * sum(quick.values()) / 3600:7.3g}",
+        *evaluation,
+        f"{label:28} {totals[0] / length:7.3g}  {totals[1] / length:7.3g}",
         "",
         f"Estimates: {REACHED['products']:.0%} of the products' and {REACHED['bytes']:.0%} of the "
-        f"memory's rate; evaluations{' and COMET' * bool(k.comets)} are not in it.",
+        f"memory's rate{'; COMET is not in it' * bool(k.comets)}.",
         verdict(k, m),
     ]
     return "\n".join(lines)

@@ -36,6 +36,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # as ssr.py does
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 import data
@@ -440,19 +443,25 @@ def parse(words: list[str]) -> Settings:
     return s
 
 
+class Turn(plan.Work):
+    """Every slot is there, needed or not."""
+
+    slots = property(lambda self: self.s.slots)
+
+
 def dry_run(s: Settings) -> None:
     """ssr.py's, for each player's turn."""
     if not s.model or s.game == "translation":
         raise ValueError("--dry-run: of a --model, and not for the toy's games, which fit anywhere")
     machine, cuda, G, shared = ssr.machines(s)
     config, same = plan.shape_of(s.model), {f.name for f in dataclasses.fields(grpo.Settings)}
-    same = {name: getattr(s, name) for name in (*same, "slots", "shard", "eval_prompts")}
+    same = {name: getattr(s, name) for name in (*same, "slots", "shard")}
 
     def work(steps: int, prompts: int, samples: int, asked: plan.Work | None = None) -> plan.Work:
         of_it = {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": samples}
-        usual = {"reward": "oracle", "reading": "expected", "shown_prompts": G * s.slots}
-        settings = ssr.Settings(**same | of_it | usual)  # every slot is there, needed or not
-        return plan.Work(settings, config, G, shared, 0, cuda, asked=asked)
+        usual = {"reward": "oracle", "reading": "expected", "eval_prompts": 0}  # not estimated
+        settings = ssr.Settings(**same | of_it | usual)
+        return Turn(settings, config, G, shared, 0, cuda, asked=asked)
 
     hours, missing, n, asks = 0.0, 0.0, s.prompts_per_step, s.challenger_samples
     challenger = work(s.challenger_steps, n, asks, work(1, n * asks, s.answers))
@@ -465,7 +474,7 @@ def dry_run(s: Settings) -> None:
     writing = sum(plan.seconds(k, machine)["sample"] for k in both) / 3600
     print(f"Between them {s.questions} questions, {s.answers} answers to each: {writing:.3g} hours."
           f"\n{s.iterations} iterations: {s.iterations * (hours + writing):.3g} hours, if all are "
-          "as long as they may be.")  # fmt: skip
+          "as long as they may be; evaluations are not in it.")  # fmt: skip
     if missing > 0:
         sys.exit(1)
 

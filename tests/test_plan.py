@@ -12,7 +12,7 @@ from checkpoint import tensors_of
 from model import load
 from plan import MACHINES, Work, memory, peak, seconds, shape_of
 from sampler import Sampler
-from tests.tiny import make_model
+from tests.tiny import make_model, make_tokenizer
 
 H100 = MACHINES["h100"]
 
@@ -118,6 +118,35 @@ def test_the_advice_fits():
     assert plan.verdict(k._replace(s=s), H100).startswith("It fits")
 
 
+def test_evaluations_are_in_the_time_of_a_run(capsys):
+    words = ["--dry-run", "--preset=ssr-zero-7b", "--gpus=8", "--gpu=h100", "--steps=50"]
+    ssr.main(words)
+    out = capsys.readouterr().out
+    each, step = number_of(out, "evaluation, 3 of them")[0], number_of(out, "step ")[0]
+    hours = number_of(out, "50 steps, hours")[0]
+    assert hours * 3600 == pytest.approx(3 * each + 50 * step, rel=0.02)
+    k = work("Qwen/Qwen2.5-7B", 8, eval_prompts=512, slots=512)
+    twice = k.changed(eval_prompts=1024)
+    ratio = plan.evaluation_seconds(twice, H100) / plan.evaluation_seconds(k, H100)
+    assert 1.2 < ratio <= 2
+    certain = k.changed(reward="certainty")  # the judge is asked all the same
+    assert plan.evaluation_seconds(certain, H100) == plan.evaluation_seconds(k, H100)
+
+
+def test_prompts_that_cannot_work_are_known_before_anything_is_sampled(tmp_path, capsys):
+    make_model(tmp_path, vocab=400)
+    make_tokenizer(tmp_path)
+    words = ["--dry-run", "--preset=ssr-zero-0.5b", f"--model={tmp_path}", "--max-new-tokens=64"]
+    ssr.main(words)
+    out = capsys.readouterr().out
+    assert "with --max-new-tokens 64 many samples will be cut off; --prompts plain" in out
+    assert "has a chat template: if it is an instruct model, ask it with --chat --prompts pl" in out
+    ssr.main([*words, "--chat", "--prompts=plain"])
+    ssr.main(["--dry-run", "--preset=ssr-zero-0.5b"])
+    out = capsys.readouterr().out
+    assert "cut off" not in out and "chat template" not in out
+
+
 def number_of(out: str, words: str) -> list[float]:
     return [
         float(line[len(words) :].split()[0]) for line in out.splitlines() if line.startswith(words)
@@ -131,7 +160,7 @@ def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
     assert out.count("It fits, with") == 2 and "Between them 8000 questions, 10 answers" in out
 
     assert number_of(out, "answers")[0] == pytest.approx(10 * number_of(out, "sample")[0], rel=0.02)
-    hours = number_of(out, "5 steps, hours") + number_of(out, "15 steps, hours")
+    hours = [*number_of(out, "5 steps, hours"), number_of(out, "15 steps, minutes")[0] / 60]
     writing = number_of(out, "Between them 8000 questions, 10 answers to each:")
     # A rank writes 1,000 questions with 10 answers each; in a step 10 answers to each of 64.
     assert writing[0] * 3600 == pytest.approx(
