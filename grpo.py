@@ -590,5 +590,5 @@ def check_health(missing: dict[str, int], judged, most: int) -> None:
             words = [w for row in judged for w in row.words if w != "not judged"][:3]
             advice = "the judge's last words:" + "".join(f"\n  {w[-300:]!r}" for w in words)
         elif what == "sample of the right format":
-            advice = "see samples.jsonl; the prompts may not suit the model, or --max-new-tokens"
+            advice = "see groups.jsonl; the prompts may not suit the model, or --max-new-tokens"
         raise Stop(f"no {what} for {most} steps in a row: {advice}")

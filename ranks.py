@@ -60,7 +60,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, mesh=None, group=None, store=None):
         self.rank, self.size, self.mesh, self.group, self.store = rank, size, mesh, group, store
-        self.step = 0
+        self.step, self.stage = 0, ""
         self.stop = False  # set by a signal's handler; `share` acts on it
         self.stoppable = False  # true while the handler may raise Stopping itself: see `attempt`
         self.ending = False  # the last things are being kept: no signal interrupts that
@@ -159,7 +159,8 @@ class Ranks:
     # ------------------------------------------------------------------------------ the clock
 
     def at(self, what: str) -> None:
-        """Where this rank is, for the watchdog to tell."""
+        """Where this rank is, for the watchdog and the progress line to tell."""
+        self.stage = what
         if self.store is not None:
             self.store.set(f"at {self.rank}", f"step {self.step}, {what}")
 

@@ -509,6 +509,8 @@ def verdict_of(run: Run) -> tuple[str, str, str]:
         worse = run.player == "solver" and any(z < y for _, y, z in found)
         return "unsure" if worse or not found else "good", words, ""
     last, weights = run.measured[-1]["step"], f"Take best/, of step {run.best}."
+    if not run.best:
+        weights = "No step was better than the start: keep the model the run began with."
     if not run.measures:
         words = "Nothing independent was measured, so no alarm can ring and the judge's score is "
         words += "all there is. Give --held-out a set with references, or --measures cometkiwi. "

@@ -284,6 +284,8 @@ class Sampler:
         self.state += (self.uniform, self.ids, self.logprobs)
         self.limit = torch.zeros((), dtype=torch.int64, device=device)
         self.is_stop = torch.zeros(c.vocab_size, dtype=torch.bool, device=device)
+        self.progress: Callable[[float], None] | None = None
+        """Called at each look with the share of the call that is done, 0 to 1."""
         self.graphs: dict = {}
         self.addresses: list[int] = []  # of the weights that the graphs read
         self.busy = False
@@ -354,6 +356,10 @@ class Sampler:
                 for draft in live:
                     draft.made += steps
                 live = self.collect(live, samples, watch)
+                if self.progress:
+                    total = n * len(prompts)
+                    drawn = sum(d.made for d in live) / max_new_tokens
+                    self.progress((total - len(waiting) - len(live) + drawn) / total)
         finally:
             self.busy = False
         return samples

@@ -23,6 +23,7 @@ from pathlib import Path
 
 ALARM = "ALARM: self-score up, held-out quality down"
 PAUSE = 30.0  # seconds between two reports
+QUIET = 10.0  # seconds without a line, where nobody sees the live one
 
 
 def check_dashboards(names: str) -> list[str]:
@@ -43,6 +44,8 @@ class Show:
         self.boards: list = []
         self.reporter: Reporter | None = None
         self.alarmed = self.live = False
+        self.work, self.share = "", 0.0  # what `progress` was last told
+        self.begun = self.said = time.monotonic()
         self.logs = True
 
     def begin(self, settings: dict, number: int) -> None:
@@ -73,7 +76,23 @@ class Show:
         self.log(line)
         if sys.stdout.isatty():
             self.now(line, "\n" if last else "")
-        elif last or number % 10 == 0:
+        elif last or number % 10 == 0 or time.monotonic() - self.said > QUIET:
+            self.said = time.monotonic()
+            print(line, flush=True)
+
+    def progress(self, work: str, share: float) -> None:
+        """How much of it is done, 0 to 1, and the time left: when it takes long, now and then."""
+        now, live = time.monotonic(), sys.stdout.isatty()
+        if work != self.work or share < self.share:
+            self.work, self.begun = work, now
+        self.share = share
+        if now - max(self.begun, self.said) < (1.0 if live else QUIET):
+            return
+        self.said = now
+        line = f"{work}  {share:.0%}, {clock((now - self.begun) * (1 - share) / share)} left"
+        if live:
+            self.now(line)
+        else:
             print(line, flush=True)
 
     def line(self, number: int, metrics: dict, latest: dict, left: float) -> str:

@@ -10,8 +10,9 @@
     python ssr.py --help                       # every setting
 
 A run writes a folder: settings.json; metrics.jsonl, a row a step, the first one before any
-training; samples.jsonl, the same held-out sentences at each evaluation with their scores and the
-judge's words; checkpoints/; best/ and last/, Hugging Face folders; result.json at its end.
+training; evaluations.jsonl, the held-out translations with their scores and the judge's words;
+groups.jsonl, samples of training; checkpoints/; last/ and, where a step was better than the start,
+best/, Hugging Face folders; result.json at its end. Exit code 3: it ended, and nothing was learned.
 """
 
 import argparse
@@ -34,6 +35,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+if (
+    __name__ == "__main__"
+):  # read when torch loads: threads that spin stall each other on busy cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed as dist
@@ -161,8 +167,6 @@ class Settings(grpo.Settings):
     """Steps between two evaluations on held-out texts."""
     eval_prompts: int = 512
     """Held-out texts."""
-    shown_prompts: int = 8
-    """How many of them go to samples.jsonl, with samples_per_prompt candidates each."""
     shown_groups: int = 1
     """Training prompts of each step that go to groups.jsonl, with samples, rewards, advantages."""
     report: bool = True
@@ -244,7 +248,7 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
      "max_new_tokens max_prompt_tokens judge_max_new_tokens max_bad_steps save_every keep "
      "comet_batch judge_parallel previous_every"),
     (lambda v: v >= 0, "must be at least 0",
-     "shown_prompts shown_groups warmup_steps threads gpus"),
+     "shown_groups warmup_steps threads gpus"),
     (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm patience judge_patience"),
     (lambda v: 1e-4 < v < math.inf, "must be above 0.0001", "temperature"),
     (lambda v: 1e3 < v < math.inf, "must be above 1000", "toy_tokens"),
@@ -256,7 +260,7 @@ BOUNDS = [  # what must hold of the settings named, and how a refusal says it
 ]  # fmt: skip
 # A run may go on with other values of these: they change no step, or only those to come.
 FREE = (
-    "folder resume save_every keep eval_every shown_prompts slots micro_batch_tokens device "
+    "folder resume save_every keep eval_every slots micro_batch_tokens device "
     "threads shard patience max_bad_steps steps gpus gpu comet_batch judge_url judge_parallel "
     "judge_patience judge_only shown_groups report log_to"
 )
@@ -590,6 +594,7 @@ def prepare(s: Settings, ranks: Ranks, problem: Problem, device, comets: Comets)
     plan.check_room(work, device, 1 if cuda else per_node)
     model = load(problem.folder, dtype=torch.float32, device=device, shard=ranks.shard)
     texts = Texts(load_tokenizer(problem.folder), s.chat, problem.prompts.tags)
+    print_prompt_advice(s, texts.tokenizer)
     window = window_of(s, problem, texts, config.max_length)
     actor, start, judging, average = samplers(s, model, window, work)
     if s.judge_model:
@@ -655,6 +660,8 @@ def learn(
             raise
         else:
             watch.finish()
+            if not watch.taught:
+                sys.exit(3)
 
 
 def asked(s: Settings, problem: Problem, texts: Texts, tasks: list[Task]) -> list[grpo.Prompt]:
@@ -726,6 +733,19 @@ def samplers(s: Settings, model: Transformer, window: int, work: plan.Work) -> t
     return actor, start, judge, average
 
 
+def print_prompt_advice(s: Settings, tokenizer) -> None:
+    """What can be known of the actor's prompt before anything is sampled."""
+    if s.prompts != "paper":
+        return
+    if s.max_new_tokens < 256:
+        print(f"--prompts paper asks for a thought before the answer: with --max-new-tokens "
+              f"{s.max_new_tokens} many samples will be cut off; --prompts plain asks for the "
+              "translation alone")  # fmt: skip
+    if tokenizer.chat_template and not s.chat and s.model != PRESETS[s.preset].get("model"):
+        print("The model has a chat template: if it is an instruct model, ask it with --chat "
+              "--prompts plain")  # fmt: skip
+
+
 def judge_shape(s: Settings):
     return plan.shape_of(s.judge_model) if s.judge_model and not s.judge_url else None
 
@@ -748,6 +768,8 @@ def dry_run(s: Settings) -> None:
         name, config = "the toy", shape_of(recipe, tokenizer)
     else:
         name, config = s.model, plan.shape_of(s.model)
+        if (folder := Path(s.model).expanduser()).is_dir():
+            print_prompt_advice(s, load_tokenizer(folder))
     work = plan.Work(s, config, G, shared, judge_template(s), cuda, judge_shape(s))
     print(plan.report(work, machine, name))
     if plan.missing(work, machine) > 0:

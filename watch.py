@@ -35,7 +35,7 @@ import torch
 
 import grpo
 from checkpoint import Checkpoints
-from judge import Prompts, Score, Scorer, Task, Texts, shown_translation
+from judge import Prompts, Scorer, Task, Texts, shown_translation
 from model import save
 from ranks import Ranks, Stopping
 from show import ALARM, Show
@@ -62,17 +62,6 @@ class Problem:
 # --------------------------------------------------------------------------------- the measures
 
 
-class Candidate(NamedTuple):
-    """One translation, and what is thought of it."""
-
-    text: str
-    right: bool
-    """Its form: what is not is shown and measured as it came."""
-    score: Score
-    values: dict[str, float]
-    """By measure."""
-
-
 class Evaluation:
     """Held-out texts, translated greedily and once at temperature 1, judged and measured."""
 
@@ -86,38 +75,10 @@ class Evaluation:
         self.past: list[tuple[Reading, Reading]] = []  # of the measure and of the self-score
         self.alarm = ""  # why it rings, if it does
 
-    def candidates(
-        self, count: int, n: int, temperature: float, number: int
-    ) -> list[list[Candidate]]:
-        """n samples of each of the first `count` texts."""
-
-        def work(mine: Sequence[int]) -> list[list[Candidate]]:
-            prompts = [self.prompts[i] for i in mine]
-            groups = self.sampler.generate(
-                [p.ids for p in prompts], n, self.s.max_new_tokens, temperature,
-                stop_ids=self.stop_ids, seed=self.s.seed + 1, keys=mine,
-            )  # fmt: skip
-            tasks = [p.task for p in prompts]
-            shown = [
-                [shown_translation(self.texts, self.problem.prompts, task, x) for x in group]
-                for task, group in zip(tasks, groups, strict=True)
-            ]
-            scores = self.judge(tasks, [[text for text, _ in row] for row in shown], number)
-            flat = [task for task in tasks for _ in range(n)]
-            texts = [text for row in shown for text, _ in row]
-            found = {name: f(flat, texts) for name, f in self.problem.measures.items()}
-            values = iter({name: x[i] for name, x in found.items()} for i in range(len(texts)))
-            return [
-                [Candidate(*a, b, next(values)) for a, b in zip(*rows, strict=True)]
-                for rows in zip(shown, scores, strict=True)
-            ]
-
-        return self.ranks.share("evaluate", range(count), work)
-
-    def __call__(self, number: int) -> tuple[dict[str, float], dict[str, list[dict]], bool]:
-        """Metrics, rows by file, and whether these weights are the best so far."""
+    def __call__(self, number: int) -> tuple[dict[str, float], dict, bool]:
+        """Metrics, the row of evaluations.jsonl, and whether these weights are the best so far."""
         measures = list(self.problem.measures)
-        greedy, sampled = self.measure(0.0, number), self.measure(1.0, number)
+        greedy, sampled = self.translate_and_judge(number)
         names = ("self", "format", *measures)
         metrics = {f"eval/{name}": grpo.mean(known(greedy[name])) for name in names}
         metrics["eval/invalid"] = grpo.mean([value is None for value in greedy["self"]])
@@ -145,16 +106,46 @@ class Evaluation:
             tasks = {"source": "text", "reference": "reference", "from": "source", "to": "target"}
             row |= {k: [getattr(t, x) for t in self.problem.held_out] for k, x in tasks.items()}
         self.past.append((now, own))
-        return metrics, {"evaluations.jsonl": [row], "samples.jsonl": self.samples(number)}, best
+        return metrics, row, best
 
-    def measure(self, temperature: float, number: int) -> dict[str, list]:
-        """One translation of each held-out text: its words, the judge's, and its values by name."""
-        tasks = self.problem.held_out
-        found = [row[0] for row in self.candidates(len(tasks), 1, temperature, number)]
-        values = {"text": [c.text for c in found], "judge": [c.score.words for c in found]}
-        values |= {"self": [c.score.value for c in found]}
-        values["format"] = [float(c.right) for c in found]
-        return values | {n: [c.values[n] for c in found] for n in self.problem.measures}
+    def translate_and_judge(self, number: int) -> list[dict[str, list]]:
+        """Greedily and at temperature 1: a translation of each held-out text, the judge's words and
+        score, its form, and its values by measure. The two are judged in one call: each distinct
+        translation once."""
+
+        def work(mine: Sequence[int]) -> list[tuple[dict, ...]]:
+            prompts = [self.prompts[i] for i in mine]
+            tasks = [p.task for p in prompts]
+            shown = []
+            for stage, temperature in enumerate((0.0, 1.0), 1):
+                self.ranks.at(f"evaluation {stage}/3, translate at temperature {temperature:g}")
+                groups = self.sampler.generate(
+                    [p.ids for p in prompts], 1, self.s.max_new_tokens, temperature,
+                    stop_ids=self.stop_ids, seed=self.s.seed + 1, keys=mine,
+                )  # fmt: skip
+                shown.append([
+                    shown_translation(self.texts, self.problem.prompts, task, sample)
+                    for task, (sample,) in zip(tasks, groups, strict=True)
+                ])  # fmt: skip
+            self.ranks.at("evaluation 3/3, judge")
+            pairs = [[text for text, _ in pair] for pair in zip(*shown, strict=True)]
+            scores = self.judge(tasks, pairs, number)
+            rows = []
+            for k, translations in enumerate(shown):
+                texts = [text for text, _ in translations]
+                values = {name: f(tasks, texts) for name, f in self.problem.measures.items()}
+                rows.append([
+                    {"text": text, "judge": scores[i][k].words, "self": scores[i][k].value}
+                    | {"format": float(ok)} | {name: x[i] for name, x in values.items()}
+                    for i, (text, ok) in enumerate(translations)
+                ])  # fmt: skip
+            return list(zip(*rows, strict=True))
+
+        pairs = self.ranks.share("evaluate", range(len(self.problem.held_out)), work)
+        return [
+            {name: [row[name] for row in rows] for name in rows[0]}
+            for rows in zip(*pairs, strict=True)
+        ]
 
     def alarming(self, now: "Reading", own: "Reading") -> str:
         """The model thinks better of itself than at the start, and is worse than at its best; or
@@ -169,23 +160,6 @@ class Evaluation:
                     f"step {then.step}"
                 )
         return ""
-
-    def samples(self, number: int) -> list[dict]:
-        tasks = self.problem.held_out[: self.s.shown_prompts]
-        if not tasks:
-            return []
-        greedy = self.candidates(len(tasks), 1, 0.0, number)
-        drawn = self.candidates(len(tasks), self.s.samples_per_prompt, 1.0, number)
-        rows = []
-        for task, first, others in zip(tasks, greedy, drawn, strict=True):
-            candidates = [
-                {"text": c.text, "greedy": i == 0, "score": c.score.value, "judge": c.score.words}
-                | c.values
-                for i, c in enumerate(first + others)
-            ]
-            shown = {"step": number, "source": task.text, "reference": task.reference}
-            rows.append(shown | {"from": task.source, "to": task.target, "candidates": candidates})
-        return rows
 
     def state(self) -> dict:
         return {"best": self.best, "past": list(self.past)}
@@ -251,6 +225,9 @@ class Watch:
         self.state: dict = {}  # as it was before `step` was recorded
         self.groups: list[dict] = []  # rows of groups.jsonl
         self.show = Show(s, path, next(iter(evaluation.problem.measures), None), self.folder)
+        for sampler in (evaluation.sampler, getattr(evaluation.judge, "sampler", None)):
+            if sampler:  # a judge behind an endpoint has none
+                sampler.progress = self.report_progress
 
     def restore(self) -> grpo.Step | None:
         self.ranks.on_first("lock the folder", self.folder.lock)
@@ -303,6 +280,9 @@ class Watch:
         self.taught |= step.metrics["groups/zero_variance"] < 1
         self.record(step)
 
+    def report_progress(self, share: float) -> None:
+        self.show.progress(f"step {self.ranks.step}: {self.ranks.stage}", share)
+
     def save(self) -> None:
         about = {"metrics": self.step.metrics, "missing": self.step.missing, "watch": self.state}
         about["groups"] = self.groups
@@ -313,6 +293,10 @@ class Watch:
         last = step.number == self.s.steps
         again = self.again and step.number == self.first
         self.folder.add("groups.jsonl", self.groups)
+        if step.prompts and step.number == self.first + 1:
+            has_template = bool(self.evaluation.texts.tokenizer.chat_template)
+            words = describe_batch(step.metrics, self.s, has_template)
+            self.show.say(f"step {step.number}: {words}")
         if last or again or step.number % self.s.eval_every == 0:
             self.evaluate(step.number, step.metrics)
         else:
@@ -344,14 +328,14 @@ class Watch:
 
     def evaluate(self, number: int, metrics: dict) -> None:
         begun = time.perf_counter()
+        self.ranks.step = number
         self.show.now(f"step {number}  evaluating {len(self.evaluation.prompts)} held-out texts …")
-        found, rows, best = self.evaluation(number)
+        found, row, best = self.evaluation(number)
         found |= {"step": number, "seconds/evaluate": time.perf_counter() - begun}
-        for name, new in rows.items():
-            self.folder.add(name, new)
+        self.folder.add("evaluations.jsonl", [row])
         self.log({"step": number} | metrics | found)
         self.latest, self.before = found, self.before or found
-        if best:
+        if best and number:  # the start's weights are where they came from
             self.keep("best")
         if found.get("eval/alarm"):
             self.alarms = [*self.alarms, number]
@@ -401,7 +385,7 @@ class Watch:
         self.ranks.ending = True
         self.keep("last")
         seconds = self.spent + time.perf_counter() - self.begun
-        best = self.evaluation.best.step
+        best, path = self.evaluation.best.step, self.folder.path
         content = {"steps": self.s.steps, "seconds": seconds, "best_step": best}
         content |= {"alarms": self.alarms, "before": self.before, "after": self.latest}
         self.folder.write("result.json", content)
@@ -412,22 +396,44 @@ class Watch:
             if key in self.latest and both != [USUAL.get(key)] * 2:
                 then, now = ("–" if math.isnan(x) else f"{x:.3f}" for x in both)
                 print(f"{label:38}  {then:>6}  {now:>6}")
+        print(self.summarize_trend())
+        weights = f"{path / 'best'}, of step {best}"
+        if not best:
+            weights = "no step was better than the start: keep the model you began with (the last "
+            weights += f"step's are in {path / 'last'})"
         if not self.taught:
             print(
                 "No group of samples ever differed in its reward: nothing was learned. See "
-                "samples.jsonl, and reward/format and judge/invalid in metrics.jsonl"
+                "groups.jsonl, and reward/format and judge/invalid in metrics.jsonl"
             )
-        print(
-            f"\n{self.s.steps} steps in {seconds:.0f} s\nweights: {self.folder.path / 'best'}, of "
-            f"step {best}" + f"\nreport:  {self.folder.path / 'report.html'}" * self.s.report
-        )
-        if not self.evaluation.problem.measures:
-            print(
-                "best by the judge's own score: nothing independent was measured, no alarm can ring"
-            )
-        if self.alarms:
-            print(f"{ALARM} at step {', '.join(map(str, self.alarms))}: compare best/ with last/")
+        print(f"\n{self.s.steps} steps in {seconds:.0f} s\nweights: {weights}"
+              + f"\nreport:  {path / 'report.html'}" * self.s.report)  # fmt: skip
         self.written()
+
+    def summarize_trend(self) -> str:
+        """Whether judge and truth rose together, and whether an alarm rang."""
+        measures = list(self.evaluation.problem.measures)
+        if not measures:
+            return "Nothing independent was measured: best/ goes by the judge, no alarm can ring"
+        starts, ends = self.evaluation.past[0], self.evaluation.past[-1]
+        truth, judge = (end.above(start) for start, end in zip(starts, ends, strict=True))
+        name = measures[0].replace("_", " ")
+        words = f"Neither {name} nor the judge's score rose beyond chance"
+        if judge and truth:
+            words = f"The judge's score and {name} rose together"
+        elif judge or truth:
+            both = ("the judge's score", name)
+            words = "{} rose, {} did not".format(*both if judge else both[::-1]).capitalize()
+        words += "; no alarm rang." if not self.alarms else (
+            f"; {ALARM} at step {', '.join(map(str, self.alarms))}: compare best/ with last/."
+        )  # fmt: skip
+        then, now = (x.get("eval/judge_correlation", math.nan) for x in (self.before, self.latest))
+        if truth and now < then:
+            words += (
+                " The correlation falls as samples grow alike: where all are good, little is left "
+                "to tell apart."
+            )
+        return words
 
 
 def save_whole(model, source: Path, folder: Path) -> None:
@@ -436,6 +442,25 @@ def save_whole(model, source: Path, folder: Path) -> None:
     for file in source.iterdir():
         if re.search(r"token|vocab|merges|chat_template|generation_config", file.name):
             shutil.copyfile(file, folder / file.name)
+
+
+def describe_batch(metrics: dict, s, has_template: bool) -> str:
+    """What the first batch was like, and which options would change what is wrong with it."""
+    form, cut = metrics["reward/format"], metrics["length/truncated"]
+    scored = 1 - metrics["judge/invalid"]
+    words = f"{form:.0%} of the samples are of the right form, {cut:.0%} were cut off"
+    words += f", {scored:.0%} of what was judged has a score" if form else ""
+    advice = []
+    if cut > 0.2:
+        advice.append(f"longer samples: --max-new-tokens {2 * s.max_new_tokens}")
+    if form < 0.5 and s.prompts == "paper":
+        chat = "--chat " if has_template and not s.chat else ""
+        advice.append(f"a simpler question: {chat}--prompts plain")
+    if form and scored < 0.8:
+        advice.append("the judge's words are in groups.jsonl: --judge-only says if it can judge")
+    if metrics["groups/zero_variance"] == 1:
+        advice.append("no group differs, so this step teaches nothing")
+    return "; ".join([words, *advice])
 
 
 SHOWN = {
@@ -485,7 +510,7 @@ class Stopper:
 # -------------------------------------------------------------------------------- the run folder
 
 
-LOGS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "groups.jsonl")
+LOGS = ("metrics.jsonl", "evaluations.jsonl", "groups.jsonl")
 
 
 class RunFolder:

@@ -53,7 +53,7 @@ def settings(shape: str, folder: Path) -> ssr.Settings:
         f"--folder={folder / 'run'}", "--steps=3", f"--prompts-per-step={prompts}", "--kl=0.1",
         f"--samples-per-prompt={samples}", f"--max-prompt-tokens={longest + 900}",
         f"--max-new-tokens={new}", "--judge-max-new-tokens=16", "--eval-prompts=8",
-        "--shown-prompts=1", f"--slots={slots}", f"--micro-batch-tokens={tokens}", "--no-report",
+        f"--slots={slots}", f"--micro-batch-tokens={tokens}", "--no-report",
     ])  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def estimate(point: dict, machine: plan.Machine) -> dict:
     s = ssr.parse([
         "--preset=toy", f"--prompts-per-step={prompts}", f"--samples-per-prompt={samples}",
         f"--max-new-tokens={tokens}", f"--max-prompt-tokens={longest}", "--no-track-kl",
-        f"--slots={prompts * samples}", "--eval-prompts=1", "--shown-prompts=1",
+        f"--slots={prompts * samples}", "--eval-prompts=1",
     ])  # fmt: skip
     work = plan.Work(s, config, 1, 1, 0, False)
     times = plan.seconds(work, machine)

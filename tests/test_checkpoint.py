@@ -221,7 +221,7 @@ def filling_up(rank, words):
     def after(self, step):
         if step.number == 3:
             self.kept.wait()
-            size = (self.folder.path / "best" / "model.safetensors").stat().st_size + 10_000
+            size = sum(p.nbytes for p in self.model.parameters()) + 20_000
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         real(self, step)
 
@@ -339,12 +339,12 @@ def test_a_longer_run_knows_that_its_old_last_step_was_the_best(toy, tmp_path, m
 def test_a_log_is_cut_where_it_must_be_whatever_is_in_it(tmp_path):
     folder = watch.RunFolder(tmp_path, mine=True)
     rows = [{"step": i, "text": f"a\u2028b\u0085{i} 灿烂"} for i in range(4)]
-    folder.add("samples.jsonl", rows)
-    whole = (tmp_path / "samples.jsonl").read_bytes()
+    folder.add("groups.jsonl", rows)
+    whole = (tmp_path / "groups.jsonl").read_bytes()
     for torn in (b"", whole[:-3], b'{"step": 9', "灿".encode()[:2]):  # what a kill leaves behind
-        (tmp_path / "samples.jsonl").write_bytes(whole + torn)
-        folder.cut("samples.jsonl", 3)
-        assert (tmp_path / "samples.jsonl").read_bytes() == b"".join(
+        (tmp_path / "groups.jsonl").write_bytes(whole + torn)
+        folder.cut("groups.jsonl", 3)
+        assert (tmp_path / "groups.jsonl").read_bytes() == b"".join(
             row + b"\n" for row in whole.split(b"\n")[:3]
         )
 

@@ -32,7 +32,6 @@ SMALL = [
     *(
         "--eval-prompts=4",
         "--eval-every=1",
-        "--shown-prompts=1",
         "--slots=16",
         "--threads=1",
         "--no-report",
@@ -58,7 +57,11 @@ def texts(tmp_path_factory):
 
 
 def go(pupil, texts, run, *words):
-    ssr.main([*SMALL, f"--model={pupil}", f"--data={texts}", f"--folder={run}", *words])
+    try:
+        ssr.main([*SMALL, f"--model={pupil}", f"--data={texts}", f"--folder={run}", *words])
+    except SystemExit as error:
+        if error.code != 3:  # nothing was learned: so short a run may do that
+            raise
     return rows_of(run / "metrics.jsonl")
 
 
@@ -77,12 +80,13 @@ def test_references_are_measured_with_chrf_and_best_goes_by_it(pupil, texts, tmp
     rows = go(pupil, texts, tmp_path / "run")
     assert 0 < rows[0]["eval/sampled_chrf"] < 1 and "eval/alarm" in rows[0]
     assert "chrf, greedy" in capsys.readouterr().out
-    sample = rows_of(tmp_path / "run" / "samples.jsonl")[0]
+    row = rows_of(tmp_path / "run" / "evaluations.jsonl")[0]
     from sacrebleu import sentence_chrf
 
-    for candidate in sample["candidates"]:
-        theirs = sentence_chrf(candidate["text"], [sample["reference"]]).score / 100
-        assert candidate["chrf"] == pytest.approx(theirs)
+    for kind in (row["greedy"], row["sampled"]):
+        for text, reference, chrf in zip(kind["text"], row["reference"], kind["chrf"], strict=True):
+            theirs = sentence_chrf(text, [reference]).score / 100
+            assert chrf == pytest.approx(theirs, abs=1e-4)
     rows = go(pupil, texts, tmp_path / "none", "--measures=none")
     assert "eval/chrf" not in rows[0] and "eval/alarm" not in rows[0]
 
@@ -103,7 +107,7 @@ def test_held_out_sets_are_watched_and_kept_out_of_training(pupil, texts, tmp_pa
     go(pupil, texts, tmp_path / "run", f"--held-out={tmp_path / 'held.jsonl'}")
     out = capsys.readouterr().out
     assert "held.jsonl, 6 left out that repeat held-out ones; 18 to train on" in out
-    shown = {row["source"] for row in rows_of(tmp_path / "run" / "samples.jsonl")}
+    shown = set(rows_of(tmp_path / "run" / "evaluations.jsonl")[0]["source"])
     assert shown <= {json.loads(line)["text"] for line in lines[:6]}
 
 
@@ -161,8 +165,8 @@ def test_another_model_judges(pupil, texts, tmp_path):
     rows = [row | {"text": f"{row['text']} " * 15} for row in rows if row["source"] == "en"]
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
     go(pupil, long, tmp_path / "far", f"--judge-model={spelling}")
-    samples = rows_of(tmp_path / "far" / "samples.jsonl")
-    assert not any(c["judge"] == "too long to judge" for row in samples for c in row["candidates"])
+    for row in rows_of(tmp_path / "far" / "evaluations.jsonl"):
+        assert "too long to judge" not in row["greedy"]["judge"] + row["sampled"]["judge"]
 
 
 def test_a_judge_that_was_replaced_is_noticed(pupil, texts, tmp_path):

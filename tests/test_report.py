@@ -18,7 +18,7 @@ from tests.browser import drive, needs_chromium
 ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
-    *("--shown-prompts=2", "--eval-every=2", "--no-report", "--steps=5"),
+    *("--eval-every=2", "--no-report", "--steps=5"),
 ]
 NASTY = 'a</script><img src=x onerror="throw 1"> & {{data}} <b>'
 
@@ -173,9 +173,11 @@ def test_the_page_says_first_what_to_know(runs, tmp_path):
     good, bad = (report.Run(folder, "a") for folder in runs)
     numbers = [f"{good.at(step, 'eval/exact_match'):.3f}" for step in (0, 5)]
     assert f"5 steps: held-out exact_match {numbers[0]} → {numbers[1]}. " in verdict(runs[0])
-    assert f"Take best/, of step {good.best}. No alarm." in verdict(runs[0])
+    start = "No step was better than the start: keep the model the run began with"
+    weights = f"Take best/, of step {good.best}" if good.best else start
+    assert f"{weights}. No alarm." in verdict(runs[0])
     assert "Alarm at step 5: " in verdict(runs[1]) and "score is high)" in verdict(runs[1])
-    assert "Take best/, of step 0, not last/" in verdict(runs[1])
+    assert f"{start}, not last/" in verdict(runs[1])
     bad.measured.append(bad.measured[-1] | {"step": 6, "eval/alarm": 0.0})
     assert "It does not ring any more." in report.verdict_of(bad)[1]
     for row in good.rows:
@@ -512,7 +514,7 @@ def test_a_page_can_be_made_at_any_moment_of_a_run(runs, tmp_path):
         report.Run(run, "a")
     shutil.copy(runs[0] / "settings.json", run)
     report.main([str(run)])
-    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "groups.jsonl"):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "groups.jsonl"):
         lines = (runs[0] / name).read_bytes().split(b"\n")
         (run / name).write_bytes(lines[0] + b"\n" + lines[1][:20])
     report.main([str(run)])

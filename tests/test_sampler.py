@@ -446,6 +446,13 @@ def test_new_weights_are_seen_at_once(folder):
         torch.testing.assert_close(torch.tensor(sample.logprobs), want, atol=1e-5, rtol=0)
 
 
+def test_progress_rises_to_one(model):
+    sampler, seen = Sampler(model, 3, 64), []
+    sampler.progress = seen.append
+    sampler.generate(some_prompts(3), 2, 12, stop_ids=STOPS)
+    assert len(seen) > 2 and seen == sorted(seen) and 0 < seen[0] < seen[-1] == 1
+
+
 def test_watch_sees_every_sequence_grow_and_end(model):
     seen = {}
 

@@ -22,7 +22,7 @@ from show import ALARM, Reporter, Show, clock
 ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset=toy", "--prompts-per-step=2", "--samples-per-prompt=4", "--eval-prompts=4"),
-    *("--shown-prompts=1", "--eval-every=2"),
+    "--eval-every=2",
 ]
 METRICS = {
     "reward/total": 0.71234, "policy/entropy": 0.5, "tokens_per_second": 8926.8,
@@ -66,6 +66,27 @@ def test_time_left_is_said_as_a_clock_does():
     ]  # fmt: skip
 
 
+def test_long_work_says_its_progress_and_the_time_left(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], strftime=lambda _: "")
+    monkeypatch.setattr(show, "time", clock)
+    said = shown(tmp_path)
+    for work, second, share in (
+        ("translate", 0, 0.0), ("translate", 5, 0.25), ("translate", 12, 0.5),
+        ("translate", 15, 0.6), ("judge", 16, 0.1), ("judge", 36, 0.25), ("judge", 38, 0.01),
+        ("judge", 47, 0.1),
+    ):  # fmt: skip
+        now[0] = second
+        said.progress(work, share)
+    assert capsys.readouterr().out.splitlines() == [
+        "translate  50%, 0:12 left", "judge  25%, 1:00 left",
+    ]  # fmt: skip
+    now[0] = 58
+    said.step(3, METRICS, {"eval/chrf": 0.5, "step": 0}, 1.0, False)
+    said.step(4, METRICS, {"eval/chrf": 0.5, "step": 0}, 1.0, False)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_the_alarm_is_said_when_it_begins_to_ring(tmp_path, capsys):
     show = shown(tmp_path)
     for step, why in ((25, ""), (50, "because"), (75, "because"), (100, ""), (125, "again")):
@@ -98,8 +119,9 @@ def test_the_live_line_stays_one_line_in_a_narrow_terminal(toy, tmp_path):
     steps = [x for x in lines if re.match(r"step [1-4]/4  held-out", x)]
     assert len(steps) == 4 and all(len(x) == 59 for x in steps)
     log = (tmp_path / "run" / "log.txt").read_text().splitlines()
-    assert len(log) == 4 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step", x) for x in log)
-    assert all("train" in line and "\x1b" not in line for line in log)
+    assert len(log) == 5 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step", x) for x in log)
+    assert "of the right form" in log[0] and all("train" in line for line in log[1:])
+    assert "\x1b" not in "".join(log)
 
 
 def test_a_run_draws_its_report(toy, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The front door: what a run writes, what it refuses, how it ends."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import problem
+import show
 import ssr
 import watch
 from judge import TOY, Judge, Score, Texts
@@ -29,7 +31,7 @@ from toy.pretrain import Recipe, make
 ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
-    *("--shown-prompts=2", "--eval-every=2", "--no-report"),
+    *("--eval-every=2", "--no-report"),
 ]
 
 
@@ -62,11 +64,6 @@ def test_a_run_leaves_what_the_readme_says(toy, tmp_path, capsys):
         assert all(key in row for row in rows[1:])
     for stage in ("sample", "judge", "reference", "train"):
         assert all(row[f"seconds/{stage}"] > 0 for row in rows[1:])
-    samples = rows_of(run / "samples.jsonl")
-    assert [row["step"] for row in samples] == [0, 0, 2, 2, 3, 3]
-    assert samples[0]["source"] == samples[2]["source"] != samples[1]["source"]
-    assert len(samples[0]["candidates"]) == 5 and samples[0]["candidates"][0]["greedy"]
-    assert {"text", "score", "judge", "quality"} <= samples[0]["candidates"][1].keys()
     evaluations = rows_of(run / "evaluations.jsonl")
     assert [row["step"] for row in evaluations] == [0, 2, 3]
     for row in evaluations:
@@ -104,7 +101,9 @@ def test_training_groups_are_kept_with_what_they_were_worth(toy, tmp_path):
     assert any(x["cut"] for row in groups for x in row["samples"])
 
 
-def test_best_and_last_are_hugging_face_folders_with_the_tokenizer(toy, tmp_path):
+def test_best_and_last_are_hugging_face_folders_with_the_tokenizer(toy, tmp_path, monkeypatch):
+    above = watch.Evaluation.__call__
+    monkeypatch.setattr(watch.Evaluation, "__call__", lambda *a: (*above(*a)[:2], True))
     run = tmp_path / "run"
     go(run, toy, "--steps=2")
     text = "translate Kasu Bevo tasu =>"
@@ -138,13 +137,43 @@ def test_the_best_weights_are_those_of_the_best_evaluation(toy, tmp_path, monkey
     assert best == two != four
 
 
+def test_the_start_is_never_kept_as_the_best_weights(toy, tmp_path, monkeypatch, capsys):
+    judged = watch.Evaluation.__call__
+
+    def measured(self, number):
+        self.problem.measures = {"exact_match": lambda tasks, texts: [1 / (1 + number)] * 16}
+        return judged(self, number)
+
+    monkeypatch.setattr(watch.Evaluation, "__call__", measured)
+    run = tmp_path / "run"
+    go(run, toy, "--steps=2")
+    assert not (run / "best").exists()
+    load(run / "last")
+    said = capsys.readouterr().out
+    assert f"keep the model you began with (the last step's are in {run / 'last'})" in said
+
+
+def test_a_run_that_learned_nothing_ends_with_code_3(toy, tmp_path, capsys):
+    """Samples that are all the same are worth the same."""
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as error:
+        go(run, toy, "--steps=2", "--temperature=0.001")
+    assert error.value.code == 3
+    said = capsys.readouterr().out
+    assert "nothing was learned. See groups.jsonl" in said and "this step teaches nothing" in said
+    assert (run / "result.json").exists() and (run / "last").exists()
+    assert not (run / "best").exists()
+
+
 def test_the_same_seed_gives_the_same_run_bit_for_bit(toy, tmp_path):
     first = go(tmp_path / "a", toy, "--steps=3")
     assert untimed(go(tmp_path / "b", toy, "--steps=3")) == untimed(first)
     weights = [(tmp_path / x / "last" / "model.safetensors").read_bytes() for x in "ab"]
     assert weights[0] == weights[1]
     other = make(Recipe(seed=1, tokens=2e4), tmp_path / "models")
-    assert untimed(go(tmp_path / "c", other, "--steps=3", "--seed=1")) != untimed(first)
+    with contextlib.suppress(SystemExit):  # code 3: so weak a model may learn nothing
+        go(tmp_path / "c", other, "--steps=3", "--seed=1")
+    assert untimed(rows_of(tmp_path / "c" / "metrics.jsonl")) != untimed(first)
     with pytest.raises(SystemExit, match="was not made for --seed 1: its tokenizer does not know"):
         go(tmp_path / "d", toy, "--seed=1")
 
@@ -188,15 +217,17 @@ def test_every_switch_runs(toy, tmp_path, words):
 def test_a_frozen_judge_keeps_its_opinion_and_a_live_one_does_not(toy, tmp_path):
     """Both judge the same sentences at the end; only the frozen one as at the start."""
     scores = {}
-    words = ["--steps=4", "--lr=2e-4", "--final-lr=1", "--shown-prompts=16"]
+    words = ["--steps=4", "--lr=2e-4", "--final-lr=1"]
     for judge in ("frozen", "live"):
         go(tmp_path / judge, toy, f"--judge={judge}", *words)
-        rows = rows_of(tmp_path / judge / "samples.jsonl")
+        rows = rows_of(tmp_path / judge / "evaluations.jsonl")
         said = {}
         for row in rows:
-            for c in row["candidates"]:
-                if c["score"] is not None:
-                    said.setdefault((row["source"], c["text"]), set()).add(round(c["score"], 5))
+            for kind in ("greedy", "sampled"):
+                each = zip(rows[0]["source"], row[kind]["text"], row[kind]["self"], strict=True)
+                for source, text, score in each:
+                    if score is not None:
+                        said.setdefault((source, text), set()).add(score)
         scores[judge] = [values for values in said.values()]
     assert all(len(values) == 1 for values in scores["frozen"])
     assert any(len(values) > 1 for values in scores["live"])
@@ -236,8 +267,73 @@ def test_evaluations_are_greedy_and_sampled_as_they_say(toy, tmp_path, monkeypat
 
     monkeypatch.setattr(Sampler, "generate", generate)
     go(tmp_path / "run", toy, "--steps=1", "--temperature=0.7")
-    evaluation = [(16, 1, 0.0), (16, 1, 1.0), (2, 1, 0.0), (2, 4, 1.0)]
+    evaluation = [(16, 1, 0.0), (16, 1, 1.0)]
     assert seen == [*evaluation, (4, 4, 0.7), *evaluation]
+
+
+def test_a_translation_is_judged_once_in_an_evaluation(toy, tmp_path, monkeypatch):
+    """Where the sampled ones are the greedy ones there is nothing more to judge."""
+    calls, judge, generate = [], Judge.judge, Sampler.generate
+    monkeypatch.setattr(Judge, "judge", lambda *a: calls.append(a[1]) or judge(*a))
+    greedily = lambda *a, **more: generate(*a[:4], 0.0, **more)  # noqa: E731
+    monkeypatch.setattr(Sampler, "generate", greedily)
+    with contextlib.suppress(SystemExit):  # code 3: samples that are all the same teach nothing
+        go(tmp_path / "run", toy, "--steps=1")
+    assert [len(pairs) for pairs in calls][::2] == [16, 16]  # before and after the step
+
+
+def test_evaluations_and_steps_say_how_far_they_are(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(show, "QUIET", -1.0)
+    go(tmp_path / "run", toy, "--steps=1", "--reading=written")
+    said = capsys.readouterr().out
+    for words in (
+        "step 0: evaluation 1/3, translate at temperature 0",
+        "step 0: evaluation 3/3,",
+        "step 1: sample",
+        "step 1: judge",
+        "step 1: evaluation 2/3, translate",
+    ):
+        assert re.search(rf"(?m)^{words}.*  \d+%, \d+:\d\d left$", said), words
+
+
+def test_the_first_batch_is_described_with_what_would_help():
+    s = ssr.parse(["--preset=ssr-zero-0.5b", "--data=x.jsonl", "--max-new-tokens=64"])
+    seen = {"reward/format": 0.0, "length/truncated": 0.81, "judge/invalid": 0.0,
+            "groups/zero_variance": 1.0}  # fmt: skip
+    words = watch.describe_batch(seen, s, has_template=True)
+    assert words.startswith("0% of the samples are of the right form, 81% were cut off; ")
+    assert "--max-new-tokens 128" in words and "--chat --prompts plain" in words
+    assert "no group differs" in words
+    assert "a simpler question: --prompts plain" in watch.describe_batch(seen, s, False)
+    good = {"reward/format": 0.9, "length/truncated": 0.1, "judge/invalid": 0.5,
+            "groups/zero_variance": 0.2}  # fmt: skip
+    words = watch.describe_batch(good, s, False)
+    assert "50% of what was judged has a score" in words and "--judge-only" in words
+    good["judge/invalid"] = 0.0
+    assert "--" not in watch.describe_batch(good, s, True)
+
+
+def test_the_line_below_the_table_says_whether_judge_and_truth_rose_together():
+    run = watch.Watch.__new__(watch.Watch)
+    run.alarms, run.before, run.latest = [], {}, {}
+
+    def trend(truth, judge):
+        pairs = [[watch.Reading(i, x, 0.01) for x in both] for i, both in
+                 enumerate(zip(truth, judge, strict=True))]  # fmt: skip
+        run.evaluation = SimpleNamespace(past=pairs, problem=SimpleNamespace(measures=["chrf"]))
+        return run.summarize_trend()
+
+    assert (
+        trend((0.3, 0.9), (0.5, 0.8)) == "The judge's score and chrf rose together; no alarm rang."
+    )
+    assert trend((0.3, 0.3), (0.5, 0.8)) == "The judge's score rose, chrf did not; no alarm rang."
+    assert trend((0.3, 0.9), (0.5, 0.5)).startswith("Chrf rose, the judge's score did not")
+    assert trend((0.3, 0.3), (0.5, 0.5)).startswith("Neither chrf nor the judge's score rose")
+    run.before, run.latest = ({"eval/judge_correlation": x} for x in (0.9, 0.8))
+    assert "The correlation falls as samples grow alike" in trend((0.3, 0.9), (0.5, 0.8))
+    assert "falls as samples" not in trend((0.3, 0.3), (0.5, 0.8))  # this may be cheating
+    run.alarms = [50, 75]
+    assert f"did not; {watch.ALARM} at step 50, 75: compare" in trend((0.3, 0.3), (0.5, 0.8))
 
 
 def test_the_correlation_is_pearsons_over_what_has_a_score():
@@ -394,6 +490,33 @@ def test_a_run_that_stops_itself_keeps_its_weights(toy, tmp_path, monkeypatch):
     load(tmp_path / "run" / "last")
 
 
+def test_a_signal_in_the_first_evaluation_ends_the_run_at_once(toy, tmp_path, monkeypatch, capsys):
+    asked, real = [], Sampler.generate
+
+    def generate(self, *words, **more):
+        asked.append(words)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *words, **more)
+
+    monkeypatch.setattr(Sampler, "generate", generate)
+    ssr.main([*SMALL, f"--model={toy}", f"--folder={tmp_path / 'run'}"])
+    assert "stopped before the first step was done: nothing to keep" in capsys.readouterr().out
+    assert len(asked) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP says how its threads wait")
+def test_threads_that_wait_sleep_unless_told_otherwise():
+    """Threads that spin take the core from the one they wait for, where others need it, too."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    for more, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        for program in (["ssr.py"], ["rzero.py"], ["-m", "eval"]):
+            run = subprocess.run([sys.executable, *program, "--no-such-option"], cwd=ROOT,
+                                 env=env | more | {"OMP_DISPLAY_ENV": "VERBOSE"},
+                                 capture_output=True, text=True)  # fmt: skip
+            assert f"OMP_WAIT_POLICY = '{policy}'" in run.stderr, program
+
+
 def start(toy, run, *words):
     command = [sys.executable, "ssr.py", *SMALL, f"--model={toy}", f"--folder={run}", *words]
     return subprocess.Popen(
@@ -459,9 +582,9 @@ ssr.main([*words, "--steps=1", "--folder={tmp_path / "b"}"])
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "cannot write" in run.stdout and "make room there" in run.stdout
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == '{"step": 0}\n'
-    assert run.returncode == 1 and "best: the weights could not be written" in run.stderr
+    assert run.returncode == 1 and "last: the weights could not be written" in run.stderr
     assert "Traceback" not in run.stderr
-    assert not list((tmp_path / "b" / "best").iterdir())
+    assert not list((tmp_path / "b" / "last").iterdir())
 
 
 def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
