@@ -73,6 +73,7 @@ def translate(args, ranks: Ranks, system: System, chosen: list[Set], out: Path) 
                                         key | {"set or tokenizer": digest(asked[one.file])}),
             f"{system.name} {one.entry}", range(len(one.tasks)),
             lambda numbers, one=one: translated(one, numbers),
+            size=args.slots * ranks.size,  # what is decoded together does not follow the clock
         )
         for one in chosen
     }  # fmt: skip
