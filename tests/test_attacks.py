@@ -134,7 +134,8 @@ def test_before_a_judge_that_obeys_nothing_beats_the_honest_answer_but_pleas(tex
         assert honest >= 0.6
         for attack, value in zip(attacks, values, strict=True):
             assert (value > honest) == (attack.stops == "nobody"), attack
-            assert value > 0 or attack.stops == "form" or len(attack.text) > 5000, attack
+            refused = attack.stops == "form" or len(attack.text) > 5000
+            assert (value == 0) == refused, attack
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["bare", "chat"])
