@@ -348,7 +348,7 @@ def test_a_groups_weight_is_its_judges_agreement(texts):
 
     now, then = judge([1, 2, 3], [1, 2, 3], [1, 2, 3]), judge([1, 2, 3], [3, 2, 1], [2, 2, 2])
     reward = Reward(texts, PAPER, {"self": (1.0, now)}, weigh=family.Agreement(then))
-    group = [sample(texts, well_formed(x)) for x in "abc"]
+    group = [sample(texts, well_formed(x)) for x in "甲乙丙"]
     judged = reward([TASK] * 3, [group] * 3, 1)
     assert [group.weight for group in judged] == [1.0, -1.0, 0.0]
     assert [group.parts["weight"][0] for group in judged] == [1.0, -1.0, 0.0]
@@ -365,7 +365,7 @@ def test_groups_without_agreement_move_nothing(taught, tmp_path, monkeypatch):
 
 
 def test_the_judge_of_the_step_before_agrees_with_itself(taught, tmp_path):
-    words = ["--steps=4", "--lr=0.03", "--samples-per-prompt=8"]
+    words = ["--steps=4", "--lr=0.006", "--samples-per-prompt=8"]
     plain = go(tmp_path / "plain", taught, *words)
     same = go(tmp_path / "same", taught, *words, "--reward=cream", "--judge=previous",
               "--previous-every=1")  # fmt: skip
@@ -424,7 +424,7 @@ def test_a_groups_ratings_reach_the_reward(taught, tmp_path, monkeypatch):
     """Whatever so young a toy says: as one that can would say it."""
     bar = load_tokenizer(taught).get_vocab()["||"]
 
-    def write(self, prompts, step, most):
+    def write(self, prompts, texts, step, most):
         assert most >= max(p.count(bar) for p in prompts) + 1
         return [[(" ".join(["80", "40", "100", "20"][: p.count(bar)]), True)] for p in prompts]
 

@@ -13,6 +13,7 @@ from model import load
 from plan import MACHINES, Work, memory, peak, seconds, shape_of
 from sampler import Sampler
 from tests.tiny import make_model, make_tokenizer
+from toy import controls
 
 H100 = MACHINES["h100"]
 
@@ -204,7 +205,7 @@ def test_every_slot_of_r_zero_is_counted_and_the_advice_fits(capsys):
 def test_a_judge_takes_time_where_one_is_asked():
     stages = {
         name: seconds(work("Qwen/Qwen2.5-7B", 8, reward=name), H100)
-        for name in ssr.CHOICES["reward"]
+        for name in (*ssr.REWARDS, *controls.REWARDS)
     }
     asks = {name for name, times in stages.items() if "judge" in times}
     assert asks == {"self", "self+comet", "self+external", "pairs", "group", "cream"}

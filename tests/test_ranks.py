@@ -359,6 +359,7 @@ def test_a_stop_inside_a_librarys_call_is_not_that_calls_error(monkeypatch, tmp_
     with pytest.raises(Stopping):
         Ranks().share("load", [tmp_path], lambda items: [load_tokenizer(x) for x in items])
     template = SimpleNamespace(chat_template="x", name_or_path="x", apply_chat_template=stopped)
+    template.get_chat_template = lambda: "x"
     with pytest.raises(Stopping):
         turns(template)
 

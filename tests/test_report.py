@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
     *("--eval-every=2", "--no-report", "--steps=5"),
+    "--max-new-tokens=6",  # some are cut off, and so of the wrong form
 ]
 NASTY = 'a</script><img src=x onerror="throw 1"> & {{data}} <b>'
 
@@ -49,8 +50,8 @@ def runs(toy, tmp_path_factory):
             row["alarm"] = "the judge's score is high"
             greedy["text"][3] = NASTY
             greedy["quality"] = [1.0 if i < 3 else i / 100 for i in range(16)]
-            for i in range(16):
-                greedy["self"][i] = 0.9 if i != 4 else 0.0
+        for i in range(16):
+            greedy["self"][i] = 0.9 if (row["step"], i) != (5, 4) else 0.0
 
     rewrite(bad / "evaluations.jsonl", worse)
     rewrite(

@@ -40,7 +40,11 @@ def rows_of(path):
 
 
 def go(folder, toy, *words):
-    ssr.main([*SMALL, f"--model={toy}", f"--folder={folder}", *words])
+    try:
+        ssr.main([*SMALL, f"--model={toy}", f"--folder={folder}", *words])
+    except SystemExit as error:
+        if error.code != 3:  # nothing was learned: so short a run may do that
+            raise
     return rows_of(folder / "metrics.jsonl")
 
 
@@ -157,7 +161,7 @@ def test_a_run_that_learned_nothing_ends_with_code_3(toy, tmp_path, capsys):
     """Samples that are all the same are worth the same."""
     run = tmp_path / "run"
     with pytest.raises(SystemExit) as error:
-        go(run, toy, "--steps=2", "--temperature=0.001")
+        ssr.main([*SMALL, f"--model={toy}", f"--folder={run}", "--steps=2", "--temperature=0.001"])
     assert error.value.code == 3
     said = capsys.readouterr().out
     assert "nothing was learned. See groups.jsonl" in said and "this step teaches nothing" in said
