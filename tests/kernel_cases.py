@@ -12,7 +12,7 @@ from kernels.advantage import BASELINES, SCALES, group_advantage
 from kernels.logprob import linear_logprob, linear_policy_loss
 
 TIES_EVERY = 500
-SHAPES = [(1, 24, 1003), (7, 24, 1003), (129, 24, 1003), (7, 24, 17), (3, 8, 151_936)]
+SHAPES = [(1, 24, 1003), (7, 24, 1003), (33, 24, 1003), (7, 24, 17), (3, 8, 151_936)]
 
 
 def inputs(M, D, V, size=1.0, device="cpu", dtype=torch.float32):

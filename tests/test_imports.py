@@ -133,11 +133,15 @@ import json, os, sys, torch, traceback
 def state():
     return dict(os.environ), torch.get_default_dtype(), torch.get_num_threads()
 
-for number, (module, folder, transformers) in enumerate(json.load(sys.stdin)):
+jobs = sorted(json.load(sys.stdin), key=lambda job: job[2])
+for number, (module, folder, transformers) in enumerate(jobs):
     if number > 1:  # two at a time
         os.wait()
+    if transformers and "transformers" not in sys.modules:
+        import torch.distributed.checkpoint, torch.distributed.fsdp, transformers as _
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     said = os.path.join(folder, "said")
-    if os.fork() == 0:  # each sees PyTorch imported, and nothing else
+    if os.fork() == 0:  # each sees PyTorch imported, maybe transformers, and nothing else
         os.chdir(folder)
         sys.path.insert(0, folder)
         before, drawn = state(), torch.get_rng_state()

@@ -38,7 +38,7 @@ def test_plain_torch(case):
     case("torch", "cpu")
 
 
-@pytest.mark.parametrize("every", ["500", pytest.param("25", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", ["2500", pytest.param("25", marks=pytest.mark.slow)])
 def test_triton_kernels_in_the_interpreter(every):
     pytest.importorskip("triton")
     output = run("-m", "tests.kernel_cases", "triton", "cpu", every, interpret=True)
