@@ -241,9 +241,7 @@ def params_of(c: Config) -> tuple[int, int, int]:
     """All parameters, those of a block, those outside the blocks."""
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(c, layers=1))
-    whole, block = (
-        sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0])
-    )
+    whole, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
     return whole + (c.layers - 1) * block, block, whole - block
 
 

@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test waits for a network
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,15 @@ def pytest_addoption(parser):
     )
 
 
+# The longest files first: workers that take a file at a time end at about the same time.
+LONGEST = ("ranks", "rzero", "ssr", "problem", "checkpoint", "plan", "report", "sampler", "family")
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda x: names.index(x.path.name) if x.path.name in names else len(names))
+
+
 @pytest.fixture(autouse=True)
 def machine(request):
     if not request.config.getoption("--other-machine"):
@@ -31,6 +41,19 @@ def machine(request):
 
     with perturbed(seed=0):
         yield
+
+
+def once(tmp_path_factory, name, make):
+    """A folder that `make(folder)` fills, for all workers of pytest-xdist, once."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, partial = root / name, root / f"{name}.partial"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            make(partial)
+            partial.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +67,14 @@ def toy():
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory):
     """Where the command of the README has run."""
-    folder = tmp_path_factory.mktemp("learned")
-    command = [sys.executable, str(HERE.parent / "ssr.py"), "--folder", "run"]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr
-    return folder
+
+    def run(folder):
+        folder.mkdir()
+        command = [sys.executable, str(HERE.parent / "ssr.py"), "--folder", "run"]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+        assert run.returncode == 0, run.stderr
+
+    return once(tmp_path_factory, "learned", run)
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +103,7 @@ def pupil(tmp_path_factory):
     from tests.corpora import lessons
     from tests.tiny import make_pupil
 
-    folder = tmp_path_factory.mktemp("pupil") / "model"
-    make_pupil(folder, lessons("news"), steps=80)
-    return folder
+    return once(tmp_path_factory, "pupil", lambda new: make_pupil(new, lessons("news"), steps=80))
 
 
 @pytest.fixture(scope="session")

@@ -369,6 +369,7 @@ def torchrun(*words, **more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_torchrun_says_once_what_is_wrong():
     process = torchrun(
         "--nproc_per_node=2", f"--master-port={free_port()}", "ssr.py", "--sampels-per-prompt=4"

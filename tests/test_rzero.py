@@ -237,9 +237,9 @@ def test_a_question_that_was_read_back_is_the_same_as_one_that_is_new(programs, 
 @pytest.mark.parametrize(
     ("at", "after"),
     [
-        ("iteration 1, challenger   1/3", 0.0),
+        pytest.param("iteration 1, challenger   1/3", 0.0, marks=pytest.mark.slow),
         ("iteration 1, questions: 32", 0.0),
-        ("iteration 1, solver       3/4", 0.0),
+        pytest.param("iteration 1, solver       3/4", 0.0, marks=pytest.mark.slow),
         pytest.param("iteration 1: of 48", 0.02, marks=pytest.mark.slow),
         pytest.param("iteration 2, challenger   3/3", 0.005, marks=pytest.mark.slow),
         pytest.param("iteration 2, solver       4/4", 0.0, marks=pytest.mark.slow),
