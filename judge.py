@@ -345,8 +345,11 @@ FILLERS = "\u115f\u1160\u2800"  # blank letters; others become these when normal
 TAG = re.compile(rf"[{ANGLES}]\W?(think|answer)")
 
 
+@lru_cache(maxsize=2**14)
 def folded(text: str) -> str:
     """Without what shows nothing, case, accents and another script's letters in Latin words."""
+    if text.isascii() and "&" not in text:  # the same, 20 times as fast
+        return re.sub(r"[\0- \x7f]+", "", text.lower())
     text = unicodedata.normalize("NFKD", html.unescape(text)).casefold().translate(LOOK_ALIKE)
     return "".join(c for c in text if unicodedata.category(c)[0] not in "MZC" and c not in FILLERS)
 
@@ -362,7 +365,7 @@ def holds_score(answer: str, source: str) -> bool:
 
     def plain(text: str) -> str:
         text = re.sub(r"[*_`\"“”{}()\[\]]", "", nfkc(text))
-        return "".join(str(unicodedata.decimal(c, c)) for c in text)
+        return text if text.isascii() else "".join(str(unicodedata.decimal(c, c)) for c in text)
 
     def digits(lines: Iterable[str]) -> set[str]:
         return {"".join(sorted(filter(str.isdigit, line))) for line in lines}
@@ -712,7 +715,7 @@ CODE = re.compile(r"[\d/@\\_=<>{}#$%|~^]|\w[.:]\w")  # or a number, or an addres
 
 def letters_only(text: str) -> str:
     """Letters and digits: what is spelt with look-alikes, or with gaps, is the same."""
-    return "".join(c for c in folded(text) if c.isalnum())
+    return "".join(filter(str.isalnum, folded(text)))
 
 
 @lru_cache(maxsize=2**12)
@@ -745,13 +748,15 @@ def is_copy(answer: str, task: Task) -> bool:
     return joined or share_of(words.keys() - names, source) >= 0.8
 
 
+@lru_cache(maxsize=2**14)
+def spellings(word: str) -> set[str]:
+    """The word, and what is left of it without a letter, or with a gap for one if it is short."""
+    gap = "*" if len(word) < 5 else ""
+    return {word, *(word[:i] + gap + word[i + 1 :] for i in range(len(word)) if len(word) > 2)}
+
+
 def share_of(words: Collection[str], others: Collection[str]) -> float:
     """Of the words that are among the others, or one letter off."""
-
-    def spellings(word: str) -> set[str]:
-        gap = "*" if len(word) < 5 else ""  # of longer ones a letter may also be missing
-        return {word, *(word[:i] + gap + word[i + 1 :] for i in range(len(word)) if len(word) > 2)}
-
     known = {spelling for word in others for spelling in spellings(word)}
     return sum(not known.isdisjoint(spellings(word)) for word in words) / max(1, len(words))
 

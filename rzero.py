@@ -123,7 +123,7 @@ class Settings(grpo.Settings):
     slots: int = 256
     """Sequences that are decoded together."""
     report: bool = True
-    """Draw report.html after each player's turn."""
+    """Draw report.html after each iteration."""
     device: str = ""
     """"cpu", "cuda"; default: a GPU if there is one."""
     threads: int = 0
@@ -144,7 +144,7 @@ PRESETS = {
     "toy": {
         "prompts_per_step": 32, "challenger_steps": 10, "solver_steps": 25, "solver_samples": 8,
         "questions": 128, "lr": 4e-4, "challenger_lr": 6e-4, "warmup_steps": 2, "slots": 512,
-        "max_prompt_tokens": 21, "max_new_tokens": 41, "threads": 1,
+        "max_prompt_tokens": 21, "max_new_tokens": 41, "threads": 1, "eval_every": 13,
     },
     "toy-translation": {
         "game": "translation", "challenge": "percentile", "band": 0.5, "prompts_per_step": 24,
@@ -391,7 +391,8 @@ class Run:
         save_whole(model, self.game.folder, partial)
         partial.rename(final)
         shutil.rmtree(final.with_name(f"{final.name}.checkpoints"), ignore_errors=True)
-        self.draw(final.name == "solver" and self.iteration == self.s.iterations)
+        if final.name == "solver":
+            self.draw(self.iteration == self.s.iterations)
 
     def draw(self, ended: bool) -> None:
         """Until it has ended the page says so, and reads itself again."""

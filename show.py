@@ -194,7 +194,7 @@ class Reporter:
 
     def ended(self) -> str:
         try:
-            code = self.process.wait(60)
+            code = self.process.wait(600)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
