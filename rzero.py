@@ -1,6 +1,6 @@
 """R-Zero: a Challenger invents questions at the edge of a Solver's ability, and both learn.
 
-    python rzero.py                            # on a laptop: small programs, in three minutes
+    python rzero.py                            # on a laptop: small programs, some minutes
     python rzero.py --preset toy-translation   # a Challenger that writes sentences to translate
     torchrun --nproc_per_node=8 rzero.py --preset r-zero-4b      # the paper's, on Qwen3-4B-Base
     python rzero.py --preset r-zero-4b --dry-run --gpus 8        # does it fit? how long?
@@ -76,7 +76,7 @@ class Settings(grpo.Settings):
     game: str = "programs"
     """What is played: "programs" (toy/programs.py), "mathematics", "translation" (games.py)."""
     model: str = ""
-    """A Hugging Face folder or hub id. Toys: made on the spot."""
+    """A Hugging Face folder or hub id. Toys: as in ssr.py."""
     folder: str = ""
     """The folder to write. Default: runs/rzero-PRESET-DATE-TIME."""
     resume: bool = False

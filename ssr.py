@@ -85,7 +85,8 @@ class Settings(grpo.Settings):
     """Where the other settings start: "toy", "ssr-zero-7b", "ssr-x-zero-7b", "ssr-zero-0.5b".
     Without one: "ssr-zero-7b" where there are CUDA GPUs, the toy elsewhere."""
     model: str = ""
-    """A Hugging Face folder or hub id (Qwen2, Qwen2.5, Qwen3, Llama 3). Toy: made on the spot."""
+    """A Hugging Face folder or hub id (Qwen2, Qwen2.5, Qwen3, Llama 3). Toy: shipped
+    for seed 0, else pretrained once and kept in $SSR_TOY_CACHE (default: runs/toy-models)."""
     data: str = ""
     """Texts to translate: JSON lines with "text", "source" and "target", plain text, Parquet, or
     WMT's sources; several with commas between them (see data.py). Toy: made up."""
