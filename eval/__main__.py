@@ -141,9 +141,9 @@ def systems_of(args: argparse.Namespace, chosen: list[Set]) -> list[System]:
 def check_model(args: argparse.Namespace, words: str, model: str) -> None:
     """What is no model's folder is said before any other model is at work."""
     folder = Path(model).expanduser()
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+|toy\d*", model):
-        return  # an id of the hub, or the toy's own
-    if not (folder / "config.json").is_file():
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        return  # an id of the hub
+    if not (folder / "config.json").is_file() and not re.fullmatch(r"toy\d*", model):
         best = folder / "best"
         hint = f"; did you mean {best}?" if (best / "config.json").is_file() else ""
         if folder.name == "best" and (folder.parent / "result.json").is_file():

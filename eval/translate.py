@@ -123,7 +123,7 @@ def row_in(path: Path, number: int, line: str) -> dict:
 def folder_of(model: str) -> Path:
     """ "toy", "toy1", …: the toy's pretrained model of that seed, made when it is not there."""
     toy = re.fullmatch(r"toy(\d*)", model)
-    if toy and not Path(model).exists():
+    if toy and not (Path(model) / "config.json").exists():  # toy/ is also a folder of ours
         return make(Recipe(seed=int(toy[1] or 0)))
     return find_folder(model)
 

@@ -559,3 +559,12 @@ def test_scores_of_other_references_are_not_taken_for_these(here, tmp_path, monk
 def test_a_window_that_is_too_small_is_said(here, tmp_path):
     with pytest.raises(SystemExit, match=r"one has 4096 positions, .*--max-new-tokens 4000 does"):
         go(here, tmp_path / "out", f"--model={here}/one", "--max-new-tokens=4000")
+
+
+def test_the_toys_name_is_known_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    """As in a checkout, which has a folder toy/."""
+    (tmp_path / "toy").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ["--prompts=toy", "--max-new-tokens=20", "--sets=toy:kasu-bevo", "--metrics=chrf"]
+    main([*words, "--first=4", "--model=before=toy", "--out=out"])
+    assert "before" in json.loads((tmp_path / "out" / "table.json").read_text())["systems"]
