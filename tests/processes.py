@@ -62,13 +62,15 @@ def begin(folder: str, rank: int, words: dict, work, args) -> None:
     work(rank, *args)
 
 
-def finish(folder: Path, processes: list, timeout: float = 600) -> SimpleNamespace:
+def finish(
+    folder: Path, processes: list, timeout: float = 600, grace: float = 60
+) -> SimpleNamespace:
     """Their exit codes and what they said; none is left behind. When one has failed the others
-    have a minute to end by themselves."""
+    have `grace` seconds to end by themselves."""
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode for process in processes):  # as torchrun does
-            deadline = min(deadline, time.monotonic() + 60)
+            deadline = min(deadline, time.monotonic() + grace)
         time.sleep(0.02)
     failed = any(process.exitcode for process in processes)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]

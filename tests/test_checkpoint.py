@@ -400,7 +400,7 @@ def test_twenty_kills_at_random_instants_lose_nothing(toy, tmp_path):
         time.sleep(rng.uniform(0, 0.6))
         for rank in ranks if kill % 2 else [ranks[rng.randrange(2)]]:
             rank.kill()
-        done = processes.finish(tmp_path / "said", ranks)
+        done = processes.finish(tmp_path / "said", ranks, grace=2)
         assert "Traceback" not in "".join(done.err), done.err
         cut_off += len(list((run / "checkpoints").glob("*.partial")))
         reached.append(len(lines(run / "metrics.jsonl")))
