@@ -11,7 +11,7 @@ from tests.processes import ROOT
 
 def bench(name: str, *words: str) -> str:
     command = [sys.executable, "-m", f"bench.{name}", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 

@@ -397,7 +397,10 @@ def test_twenty_kills_at_random_instants_lose_nothing(toy, tmp_path):
         before = len(lines(run / "metrics.jsonl"))
         if kill % 4:  # one kill in four comes before or while the state is read
             wait_for(lambda before=before: len(lines(run / "metrics.jsonl")) != before)
-        time.sleep(rng.uniform(0, 0.6))
+        if kill % 4 == 3:  # in a save
+            wait_for(lambda: any((run / "checkpoints").glob("*.partial")))
+        else:
+            time.sleep(rng.uniform(0, 0.6))
         for rank in ranks if kill % 2 else [ranks[rng.randrange(2)]]:
             rank.kill()
         done = processes.finish(tmp_path / "said", ranks, grace=2)
