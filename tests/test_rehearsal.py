@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pytest import approx
 
 from eval.comet import Comet
 from tests import corpora
@@ -90,7 +91,7 @@ def test_the_table_of_the_whole_path(world, trained, pupil, tmp_path):
                     shown = scores[f"{direction}/{name}/{metric}"]["value"]
                     assert shown == pytest.approx(columns[-1], abs=1e-3)
                 share = sum(not row["readable"] for row in rows) / 12
-                assert table["systems"][system]["unreadable"][f"{direction}/{name}"] == share
+                assert table["systems"][system]["unreadable"][f"{direction}/{name}"] == approx(share)
             by_hand = sum(columns) / 6
             assert scores[f"{direction}/avg"]["value"] == pytest.approx(by_hand, abs=1e-3)
     with open(tmp_path / "table.csv", newline="") as file:
@@ -139,12 +140,12 @@ def test_scoring_that_was_interrupted_goes_on(world, tmp_path):
     process = subprocess.Popen([sys.executable, *words, f"--out={tmp_path / 'out'}"], cwd=ROOT,
                                env=env, stdout=subprocess.DEVNULL)  # fmt: skip
     file = tmp_path / "out" / "t" / "many.en-zh.kiwi.jsonl"
-    while process.poll() is None and not (file.exists() and file.stat().st_size):
+    while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") > 30):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = file.read_bytes()
-    assert 500 < done.count(b"\n") < 1500
+    assert 30 < done.count(b"\n") < 1500
     run(env, *words, f"--out={tmp_path / 'out'}")
     assert file.read_bytes().startswith(done[: done.rindex(b"\n")])
     tables = [(tmp_path / x / "table.csv").read_text() for x in ("out", "whole")]
