@@ -1,50 +1,40 @@
-"""The loop: sample, judge, compare within the group, update; one generator, one step per turn.
+"""The loop: sample, judge, compare within the group, update. A generator yields one step per turn.
 
     for step in train(model, sampler, reward, batch, settings, optimizer, stop_ids=[eos]):
         print(step.metrics["reward/total"])        # evaluate, log, save here: weights are at rest
 
-What the loop needs of others; text it passes on, and reads none:
+Interfaces the loop expects (it never inspects text):
 
 - `batch(number)`: the prompts of step 1, 2, …;
-- `reward(tasks, groups, number)`: for each group `.total` (N rewards; NaN: none), `.parts` (by name
-  N numbers; "format" is 1 where the form was right, and only then was anything judged), `.words`,
-  maybe `.weight` (of its advantages); maybe `reward.finish(judged)`, which sees all ranks';
-- `sampler`: `.model`, `.generate(prompts, n, max_new_tokens, temperature, stop_ids=, seed=, keys=)`
-  as sampler.py has it;
-- `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of sequences end to end in one row,
-  a prompt once before all its samples (`Transformer.forward` says how); `.head_weight` (V, D),
-  whose product with them are the logits.
+- `reward(tasks, groups, number)`: for each group `.total` (N rewards, NaN where there is none),
+  `.parts` (name -> N numbers; "format" is 1 where something was judged), `.words`, and optionally
+  `.weight` (of its advantages). Optionally `reward.finish(judged)`, given all ranks' groups;
+- `sampler`: `.model` and `.generate`, as in sampler.py;
+- `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of packed sequences, each prompt
+  once before all its samples (`Transformer.forward`), and `.head_weight` (V, D).
 
 Group Relative Policy Optimisation, as it is done here:
 
-- advantage: the reward against the other samples of its prompt (kernels/advantage.py);
-- a tie gives exactly 0, and so does a group of one; a sample without a reward is left out of its
-  group's mean, and out of the loss;
-- loss: clipped policy gradient (kernels/logprob.py), one optimizer step a batch by default. Then
-  the ratio of new to old probability is exactly 1 (the sampler's log-probs are compared with, and
-  never divided by), clipping takes no part, and the loss is minus the mean advantage: about 0,
-  whatever is learned. Its gradient is what matters;
-- one denominator, of the samples that have a reward: all their completion tokens ("token"), or for
-  each its own length times how many they are ("sequence"). It is known before the first backward,
-  so losses and gradients of micro-batches simply add up (`weights_of`);
-- truncated samples are trained like others, and count; they only have no stop token to train;
-- identical samples of a prompt have identical gradients, so they are trained once with the weight
-  of all. With several updates a batch only those whose advantages are equal are;
-- a prompt is computed once for all its samples, which see it and themselves alone;
-- a sample of advantage 0 teaches nothing (unless a KL pulls at it) and is not trained. A step in
-  which all are 0 takes no optimizer step;
-- with many ranks each samples and judges its share of the prompts, all of them then know the whole
-  batch, and each takes its share of the micro-batches; gradients are summed, not averaged, in
-  backward (ranks.py, where `share` deals work and gives every rank all of its results in order).
-  Every rank calls `train` with the same arguments, and gets the same steps.
+- Advantage: the reward against the other samples of the prompt (kernels/advantage.py). A tie gives
+  exactly 0. A sample without a reward is left out of its group's mean and out of the loss.
+- Loss: clipped policy gradient (kernels/logprob.py). With one update a batch (default) the ratio of
+  new to old probability is exactly 1, so nothing is clipped and the loss is minus the mean
+  advantage, about 0 whatever is learned. The sampler's log-probs are only compared with.
+- One normaliser over scored samples: total tokens ("token"), or length × number of samples for each
+  ("sequence"). It is known before the first backward, so gradients of micro-batches add up.
+- Identical samples of a prompt have the same gradient: they are trained once, with the weight of
+  all. With several updates a batch, only those with equal advantages are.
+- A sample of advantage 0 is not trained, unless a KL pulls at it. If all are 0, no optimizer step
+  is taken. Truncated samples are trained like others; they only have no stop token to train.
+- Each rank samples and judges its share of the prompts, then trains its share of the micro-batches
+  of the whole batch; gradients are summed (run/distributed.py). Every rank calls `train` with the
+  same arguments, and gets the same steps.
 
 Letters: P prompts, N samples of each, T tokens, D width, V vocabulary.
 """
 
-import heapq
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -54,94 +44,81 @@ from torch import Tensor
 
 from kernels.advantage import group_advantage
 from kernels.logprob import linear_logprob, linear_policy_loss
-from ranks import Ranks, clip_gradients, follow
+from run.distributed import Ranks, clip_gradients, sync_weights
+from run.metrics import Clock, describe
+
+MAX_BAD_STEPS = 5  # in a row without a finite gradient, a score or a well-formed sample
 
 
 @dataclass
 class Settings:
-    """Of the loop, and of the callers who make its prompts and samplers."""
+    """Settings of the loop, and of those who build its prompts and samplers."""
 
     steps: int = 200
-    """How many batches to learn from."""
+    """Number of training steps, one batch each."""
     seed: int = 0
-    """Of everything that is drawn: prompts, samples, toy languages."""
+    """Random seed of prompts, samples and toy languages."""
     prompts_per_step: int = 128
-    """Source texts in a batch."""
+    """Source texts per batch."""
     samples_per_prompt: int = 8
-    """Candidate translations of each: a group."""
+    """Translations sampled for each text (the group)."""
     temperature: float = 1.0
-    """At which translations are sampled, and at which their log-probs are trained."""
+    """Sampling temperature of translations; log-probs are trained at the same one."""
     max_prompt_tokens: int = 512
-    """Longest actor prompt."""
+    """Maximum length of a prompt in tokens; longer texts are left out."""
     max_new_tokens: int = 1024
-    """Longest candidate; one that is longer is cut, and its format is wrong."""
+    """Maximum length of a translation; a longer one is cut off and counts as wrong format."""
     advantage_scale: str = "std"
-    """Divide a group's advantages by: its own "std", the "batch"'s, or "none"."""
-    advantage_baseline: str = "mean"
-    """Compare a sample with: the group's "mean", or the mean of the others, "leave-one-out"."""
-    clip_low: float = 0.2
-    """The ratio of new to old probability is kept above 1 - this …"""
-    clip_high: float = 0.2
-    """… and below 1 + this (with one update a batch it is 1)."""
+    """Divide advantages by the standard deviation of their group ("std") or the "batch", or do not
+    ("none")."""
+    clip: float = 0.2
+    """Clip the probability ratio to 1 ± this. It has no effect with one update per batch."""
     kl: float = 0.0
-    """Weight of the KL divergence from the weights at the start."""
+    """Weight of a KL penalty towards the starting weights."""
     track_kl: bool = True
-    """Measure that divergence at each step, whatever its weight: keeps a copy of the weights."""
+    """Log that KL divergence even if --kl is 0. Keeps a copy of the starting weights in memory."""
     updates_per_batch: int = 1
-    """Optimizer steps on each batch; 1 is strictly on-policy."""
+    """Optimizer steps per batch; 1 is strictly on-policy."""
     loss_norm: str = "token"
-    """Each "token" weighs the same, or each "sequence"."""
+    """Give each "token" the same weight in the loss, or each "sequence"."""
     micro_batch_tokens: int = 16384
-    """Tokens in one forward and backward, where a prompt counts once, and an eighth for each other
-    sample of it; memory, not the result, depends on it."""
+    """Most tokens in one forward and backward pass. Affects memory and speed, not the result."""
     lr: float = 1e-6
-    """Learning rate of AdamW, before warm-up and decay are multiplied in."""
+    """Peak learning rate of AdamW."""
     warmup_steps: int = 10
-    """Steps over which the learning rate rises from 0."""
+    """Steps of linear warm-up."""
     final_lr: float = 0.1
-    """Share of it that is left at the last step, by a linear decay from the first; 1: constant."""
+    """Learning rate at the last step as a share of --lr (linear decay); 1 keeps it constant."""
     weight_decay: float = 0.0
-    """AdamW's, of every weight."""
+    """Weight decay of AdamW, applied to every weight."""
     max_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    max_bad_steps: int = 5
-    """Stop after so many steps in a row without a finite gradient, a valid score, or a sample of
-    the right format."""
+    """Maximum gradient norm; longer gradients are scaled down."""
 
 
 class Prompt(NamedTuple):
     ids: list[int]
-    task: object
-    """What the reward wants to know about it."""
+    task: object  # for the reward
 
 
-class Row(NamedTuple):
+class TrainSample(NamedTuple):
     """A distinct sample of a prompt, and what is trained of it."""
 
     prompt: list[int]
     ids: list[int]
-    logprobs: list[float]
-    """By the sampler: to measure with, not to train with."""
-    advantage: float
-    """The mean of its copies."""
-    copies: int
-    """How many of them have a reward."""
+    logprobs: list[float]  # by the sampler: to measure with, not to train with
+    advantage: float  # the mean of its copies
+    copies: int  # those that have a reward
 
 
 @dataclass
 class Step:
     number: int
-    metrics: dict[str, float | list[int]]
-    """Numbers, and under "histogram/…" counts."""
-    groups: Sequence[list]
-    """The samples, (P, N): drawn before this step's update."""
-    missing: dict[str, int]
-    """What there was none of -> for how many steps in a row, this one included."""
+    metrics: dict[str, float | list[int]]  # numbers, and under "histogram/…" counts
+    groups: Sequence[list]  # samples (P, N), drawn before this step's update
+    missing: dict[str, int]  # what there was none of -> for how many steps in a row, this included
     prompts: Sequence[Prompt] = ()
-    judged: Sequence = ()
-    """What the reward said of each group."""
-    advantages: Tensor | None = None
-    """(P, N)"""
+    judged: Sequence = ()  # the reward's results, by group
+    advantages: Tensor | None = None  # (P, N)
 
 
 class Stop(RuntimeError):
@@ -149,17 +126,10 @@ class Stop(RuntimeError):
 
 
 def train(
-    model,
-    sampler,
-    reward: Callable,
-    batch: Callable[[int], list[Prompt]],
-    s: Settings,
-    optimizer: torch.optim.Optimizer,
-    stop_ids: Sequence[int],
-    start=None,
-    ranks: Ranks | None = None,
-    done: Step | None = None,
-) -> Iterator[Step]:
+    model, sampler, reward: Callable, batch: Callable[[int], list[Prompt]], s: Settings,
+    optimizer: torch.optim.Optimizer, stop_ids: Sequence[int], start=None,
+    ranks: Ranks | None = None, done: Step | None = None,
+) -> Iterator[Step]:  # fmt: skip
     """Steps 1 … s.steps; or those after `done`, the last one of a run that goes on. `start`: a
     model with the weights of the start, whole on every rank, for the KL.
 
@@ -170,7 +140,7 @@ def train(
         raise ValueError(f"kl={s.kl} needs `start`, a model with the weights of the start")
     ranks = ranks or Ranks()
     missing = dict(done.missing) if done else {}
-    refresh(sampler, model)
+    sync_sampler(sampler, model)
     for number in range(done.number + 1 if done else 1, s.steps + 1):
         clock, ranks.step = Clock(), number
         prompts = batch(number)
@@ -178,36 +148,36 @@ def train(
         if hasattr(reward, "finish"):
             judged = reward.finish(judged)
         rewards = torch.tensor([group.total for group in judged], dtype=torch.float64)  # (P, N)
-        advantages = group_advantage(rewards, s.advantage_scale, s.advantage_baseline)
-        importance = [getattr(group, "weight", 1.0) for group in judged]
-        advantages *= torch.tensor(importance, dtype=advantages.dtype)[:, None]
+        advantages = group_advantage(rewards, s.advantage_scale)
+        weights = [getattr(group, "weight", 1.0) for group in judged]
+        advantages *= torch.tensor(weights, dtype=advantages.dtype)[:, None]
         rows = distinct_rows(prompts, groups, rewards, advantages, s)
         reference = reference_logprobs(start, rows, s, ranks)
         clock.stage("reference")
         rate = learning_rate(s, number)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        trained = update(model, optimizer, rows, reference, weights_of(rows, s), s, ranks)
-        refresh(sampler, model)
+        trained = update(model, optimizer, rows, reference, token_loss_weights(rows, s), s, ranks)
+        sync_sampler(sampler, model)
         clock.stage("train")
         metrics = describe(groups, judged, rewards, advantages, rows, reference)
-        passed = trained["train/tokens"] * s.updates_per_batch
-        metrics |= trained | clock.metrics(groups, passed) | {"train/lr": rate}
-        missing = still_missing(metrics, missing)
+        num_tokens = trained["train/tokens"] * s.updates_per_batch
+        metrics |= trained | clock.metrics(groups, num_tokens) | {"train/lr": rate}
+        missing = update_failure_streaks(metrics, missing)
         yield Step(number, metrics, groups, missing, prompts, judged, advantages)
-        check_health(missing, judged, s.max_bad_steps)
+        check_health(missing, judged)
 
 
-def refresh(sampler, model) -> None:
-    """The sampler sees the new weights; there is nothing to do where they are the same ones."""
+def sync_sampler(sampler, model) -> None:
+    """Copy the new weights to the sampler, unless it uses the same model."""
     if sampler.model is not model:
-        follow(sampler.model.parameters(), model.parameters())
+        sync_weights(sampler.model.parameters(), model.parameters())
 
 
 def roll_out(
     prompts: list[Prompt], number: int, sampler, reward, s: Settings, stop_ids, ranks: Ranks, clock
 ) -> tuple[tuple, tuple]:
-    """The samples of each prompt and what they are worth: made by one rank, known to all."""
+    """The samples of each prompt and their rewards, made by one rank and gathered on all."""
 
     def work(mine: Sequence[int]) -> list[tuple]:
         groups = sampler.generate(
@@ -215,12 +185,12 @@ def roll_out(
             stop_ids=stop_ids, seed=s.seed, keys=[number * len(prompts) + i for i in mine],
         )  # fmt: skip
         clock.stage("sample")
-        ranks.at("judge")
+        ranks.set_stage("judge")
         judged = reward([prompts[i].task for i in mine], groups, number)
         clock.stage("judge")
         return list(zip(groups, judged, strict=True))
 
-    groups, judged = zip(*ranks.share("sample", range(len(prompts)), work), strict=True)
+    groups, judged = zip(*ranks.map_over_ranks("sample", range(len(prompts)), work), strict=True)
     clock.stage("wait")
     return groups, judged
 
@@ -230,11 +200,9 @@ def roll_out(
 
 def distinct_rows(
     prompts: list[Prompt], groups: list[list], rewards: Tensor, advantages: Tensor, s: Settings
-) -> list[Row]:
-    """Identical samples of a prompt become one row; samples without a reward are left out.
-
-    Their rewards may differ all the same: by chance, if a judge is sampled or a scorer noisy.
-    """
+) -> list[TrainSample]:
+    """Identical samples of a prompt become one row, though a noisy scorer may have given them
+    different rewards; samples without a reward are left out."""
     rows = []
     for p, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         copies: dict[tuple, list[int]] = {}
@@ -247,16 +215,13 @@ def distinct_rows(
         for same in copies.values():
             sample = group[same[0]]
             advantage = math.fsum(float(advantages[p, n]) for n in same) / len(same)
-            rows.append(Row(prompt.ids, sample.ids, sample.logprobs, advantage, len(same)))
+            rows.append(TrainSample(prompt.ids, sample.ids, sample.logprobs, advantage, len(same)))
     return rows
 
 
-def weights_of(rows: list[Row], s: Settings) -> list[float]:
-    """What a token of each row weighs in the loss, its copies counted; all rows' tokens sum to 1.
-
-    Rows of advantage 0 count here, too, though they are not trained: what others weigh must not
-    depend on them.
-    """
+def token_loss_weights(rows: list[TrainSample], s: Settings) -> list[float]:
+    """What a token of each row weighs in the loss, its copies counted; all rows' tokens sum to 1,
+    those of advantage 0 included."""
     if s.loss_norm == "token":
         total = sum(r.copies * len(r.ids) for r in rows)
         return [r.copies / total for r in rows]
@@ -264,52 +229,44 @@ def weights_of(rows: list[Row], s: Settings) -> list[float]:
     return [r.copies / (len(r.ids) * total) for r in rows]
 
 
-def reference_logprobs(start, rows: list[Row], s: Settings, ranks: Ranks) -> list[Tensor] | None:
+def reference_logprobs(
+    start, rows: list[TrainSample], s: Settings, ranks: Ranks
+) -> list[Tensor] | None:
     """Of each row's tokens, by the weights of the start."""
     if start is None:
         return None
     parts = [x for x in pack(range(len(rows)), rows, s.micro_batch_tokens, ranks.size) if x]
 
-    def score(mine: list[list[int]]) -> list[list[Tensor]]:
-        found = []
-        for part in mine:
-            b = MicroBatch(
-                [rows[i] for i in part], [0.0] * len(part), None, start.head_weight.device
-            )
-            logprobs = b.logprobs(start, s.temperature).cpu()
-            sizes = [len(rows[i].ids) for i in part]
-            found.append([x.clone() for x in logprobs.split(sizes)])  # to send no more than it is
-        return found
+    def score(mine: list[list[int]]) -> list[Tensor]:
+        device = start.head_weight.device
+        batches = (
+            MicroBatch([rows[i] for i in part], [0.0] * len(part), None, device) for part in mine
+        )
+        return [b.logprobs(start, s.temperature).cpu() for b in batches]
 
-    of: dict[int, Tensor] = {}
-    for part, logprobs in zip(parts, ranks.share("reference", parts, score), strict=True):
-        of |= zip(part, logprobs, strict=True)
-    return [of[i] for i in range(len(rows))]
+    by_row: dict[int, Tensor] = {}
+    for part, logprobs in zip(parts, ranks.map_over_ranks("reference", parts, score), strict=True):
+        by_row |= zip(part, logprobs.split([len(rows[i].ids) for i in part]), strict=True)
+    return [by_row[i] for i in range(len(rows))]
 
 
 def update(
-    model,
-    optimizer,
-    rows: list[Row],
-    reference: list[Tensor] | None,
-    weights: list[float],
-    s,
-    ranks: Ranks,
-) -> dict[str, float]:
-    """`updates_per_batch` optimizer steps. What is measured is the last one's, but for the gap
-    between sampler and trainer: that is the first's, while both have the same weights; and for
-    "train/skipped", which counts those without a finite gradient.
+    model, optimizer, rows: list[TrainSample], reference: list[Tensor] | None,
+    weights: list[float], s: Settings, ranks: Ranks,
+) -> dict[str, float]:  # fmt: skip
+    """`updates_per_batch` optimizer steps, and the metrics of the last one.
 
-    "train/clipped" is the share of the loss's weight whose ratio was clipped, "train/grad_norm" the
-    norm before gradients are scaled down.
+    The gap between sampler and trainer is the first one's, while both have the same weights.
+    "train/skipped" counts updates without a finite gradient, "train/clipped" is the share of the
+    loss's weight whose ratio was clipped, "train/grad_norm" the norm before scaling down.
     """
     stats = {"train/grad_norm": 0.0, "train/loss": 0.0, "train/clipped": 0.0, "train/skipped": 0.0}
     stats |= {"policy/sampler_gap": math.nan, "policy/sampler_gap_max": math.nan}  # unmeasured
-    taught = [i for i, row in enumerate(rows) if row.advantage != 0 or s.kl > 0]
-    parts = pack(taught, rows, s.micro_batch_tokens, ranks.size)
-    passed = sum(sum(map(sum, segments_of([rows[i] for i in part]))) for part in parts)
-    stats |= {"train/rows": len(taught), "train/tokens": passed}
-    if not taught:
+    trainable = [i for i, row in enumerate(rows) if row.advantage != 0 or s.kl > 0]
+    parts = pack(trainable, rows, s.micro_batch_tokens, ranks.size)
+    num_tokens = sum(sum(map(sum, segments_of([rows[i] for i in part]))) for part in parts)
+    stats |= {"train/rows": len(trainable), "train/tokens": num_tokens}
+    if not trainable:
         return stats
     batches = [
         MicroBatch(
@@ -325,37 +282,37 @@ def update(
     if s.updates_per_batch > 1:
         for b in batches:
             b.old = b.logprobs(model, s.temperature)
-    weight = sum(weights[i] * len(rows[i].ids) for i in taught)  # gaps: over what is trained
-    for again in range(s.updates_per_batch):
+    weight = sum(weights[i] * len(rows[i].ids) for i in trainable)
+    for number in range(s.updates_per_batch):
         optimizer.zero_grad(set_to_none=True)
         mine: list[dict[str, float]] = []
         for i, b in enumerate(batches, 1):
-            ranks.at(f"train, micro-batch {i} of {len(batches)}")
+            ranks.set_stage(f"train, micro-batch {i} of {len(batches)}")
             loss, more = b.loss(model, s)
             loss.backward()
             mine.append({name: float(x) for name, x in {"loss": loss.detach(), **more}.items()})
-        found = merge([x for theirs in ranks.gather(mine) for x in theirs])
-        if not again:
-            stats["policy/sampler_gap"] = found["sampler_gap"] / weight
-            stats["policy/sampler_gap_max"] = found["sampler_gap_max"]
+        totals = merge([x for theirs in ranks.gather(mine) for x in theirs])
+        if number == 0:
+            stats["policy/sampler_gap"] = totals["sampler_gap"] / weight
+            stats["policy/sampler_gap_max"] = totals["sampler_gap_max"]
         norm = clip_gradients(parameters, s.max_norm)
         if math.isfinite(norm):  # one number: the ranks cannot disagree
             optimizer.step()
         else:
             stats["train/skipped"] += 1
     optimizer.zero_grad(set_to_none=True)
-    names = {"train/loss": "loss", "train/clipped": "clipped"}
-    return stats | {"train/grad_norm": norm} | {name: found[x] for name, x in names.items()}
+    stats |= {"train/loss": totals["loss"], "train/clipped": totals["clipped"]}
+    return stats | {"train/grad_norm": norm}
 
 
-def merge(found: list[dict[str, float]]) -> dict[str, float]:
+def merge(parts: list[dict[str, float]]) -> dict[str, float]:
     """Statistics of micro-batches are sums, or maxima by name."""
     return {
-        name: (max if name.endswith("_max") else sum)([x[name] for x in found]) for name in found[0]
+        name: (max if name.endswith("_max") else sum)([x[name] for x in parts]) for name in parts[0]
     }
 
 
-def pack(which: Sequence[int], rows: list[Row], most: int, size: int) -> list[list[int]]:
+def pack(which: Sequence[int], rows: list[TrainSample], most: int, size: int) -> list[list[int]]:
     """Micro-batches of about the same number of tokens, at most `most` unless one row is longer.
 
     Rows of one prompt stay together, as far as they fit: the prompt is computed once for them. Each
@@ -369,39 +326,33 @@ def pack(which: Sequence[int], rows: list[Row], most: int, size: int) -> list[li
         prompt = len(rows[group[0]].prompt)
         return prompt + sum(len(rows[i].ids) - 1 for i in group) + (len(group) - 1) * (prompt // 8)
 
-    waiting = [list(g) for _, g in itertools.groupby(which, key=lambda i: rows[i].prompt)]
-    groups = []
-    while waiting:  # in halves, until it fits
-        group = waiting.pop(0)
-        if length(group) > most and len(group) > 1:
-            waiting[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
-        else:
-            groups.append(group)
-    while len(groups) < size and (several := [g for g in groups if len(g) > 1]):  # work for each
-        group = max(several, key=length)
-        place = groups.index(group)
-        groups[place : place + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
-    lengths = [length(group) for group in groups]
-    order = sorted(range(len(groups)), key=lambda g: -lengths[g])
-    count = min(sum(lengths) / most, len(groups))  # of which none need be empty
+    groups = [list(g) for _, g in itertools.groupby(which, key=lambda i: rows[i].prompt)]
+    while several := [g for g in groups if len(g) > 1]:
+        longest = max(several, key=length)
+        if length(longest) <= most and len(groups) >= size:  # all fit, and no rank is idle
+            break
+        at, half = groups.index(longest), len(longest) // 2
+        groups[at : at + 1] = [longest[:half], longest[half:]]
+    groups.sort(key=length, reverse=True)
+    count = min(sum(map(length, groups)) / most, len(groups))
     count = size * max(1, math.ceil(count / size))
     while True:
-        parts: list[list[int]] = [[] for _ in range(count)]
-        heap = [(0, part) for part in range(count)]  # the emptiest first
-        for g in order:
-            tokens, part = heapq.heappop(heap)
-            parts[part].append(g)
-            heapq.heappush(heap, (tokens + lengths[g], part))
-        full = dict((part, tokens) for tokens, part in heap)
-        if all(full[part] <= most or len(parts[part]) == 1 for part in range(count)):
-            fullest = sorted(range(count), key=lambda part: -full[part])
-            return [[i for g in parts[part] for i in groups[g]] for part in fullest]
+        parts: list[list[list[int]]] = [[] for _ in range(count)]
+        tokens = [0] * count
+        for group in groups:
+            emptiest = tokens.index(min(tokens))
+            parts[emptiest].append(group)
+            tokens[emptiest] += length(group)
+        if all(n <= most or len(part) == 1 for n, part in zip(tokens, parts, strict=True)):
+            break
         count += size
+    order = sorted(range(count), key=lambda part: -tokens[part])
+    return [[i for group in parts[part] for i in group] for part in order]
 
 
-def segments_of(rows: list[Row]) -> list[list[int]]:
-    """As the model wants them: the length of a prompt, then of what follows it in each sample. The
-    last token of a sample is predicted, and not read."""
+def segments_of(rows: list[TrainSample]) -> list[list[int]]:
+    """For the model: the length of a prompt, then of what follows it in each sample. The last token
+    of a sample is predicted, and not read."""
     groups = itertools.groupby(rows, key=lambda row: row.prompt)
     return [[len(prompt), *(len(r.ids) - 1 for r in group)] for prompt, group in groups]
 
@@ -411,24 +362,22 @@ class MicroBatch:
     no padding. What lies where follows from lengths, never from token values."""
 
     def __init__(
-        self, rows: list[Row], weights: list[float], reference: list[Tensor] | None, device
+        self, rows: list[TrainSample], weights: list[float], reference: list[Tensor] | None, device
     ):
         if not rows:  # a rank without work still takes part: one token that weighs nothing
-            rows, weights = [Row([0], [0], [0.0], 0.0, 1)], [0.0]
+            rows, weights = [TrainSample([0], [0], [0.0], 0.0, 1)], [0.0]
             reference = None if reference is None else [torch.zeros(1)]
         self.segments = segments_of(rows)
         ids: list[int] = []
-        places: list[int] = []  # of the hidden states that predict: the prompt's last, and so on
-        waiting = iter(rows)
-        for _, *more in self.segments:
-            group = [next(waiting) for _ in more]
-            ids += group[0].prompt
+        predictors: list[int] = []  # hidden states: of the prompt's last token, and so on
+        for prompt, group in itertools.groupby(rows, key=lambda row: row.prompt):
+            ids += prompt
             last = len(ids) - 1
             for row in group:
-                places += [last, *range(len(ids), len(ids) + len(row.ids) - 1)]
+                predictors += [last, *range(len(ids), len(ids) + len(row.ids) - 1)]
                 ids += row.ids[:-1]
         self.ids = torch.tensor([ids], device=device)
-        self.places = torch.tensor(places, device=device)
+        self.predictors = torch.tensor(predictors, device=device)
         sizes = torch.tensor([len(r.ids) for r in rows])
         self.targets = torch.tensor([i for r in rows for i in r.ids], device=device)
 
@@ -443,7 +392,7 @@ class MicroBatch:
         self.old: Tensor | None = None
 
     def hidden(self, model) -> Tensor:
-        return model(self.ids, segments=self.segments)[0, self.places]
+        return model(self.ids, segments=self.segments)[0, self.predictors]
 
     @torch.no_grad()
     def logprobs(self, model, temperature: float) -> Tensor:
@@ -453,22 +402,15 @@ class MicroBatch:
 
     def loss(self, model, s: Settings) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = self.hidden(model)
+        head = model.head_weight.to(hidden.dtype)
         return linear_policy_loss(
-            hidden,
-            model.head_weight.to(hidden.dtype),
-            self.targets,
-            self.advantages,
-            self.weights,
-            old_logprobs=self.old,
-            ref_logprobs=self.reference,
-            clip=(s.clip_low, s.clip_high),
-            kl=s.kl,
-            temperature=s.temperature,
+            hidden, head, self.targets, self.advantages, self.weights, old_logprobs=self.old,
+            ref_logprobs=self.reference, clip=(s.clip, s.clip), kl=s.kl, temperature=s.temperature,
             sampler_logprobs=self.sampled,
-        )
+        )  # fmt: skip
 
 
-# ---------------------------------------------------------------------- weights and their rate
+# ---------------------------------------------------------------------- optimizer and health
 
 
 def make_optimizer(model, s: Settings) -> torch.optim.AdamW:
@@ -488,92 +430,8 @@ def learning_rate(s: Settings, number: int) -> float:
     return s.lr * rising * (1 - (1 - s.final_lr) * number / s.steps)
 
 
-# ------------------------------------------------------------------------------- what is logged
-
-
-class Clock:
-    def __init__(self):
-        self.start = self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def stage(self, name: str) -> None:
-        """What was done since the last one ended."""
-        now = time.perf_counter()
-        self.seconds[name] = now - self.last
-        self.last = now
-
-    def metrics(self, groups: list[list], trained: int) -> dict[str, float]:
-        """Seconds by stage, and what was done in a second of each."""
-        drawn = sum(len(sample.ids) for group in groups for sample in group)
-        done = {
-            "sample": drawn,  # tokens
-            "judge": sum(map(len, groups)),  # translations
-            "train": trained,  # tokens, prompts included
-        }
-        found = {f"seconds/{name}": value for name, value in self.seconds.items()}
-        for name in done.keys() & self.seconds:
-            found[f"per_second/{name}"] = done[name] / self.seconds[name]
-        return found | {"tokens_per_second": drawn / (self.last - self.start)}
-
-
-def describe(
-    groups, judged, rewards: Tensor, advantages: Tensor, rows: list[Row], reference
-) -> dict[str, float | list[int]]:
-    """Means over all samples, trained or not; rewards and KL over those that have a reward.
-
-    What each means, docs/run-folder.md says in a table.
-    """
-    samples = [sample for group in groups for sample in group]
-    known = ~rewards.isnan()
-    lengths = [len(sample.ids) for sample in samples]
-    logprobs = [x for sample in samples for x in sample.logprobs]
-    # What is of a wrong format is not judged.
-    forms = [x for row in judged for x in row.parts.get("format", [1.0] * len(row.total))]
-    metrics = {"reward/total": mean(rewards[known].tolist())}
-    for name in judged[0].parts:
-        values = [x for row in judged for x in row.parts[name]]
-        metrics[f"reward/{name}"] = mean([x for x in values if not math.isnan(x)])
-        if name != "format":
-            asked = [x for x, right in zip(values, forms, strict=True) if right]
-            metrics[f"histogram/{name}"] = histogram(asked)
-    metrics |= {
-        # A reward is missing when a judgement is no score.
-        "judge/invalid": int(rewards.isnan().sum()) / max(sum(forms), 1),
-        "groups/zero_variance": float((advantages == 0).all(1).double().mean()),
-        "groups/distinct": mean([len({tuple(x.ids) for x in g}) / len(g) for g in groups]),
-        # An estimate from the tokens drawn: right on average, over trained and untrained groups.
-        "policy/entropy": -mean(logprobs),
-        "length/mean": mean(lengths),
-        "length/max": max(lengths),
-        "length/truncated": mean([not sample.stopped for sample in samples]),
-    }
-    if reference is not None:
-        gaps = [
-            (r.copies, theirs.double() - torch.tensor(r.logprobs, dtype=torch.float64))
-            for r, theirs in zip(rows, reference, strict=True)
-        ]
-        total = sum(copies * len(x) for copies, x in gaps) or math.nan
-        # The estimator called k3, exp(x) - 1 - x: never negative, right on average.
-        k3 = [copies * float((x.expm1() - x).sum()) for copies, x in gaps]
-        metrics["policy/kl"] = sum(k3) / total
-    return metrics
-
-
-def histogram(values: Sequence[float], bins: int = 20) -> list[int]:
-    """How many of them lie in each part of 0 … 1; beyond counts to the nearest, NaN nowhere."""
-    counts = [0] * bins
-    for x in values:
-        if not math.isnan(x):
-            counts[min(max(int(x * bins), 0), bins - 1)] += 1
-    return counts
-
-
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if len(values) else math.nan
-
-
-def still_missing(metrics: dict, before: dict[str, int]) -> dict[str, int]:
-    """What there was none of, and for how many steps in a row."""
+def update_failure_streaks(metrics: dict, before: dict[str, int]) -> dict[str, int]:
+    """What was missing in this step, and for how many steps in a row."""
     none = {
         "finite gradient": metrics["train/skipped"] > 0,
         "valid score": metrics["judge/invalid"] == 1,
@@ -582,13 +440,13 @@ def still_missing(metrics: dict, before: dict[str, int]) -> dict[str, int]:
     return {what: before.get(what, 0) + 1 for what, nothing in none.items() if nothing}
 
 
-def check_health(missing: dict[str, int], judged, most: int) -> None:
-    """Stop a run whose gradient, judge or format was of no use for `most` steps in a row."""
-    for what in [what for what, steps in missing.items() if steps >= most]:
+def check_health(missing: dict[str, int], judged) -> None:
+    """Stop a run whose gradient, judge or format was of no use for MAX_BAD_STEPS in a row."""
+    for what in [what for what, steps in missing.items() if steps >= MAX_BAD_STEPS]:
         advice = "the weights were left alone; lower --lr"
         if what == "valid score":
-            words = [w for row in judged for w in row.words if w != "not judged"][:3]
-            advice = "the judge's last words:" + "".join(f"\n  {w[-300:]!r}" for w in words)
+            texts = [w for row in judged for w in row.words if w != "not judged"][:3]
+            advice = "the judge's last words:" + "".join(f"\n  {w[-300:]!r}" for w in texts)
         elif what == "sample of the right format":
             advice = "see groups.jsonl; the prompts may not suit the model, or --max-new-tokens"
-        raise Stop(f"no {what} for {most} steps in a row: {advice}")
+        raise Stop(f"no {what} for {MAX_BAD_STEPS} steps in a row: {advice}")

@@ -1,29 +1,23 @@
-"""Prompts in, scores out: how the model is asked to translate, to judge itself, and is read.
+"""The self-reward: the model translates, judges its translations, and the scores are read strictly.
 
-    texts = Texts(tokenizer)                       # between text and token ids
+    texts = PromptCodec(tokenizer)                 # text <-> token ids
     prompt = texts.encode([PAPER.ask(task)])       # what the actor continues
     judge = Judge(sampler, texts, PAPER)           # the same sampler, the same weights
     reward = Reward(texts, PAPER, {"self": (1.0, judge)})
     judged = reward(tasks, groups, step)           # .total (P, N), .parts, .words
 
-Text that comes from data or from a model is `Given`: it is tokenised apart from the template and
-with every control token in it taken to pieces, so no text can pose as the template. Whether a
-translation earns something by its form alone is decided here, before the judge is asked:
+Text from data or from a model is `UntrustedText`: it is tokenised apart from the template, with its
+control tokens spelled out. What a translation's form can decide is decided before it is judged:
 
-    no readable <answer>, tags missing, twice or out of order, cut off         format 0
-    a tag, however spelt; a control token or a score that the source has not   format 0
-    no letters, a copy (`is_copy`), another script (`wrong_script`)            format 0
-    too long to be judged                                                      score 0
-    the judge's own words cannot be read as a score                            no reward (NaN)
+    tags missing, repeated, out of order, or cut off            format 0
+    a tag, a control token or a score that the source lacks     format 0
+    no letters, or no translation for `is_translation`          format 0
+    too long to be judged                                       score 0
+    the judge's output is no score                              no reward (NaN): left out, counted
 
-What the judge says is read strictly (`parse_score`), and only what it wrote itself: the texts that
-it is asked about hold no tag (`without_tags`), and without tags what stands in one of them is an
-echo. What cannot be read is `None`: never clamped, never a middle value. A sample without a reward
-is left out of its group and counted. A plea in words, which a judge may obey, has no form that
-could be told from a translation's: it stays inside its fence, and that is all.
-
-Letters: P tasks, N samples of each. Only the standard library is needed: sampler and tokenizer are
-handed in.
+Only what the judge wrote itself is read: output that repeats a text it was asked about is an echo.
+A plea, which a judge may obey, has no form that tells it from a translation: it stays inside its
+fence. Letters: P tasks, N samples of each.
 """
 
 import datetime
@@ -32,108 +26,70 @@ import html
 import math
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-GATES = ("product", "zero-one", "plus-minus-one")
 
 
 class Task(NamedTuple):
     text: str
-    source: str
-    """The languages' names, as the prompts say them."""
+    source: str  # the languages' names, as the prompts say them
     target: str
-    reference: str | None = None
-    """For measuring. The self-reward never reads it."""
+    reference: str | None = None  # for metrics; the self-reward never reads it
 
 
-def is_language(name: str) -> bool:
-    """The templates take it as it is: no room for an instruction."""
-    return bool(re.fullmatch(r"\w[\w ()'-]{0,39}", name)) and len(name.split()) <= 4
-
-
-class Given(str):
+class UntrustedText(str):
     """Text from data or from a model, never from a template."""
 
 
-# ------------------------------------------------------------------------------- the prompts
+def is_language(name: str) -> bool:
+    """Whether a name is short enough to hold no instruction: templates take it as it is."""
+    return bool(re.fullmatch(r"\w[\w ()'-]{0,39}", name)) and len(name.split()) <= 4
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Templates with {source_language}, {target_language}, {source} and what is judged:
-    {translation}, {first} and {second}, or {candidates}."""
+    """Templates with {source_language}, {target_language}, {source} and {translation}."""
 
     actor: str
-    judge: str
-    """For reading="written": the judge writes its score."""
-    expected: str
-    """For reading="expected": the next token is the score."""
-    scores: dict[str, float]
-    """What that token may be, each one token, and its worth from 0 to 1."""
-    tags: bool
-    """Whether answers stand in <think> … </think> <answer> … </answer>; else all of it counts."""
-    fence: str = ""
-    """Set around what is judged, on lines of its own, longer than any in the text."""
-    pair: str = ""
-    """Which of two is better: the answer is "first" or "second"."""
-    opening: str = ""
-    """What an answer begins with where its next token is read."""
-    group: str = ""
-    """Several at once: the answer is a score of each, in order."""
-    candidate: str = ""
-    """Each of {candidates}, with {number} and {translation}."""
-    most: int = 1
-    """Of them in one prompt."""
+    judge: str  # for reading="written": the judge writes its score
+    expected: str  # for reading="expected": the next token is the score
+    scores: dict[str, float]  # those tokens, and their values from 0 to 1
+    tags: bool  # answers stand in <think> … </think> <answer> … </answer>; else all is the answer
+    fence: str = ""  # around what is judged, on lines of its own, longer than any in the text
+    name: str = ""
 
     def ask(self, task: Task) -> list[str]:
-        return self.fill(self.actor, task, {}, "")
+        return self.fill(self.actor, task)
 
     def ask_judge(self, task: Task, translation: str, reading: str = "written") -> list[str]:
         template = self.judge if reading == "written" else self.expected
-        return self.fill(template, task, {"translation": translation}, self.fence)
+        return self.fill(template, task, translation=translation)
 
-    def ask_pair(self, task: Task, first: str, second: str, reading: str = "written") -> list[str]:
-        template = self.pair + (self.opening if reading == "expected" else "")
-        return self.fill(template, task, {"first": first, "second": second}, self.fence)
-
-    def ask_group(self, task: Task, candidates: Sequence[str]) -> list[str]:
-        each = [
-            self.candidate.replace("{number}", str(i)).replace("{translation}", f"{{candidate{i}}}")
-            for i in range(1, len(candidates) + 1)
-        ]
-        given = {f"candidate{i}": text for i, text in enumerate(candidates, 1)}
-        return self.fill(self.group.replace("{candidates}", "".join(each)), task, given, self.fence)
-
-    def fill(self, template: str, task: Task, given: dict[str, str], fence: str) -> list[str]:
-        """The template's own strings and `Given` ones, in order. The source is fenced, too, where
-        the candidates are."""
-        for name in (task.source, task.target):
-            if not is_language(name):
-                raise ValueError(
-                    f"{name!r} is no name of a language (letters, spaces, ()'-; 4 words at most)"
-                )
+    def fill(self, template: str, task: Task, **candidates: str) -> list[str]:
+        """The template's own strings and `UntrustedText` ones, in order. With candidates it is a
+        prompt for a judge: its texts are fenced, and hold no tags."""
         names = {"source_language": task.source, "target_language": task.target}
+        for name in names.values():
+            if not is_language(name):
+                raise ValueError(f"{name!r} is no name of a language (letters, 4 words at most)")
         template = re.sub(r"\{(\w+_language)\}", lambda m: names[m[1]], template)
-        shown = without_tags if given else str  # to a judge, whose answer is in tags
-        given = {name: shown(text) for name, text in {"source": task.text, **given}.items()}
-        parts: list[str] = []
-        for i, piece in enumerate(re.split(rf"\{{({'|'.join(given)})\}}", template)):
-            if i % 2 == 0:  # between two names
-                parts.append(piece)
-                continue
-            text = given[piece]
-            bar = fence
+        texts = {"source": task.text, **candidates}
+        parts = re.split(rf"\{{({'|'.join(texts)})\}}", template)  # every second one is a name
+        for i in range(len(parts) - 2, 0, -2):
+            text = texts[parts[i]]
+            bar = self.fence if candidates else ""
             while bar and bar in nfkc(text):
-                bar += fence[0]
-            parts += [bar + "\n", Given(text), "\n" + bar] if bar else [Given(text)]
+                bar += self.fence[0]
+            text = UntrustedText(without_tags(text) if candidates else text)
+            parts[i : i + 1] = [bar + "\n", text, "\n" + bar] if bar else [text]
         return parts
 
 
+TRANSLATE = "Translate the following text to {target_language}:\n{source}"
 WRAPPER = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves "
     "it. The Assistant first thinks about the reasoning process in the mind and then provides the "
@@ -144,124 +100,83 @@ WRAPPER = (
 GEMBA = (
     "Score the following translation from {source_language} to {target_language} on a continuous "
     'scale from 0 to 100, where a score of zero means "no meaning preserved" and score of one '
-    'hundred means "perfect meaning and grammar".'
+    'hundred means "perfect meaning and grammar". Score 0 if the translation is irrelevant, is not '
+    "in {target_language}, or offers several translations."
 )
-ZERO = (
-    "Score 0 if the translation is irrelevant, is not in {target_language}, or offers several "
-    "translations."
-)
+ONE_DIGIT = GEMBA.replace("100", "9").replace("one hundred", "nine")
 SOURCE = "\n\n{source_language} source:\n{source}"
 TEXTS = SOURCE + "\n\n{target_language} translation:\n{translation}"
-# To compare two, and to score several at once: the wording is ours, after GEMBA's.
-PAIR = (
-    "Which of two translations from {source_language} to {target_language} is better? The better "
-    "one preserves more of the meaning, in better grammar. One that is irrelevant, is not in "
-    "{target_language}, or offers several translations is the worse one. Give one word alone as "
-    "the answer: first or second."
-)
-PAIR_TEXTS = (
-    SOURCE + "\n\nThe first {target_language} translation:\n{first}"
-    "\n\nThe second {target_language} translation:\n{second}"
-)
-GROUP = (
-    f"{GEMBA.replace('the following translation', 'each of the following translations')} {ZERO} "
-    "Give the scores alone as the answer, one for each translation, in their order, with commas "
-    "between them."
-)
 THOUGHT = "<think> </think> <answer>"
 
-# The actor's prompt is the one that re-uses of the published model show. The judge's rules are the
-# paper's as far as they are known (GEMBA's question without a reference, the three reasons for 0);
-# its wording, the fences and the one-digit variant are ours. Fences, not quotation marks: quotes
-# would hide doubled quotes, which the paper's models learned to add. The translation comes last,
-# so that what is before it is the same for a whole group.
+# The actor's prompt is the one that users of the published model show. The judge's rules are the
+# paper's (GEMBA's question without a reference, three reasons for a 0); its wording, the one-digit
+# variant and the fences are ours: quotation marks would hide doubled quotes, which the paper's
+# models learned to add. The translation comes last, so that a group shares the prefix before it.
 PAPER = Prompts(
-    actor=WRAPPER % "Translate the following text to {target_language}:\n{source}",
-    judge=WRAPPER % (f"{GEMBA} {ZERO} Give the score alone as the answer." + TEXTS),
-    expected=(
-        WRAPPER % (f"{GEMBA.replace('100', '9').replace('one hundred', 'nine')} {ZERO}" + TEXTS)
-        + THOUGHT
-    ),
+    name="paper",
+    actor=WRAPPER % TRANSLATE,
+    judge=WRAPPER % (GEMBA + " Give the score alone as the answer." + TEXTS),
+    expected=WRAPPER % (ONE_DIGIT + TEXTS) + THOUGHT,
     scores={str(digit): digit / 9 for digit in range(10)},
     tags=True,
     fence="```",
-    pair=WRAPPER % (PAIR + PAIR_TEXTS),
-    opening=THOUGHT,
-    group=WRAPPER % (GROUP + SOURCE + "{candidates}"),
-    candidate="\n\n{target_language} translation {number}:\n{translation}",
-    most=16,
 )
-# For models that were taught to translate when asked, without a show of thinking.
-PLAIN = replace(
-    PAPER, actor="Translate the following text to {target_language}:\n{source}", tags=False
-)
-# What a very small model can be taught: a few control words, and scores that are one token each,
-# so its judge is asked the same whether the score is written or expected.
+# For models that were trained to translate without showing their thinking.
+PLAIN = replace(PAPER, name="plain", actor=TRANSLATE, tags=False)
+# For a very small model: a few control words, and scores of one token each.
 TOY = Prompts(
+    name="toy",
     actor="translate {source_language} {target_language} {source} =>",
     judge="score {source_language} {target_language} {source} || {translation} =>",
     expected="score {source_language} {target_language} {source} || {translation} =>",
     scores={str(tens): tens / 100 for tens in range(0, 101, 10)},
     tags=False,
-    pair="compare {source_language} {target_language} {source} || {first} || {second} =>",
-    group="rate {source_language} {target_language} {source} {candidates}=>",
-    candidate="|| {translation} ",
-    most=4,
 )
 
 
-class Texts:
-    """Between text and token ids. Control tokens come from templates alone."""
+class PromptCodec:
+    """Converts between text and token ids. Control tokens come from templates alone."""
 
     def __init__(self, tokenizer, chat: bool = False, thinking: bool = True):
-        """`chat`: a prompt is a user's turn in the tokenizer's chat template. `thinking`: whether
-        the model may think, if that template can choose."""
+        """`chat`: a prompt is a user's turn in the tokenizer's chat template. `thinking=False`
+        turns thinking off where that template has a switch."""
         self.tokenizer = tokenizer
-        # What "unknown" becomes is no way to say anything, so it may come from given text.
-        # Some tokenizers add runs of spaces or a line's end: those control nothing.
+        # Not control tokens: runs of spaces and line ends, and what unknown text becomes.
         added = {t: i for t, i in tokenizer.get_added_vocab().items() if len(t.strip()) > 1}
-        harmless = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-        self.control_ids = {*added.values()} - harmless
+        self.control_ids = {*added.values()} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
         self.control = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-        # What the tokenizer begins every text with, if anything (Llama 3 does).
         first = tokenizer("a").input_ids[:1]
-        self.begin = first if first == [tokenizer.bos_token_id] else []
-        self.known: dict[str, list[int]] = {}  # the template's pieces
+        self.begin = first if first == [tokenizer.bos_token_id] else []  # as in Llama 3
         self.stop_ids = [tokenizer.eos_token_id]
-        self.turn = ("", "")  # what stands before and after a prompt
-        self.notes: list[str] = []  # on changes to the chat template
+        self.turn, self.notes = ("", ""), []  # around a prompt; changes to the chat template
         if chat:
             self.begin = []  # the template has it
-            self.turn, end, self.notes = turns(tokenizer, thinking)
+            self.turn, end, self.notes = chat_turn(tokenizer, thinking)
             self.stop_ids += [i for i in self.pieces([end])[0][:1] if i in self.control_ids]
 
     def encode(self, prompts: Sequence[list[str]]) -> list[list[int]]:
         before, after = self.turn
-        prompts = [[p for p in (before, *prompt, after) if p] for prompt in prompts]
-        given = {part for prompt in prompts for part in prompt if isinstance(part, Given)}
-        fixed = {p for prompt in prompts for p in prompt if not isinstance(p, Given)}
-        if new := sorted(fixed - self.known.keys()):
-            self.known |= zip(new, self.pieces(new), strict=True)
-        texts = sorted(given)
-        # A control token's text, letter by letter, is only that: letters.
-        safe = [self.control.sub(split_control_token, self.plain(t)).split("\0") for t in texts]
-        flat = iter(self.pieces([piece for pieces in safe for piece in pieces]))
-        ids = {
-            t: [i for _ in pieces for i in next(flat)]
-            for t, pieces in zip(texts, safe, strict=True)
-        }
-        for text, found in ids.items():
-            if forged := self.control_ids.intersection(found):
-                tokens = self.tokenizer.convert_ids_to_tokens(sorted(forged))
-                raise ValueError(f"control tokens {tokens} cannot be kept out of {text[:60]!r}")
-        tables = {False: self.known, True: ids}
-        return [
-            [*self.begin, *(i for p in prompt for i in tables[isinstance(p, Given)][p])]
+        rows = [
+            [piece for part in (before, *prompt, after) for piece in self.spell_out(part) if piece]
             for prompt in prompts
         ]
+        distinct = list(dict.fromkeys(piece for row in rows for piece in row))
+        ids = dict(zip(distinct, self.pieces(distinct), strict=True))
+        for piece in (x for row in rows for x in row if isinstance(x, UntrustedText)):
+            if forged := self.control_ids.intersection(ids[piece]):
+                tokens = self.tokenizer.convert_ids_to_tokens(sorted(forged))
+                raise ValueError(f"control tokens {tokens} cannot be kept out of {piece[:60]!r}")
+        return [[*self.begin, *(i for piece in row for i in ids[piece])] for row in rows]
+
+    def spell_out(self, part: str) -> list[str]:
+        """Pieces to be tokenised apart: each letter of a control token in untrusted text is one."""
+        if not isinstance(part, UntrustedText):
+            return [part]
+        text = self.control.sub(lambda m: "\0".join(["", *m[0], ""]), self.plain(part))
+        return [UntrustedText(piece) for piece in text.split("\0")]
 
     def plain(self, text: str) -> str:
-        """Without NUL, and normalised where that brings a control token to light."""
+        """Without NUL, and normalised where that uncovers a control token."""
         text = text.replace("\0", "")
         return nfkc(text) if self.control.search(nfkc(text)) else text
 
@@ -269,154 +184,113 @@ class Texts:
         return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        """With control tokens written out, where a model drew some."""
+        """With control tokens written out."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def one_token(self, text: str) -> int:
         ids = self.pieces([text])[0]
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
-            raise ValueError(
-                f"reading='expected' needs scores of one token each, but {text!r} is {len(ids)} "
-                "or unknown in this tokenizer: use reading='written'"
-            )
+            raise ValueError(f"{text!r} is {len(ids)} or unknown here: use reading='written'")
         return ids[0]
 
 
-TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template takes where it knows no clock
+TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template takes where it has no clock
 
 
-def turns(tokenizer, thinking: bool = True) -> tuple[tuple[str, str], str, list[str]]:
-    """(What a chat template sets before and after a user's words), what ends an assistant's, and
-    notes on what was changed in the template: today's date is a fixed one, so that prompts do not
-    change from day to day; `thinking=False` disables thinking where the template has a switch."""
-    mark = "THE-WORDS"
-    talk = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+def chat_turn(tokenizer, thinking: bool = True) -> tuple[tuple[str, str], str, list[str]]:
+    """(What a chat template writes before and after a user's text), what ends an answer, and notes
+    on changes: a fixed date in place of today's, and no thinking where it can be turned off."""
+    name, mark, notes = tokenizer.name_or_path, "THE-TEXT", []
     if not tokenizer.chat_template:
-        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template: leave the "
-                         "chat option out")  # fmt: skip
-    own, switches, notes = tokenizer.get_chat_template(), {}, []
-    template = re.sub(
-        r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda m: repr(TODAY.strftime(m[2])), own
-    )
+        raise ValueError(f"{name}: the tokenizer has no chat template: leave the chat option out")
+    own = tokenizer.get_chat_template()
+    clock = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+    template = re.sub(clock, lambda call: repr(TODAY.strftime(call[2])), own)
+    options = {"chat_template": template, "tokenize": False}
     if "strftime_now(" in template:
-        raise ValueError(f"{tokenizer.name_or_path}: the chat template reads the clock, so prompts "
-                         "would change from day to day: write a fixed date into it")  # fmt: skip
+        raise ValueError(f"{name}: the chat template reads the clock: write a fixed date into it")
     if template != own:
         notes.append(f"The chat template writes today's date; {TODAY} is used instead, so that "
                      "prompts do not change from day to day")  # fmt: skip
     if not thinking and "enable_thinking" in template:
-        switches = {"enable_thinking": False}
+        options["enable_thinking"] = False
         notes.append("Thinking is disabled in the chat template: the prompts have no place for it")
-    try:
-        asked, said = (
-            tokenizer.apply_chat_template(
-                talk[:n], chat_template=template, tokenize=False, add_generation_prompt=n == 1,
-                **switches,
-            )
-            for n in (1, 2)
-        )  # fmt: skip
-    except Exception as error:  # whatever the template raises: it is a program
-        raise ValueError(f"{tokenizer.name_or_path}: the chat template fails: {error}") from None
-    if asked.count(mark) != 1 or said.count(mark) != 2:
-        raise ValueError(
-            "the tokenizer's chat template does not set down a user's words as they are"
-        )
-    before, after = asked.split(mark)
-    return (before, after), said.rsplit(mark)[-1].strip(), notes
+    user, assistant = ({"role": role, "content": mark} for role in ("user", "assistant"))
+    prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template([user, assistant], **options)
+    if prompt.count(mark) != 1 or whole.count(mark) != 2:
+        raise ValueError(f"{name}: the chat template does not set down a user's words as they are")
+    before, after = prompt.split(mark)
+    return (before, after), whole.rsplit(mark)[-1].strip(), notes
 
 
-def nfkc(text: str) -> str:
-    """As a tokenizer may see it: normalising makes a backtick of U+1FEF, a "<" of a wide one."""
-    return unicodedata.normalize("NFKC", text.replace("\0", ""))
-
-
-def split_control_token(match: re.Match) -> str:
-    return "\0" + "\0".join(match[0]) + "\0"
-
-
-# ------------------------------------------------------------------------ what is not the judge's
-
-# Letters that look like Latin ones, and what looks like < and >.
+# Letters that look like Latin ones, and what looks like <.
 LOOK_ALIKE = str.maketrans(
     "авеһіјкмнорсԛѕтԝхуαικνορτυɑɪᴀᴇʜᴋɴʀꜱᴛᴡ", "abehijkmhopcqstwxyaikvoptuaiaehknrstw"
 )
-ANGLES = "<\u2039\u27e8\u3008\u276e\u276c\u1438\u02c2"  # and their like
+ANGLES = "<\u2039\u27e8\u3008\u276e\u276c\u1438\u02c2"
 FILLERS = "\u115f\u1160\u2800"  # blank letters; others become these when normalised
 TAG = re.compile(rf"[{ANGLES}]\W?(think|answer)")
 
 
+def nfkc(text: str) -> str:
+    """As a tokenizer may see it: normalising turns U+1FEF into a backtick, a wide "<" into "<"."""
+    return unicodedata.normalize("NFKC", text.replace("\0", ""))
+
+
 @lru_cache(maxsize=2**14)
 def folded(text: str) -> str:
-    """Without what shows nothing, case, accents and another script's letters in Latin words."""
+    """Without case, accents, white space, invisible characters and look-alikes of Latin letters."""
     if text.isascii() and "&" not in text:  # the same, 20 times as fast
         return re.sub(r"[\0- \x7f]+", "", text.lower())
     text = unicodedata.normalize("NFKD", html.unescape(text)).casefold().translate(LOOK_ALIKE)
     return "".join(c for c in text if unicodedata.category(c)[0] not in "MZC" and c not in FILLERS)
 
 
+def letters_only(text: str) -> str:
+    """Letters and digits, folded."""
+    return "".join(filter(str.isalnum, folded(text)))
+
+
 def without_tags(text: str) -> str:
-    """With round brackets where a tag, however spelt, could be brought back by an echo."""
+    """With round brackets, where the text holds a tag that an echo could bring back."""
     return re.sub(f"[{ANGLES}]", "(", nfkc(text)) if TAG.search(folded(text)) else text
 
 
 def holds_score(answer: str, source: str) -> bool:
-    """A line of scores, unless one of the source has their digits and no letters but in a label;
-    or, anywhere, "score: 90" or "90/100", unless the source has that number."""
+    """Whether a line of the answer is a score and no line of the source has its digits and no
+    letters but in a label; or whether it holds "score: 90" or "90/100" and the source no 90."""
 
-    def plain(text: str) -> str:
-        text = re.sub(r"[*_`\"“”{}()\[\]]", "", nfkc(text))
-        return text if text.isascii() else "".join(str(unicodedata.decimal(c, c)) for c in text)
+    def digits(line: str) -> str:
+        return "".join(sorted(filter(str.isdigit, line)))
 
-    def digits(lines: Iterable[str]) -> set[str]:
-        return {"".join(sorted(filter(str.isdigit, line))) for line in lines}
-
-    answer, source = plain(answer), plain(source)
+    answer, source = (re.sub(r"[*_`\"“”{}()\[\]]", "", nfkc(x)) for x in (answer, source))
+    answer, source = ("".join(str(unicodedata.decimal(c, c)) for c in x) for x in (answer, source))
     lines = (line.strip(" .!?:,;'。") for line in answer.splitlines())
-    own = digits(line for line in lines if SCORES.fullmatch(line))
-    known = (x for x in source.splitlines() if not re.search(r"[^\W\d]", x.split(":")[-1]))
+    scores = {digits(line) for line in lines if SCORES.fullmatch(line)}
+    numbers = [x for x in source.splitlines() if not re.search(r"[^\W\d]", x.split(":")[-1])]
     labelled = re.findall(r"\bscore\s*[:=]\s*(\d+)(?!\d|\s*[-–:]\s*\d)", answer, re.I)
     labelled += re.findall(r"(\d+)\s*/\s*100\b", answer)
-    return not own <= digits(known) or not {*labelled} <= {*re.findall(r"\d+", source)}
+    return not (scores <= {*map(digits, numbers)} and {*labelled} <= {*re.findall(r"\d+", source)})
 
 
-def is_echo(words: str, asked: Sequence[str]) -> bool:
-    """Whether a judge's answer without tags stands in a text that it was asked about."""
-    words = nfkc(words).strip().casefold()
-    texts = [nfkc(part).casefold() for part in asked if isinstance(part, Given)]
-    return "<answer>" not in words and any(words in text for text in texts)
-
-
-# ------------------------------------------------------------------------------- the reading
+def is_echo(answer: str, question: Sequence[str]) -> bool:
+    """Whether a judge's answer without tags repeats a text that it was asked about."""
+    answer = nfkc(answer).strip().casefold()
+    texts = [nfkc(part).casefold() for part in question if isinstance(part, UntrustedText)]
+    return "<answer>" not in answer and any(answer in text for text in texts)
 
 
 def format_ok(text: str) -> bool:
     """Each of the four tags exactly once, in order."""
-    places = [text.find(tag) for tag in TAGS]
-    return all(text.count(tag) == 1 for tag in TAGS) and places == sorted(places)
+    positions = [text.find(tag) for tag in TAGS]
+    return all(text.count(tag) == 1 for tag in TAGS) and positions == sorted(positions)
 
 
 def read_answer(text: str) -> str | None:
     """What stands in the last <answer> … </answer>, or None when there is none."""
-    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
-    return found[-1].strip() if found else None
-
-
-FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-SCORE = re.compile(
-    r"(?:score\s*:\s*)?(100(?:\.0+)?|[0-9]{1,2}(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*100)?", re.I
-)
-SCORES = re.compile(rf"{SCORE.pattern}(?:[,\s]+{SCORE.pattern})*", re.I)
-
-
-def parse_score(text: str) -> float | None:
-    """A judge's words -> 0 … 100, or None when they are no score.
-
-    Read is what stands in the last <answer>. Without any <answer>, the whole text must be a score:
-    numbers are never fished out of prose. An <answer> that is not closed was cut off: None.
-    """
-    answer = answer_text(text)
-    found = SCORE.fullmatch(answer.translate(FULL_WIDTH).strip()) if answer is not None else None
-    return float(found[1]) if found else None
+    answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
+    return answers[-1].strip() if answers else None
 
 
 def answer_text(text: str) -> str | None:
@@ -427,112 +301,34 @@ def answer_text(text: str) -> str | None:
     return text if answer is None else answer
 
 
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+SCORE = re.compile(
+    r"(?:score\s*:\s*)?(100(?:\.0+)?|[0-9]{1,2}(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*100)?", re.I
+)
+SCORES = re.compile(rf"{SCORE.pattern}(?:[,\s]+{SCORE.pattern})*", re.I)
+
+
+def parse_score(text: str) -> float | None:
+    """A judge's output -> 0 … 100; None unless all of the answer is a score."""
+    answer = answer_text(text)
+    match = SCORE.fullmatch(answer.translate(FULL_WIDTH).strip()) if answer is not None else None
+    return float(match[1]) if match else None
+
+
 class Score(NamedTuple):
-    value: float | None
-    """0 … 1; None: the words are no score."""
+    value: float | None  # 0 … 1; None: there is no score
     words: str
+
+
+NOT_JUDGED, TOO_LONG = Score(0.0, "not judged"), Score(0.0, "too long to judge")
 
 
 def check_reading(reading: str, samples: int, temperature: float) -> None:
     if reading not in ("written", "expected"):
         raise ValueError(f"reading={reading!r} is unknown; known: written, expected")
     if samples > 1 and (temperature == 0 or reading == "expected"):
-        raise ValueError(
-            f"{samples} judge samples would all be the same at temperature {temperature} and "
-            f"reading {reading!r}: set a temperature and 'written', or one sample"
-        )
-
-
-class Judge:
-    """Asks a sampler's model what translations are worth; each distinct pair once."""
-
-    def __init__(
-        self,
-        sampler,
-        texts: Texts,
-        prompts: Prompts,
-        reading: str = "written",
-        samples: int = 1,
-        temperature: float = 0.0,
-        max_new_tokens: int = 1024,
-        stop_ids: Sequence[int] = (),
-        seed: int = 0,
-    ):
-        """`samples` judgements of each pair are averaged; more than one needs a temperature."""
-        check_reading(reading, samples, temperature)
-        self.sampler, self.texts, self.prompts, self.reading = sampler, texts, prompts, reading
-        self.samples, self.temperature, self.seed = samples, temperature, seed
-        self.max_new_tokens = max_new_tokens if reading == "written" else 1
-        self.stop_ids = list(stop_ids)
-        self.score_ids = []
-        if reading == "expected":
-            self.score_ids = [texts.one_token(text) for text in prompts.scores]
-
-    def __call__(self, tasks: Sequence[Task], answers: list[list[str | None]], step: int):
-        """answers (P, N) -> scores (P, N) and their words; None is not judged and scores 0."""
-        pairs = [
-            [(t.text, t.source, t.target, a) for a in row]
-            for t, row in zip(tasks, answers, strict=True)
-        ]
-        scores = self.judge({p for row in pairs for p in row if p[3] is not None}, step)
-        nothing = Score(0.0, "not judged")
-        return [[scores.get(pair, nothing) for pair in row] for row in pairs]
-
-    def judge(self, distinct: set[tuple], step: int) -> dict[tuple, Score]:
-        pairs = sorted(distinct)
-        asked = [self.prompts.ask_judge(Task(*p[:3]), p[3], self.reading) for p in pairs]
-        prompts = self.texts.encode(asked)
-        room = self.sampler.max_length - self.max_new_tokens
-        scores = {p: Score(0.0, "too long to judge") for p in pairs}
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        pairs, prompts = [pairs[i] for i in fitting], [prompts[i] for i in fitting]
-        if self.reading == "written":
-            read = self.read_written(prompts, [asked[i] for i in fitting], step)
-        else:
-            read = self.read_expected(prompts)
-        return scores | dict(zip(pairs, read, strict=True))
-
-    def write(
-        self, prompts: list[list[int]], asked: list[list[str]], step: int, max_new_tokens: int
-    ) -> list[list[tuple[str, bool]]]:
-        """For each prompt, which `asked` is the text of, its judgements' words, and whether they
-        are the judge's own to the end: neither cut off nor an echo."""
-        keys = [digest(step, prompt) for prompt in prompts]  # the same whatever else is asked
-        groups = self.sampler.generate(
-            prompts, self.samples, max_new_tokens, self.temperature,
-            stop_ids=self.stop_ids, seed=self.seed, keys=keys,
-        )  # fmt: skip
-        words = [[self.texts.decode(s.ids[: len(s.ids) - s.stopped]) for s in g] for g in groups]
-        return [
-            [(w, s.stopped and not is_echo(w, parts)) for w, s in zip(row, group, strict=True)]
-            for row, group, parts in zip(words, groups, asked, strict=True)
-        ]
-
-    def read_written(
-        self, prompts: list[list[int]], asked: list[list[str]], step: int
-    ) -> list[Score]:
-        scores = []
-        for group in self.write(prompts, asked, step, self.max_new_tokens):
-            words = [w for w, _ in group]
-            read = [parse_score(w) if whole else None for w, whole in group]
-            valid = [score / 100 for score in read if score is not None]
-            mean = sum(valid) / len(valid) if valid else None
-            scores.append(Score(mean, " / ".join(words)))
-        return scores
-
-    def read_expected(self, prompts: list[list[int]]) -> list[Score]:
-        """The mean score over the score tokens; None when other tokens are likelier than they."""
-        scores, worth = [], list(self.prompts.scores.values())
-        for row in self.sampler.next_logprobs(prompts, self.score_ids).tolist():
-            shares = [math.exp(x) for x in row]
-            total = sum(shares)
-            mean = sum(v * p for v, p in zip(worth, shares, strict=True)) / max(total, 1e-30)
-            likely = list(self.prompts.scores)[shares.index(max(shares))]
-            words = f"{likely} ({max(shares):.0%})"
-            if total < 0.5:
-                words = f"no score: {total:.0%} of the probability lies on score tokens"
-            scores.append(Score(mean if total >= 0.5 else None, words))
-        return scores
+        raise ValueError(f"{samples} judge samples would all be the same: set a temperature above "
+                         "0 and reading 'written', or one sample")  # fmt: skip
 
 
 def digest(step: int, ids: Sequence[int]) -> int:
@@ -540,129 +336,162 @@ def digest(step: int, ids: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-class Outside:
-    """A scorer that is no language model: `score` takes rows with "src", "mt" and maybe "ref", and
-    gives a number for each (COMET does). Each distinct row is asked once."""
+class Judgement(NamedTuple):
+    words: str
+    own: bool  # the judge's own to the end: neither cut off nor an echo
+
+
+def mean_score(judgements: Sequence[Judgement], read: Callable = parse_score) -> Score:
+    """The mean over the judgements that `read` can read, from 0 … 100 to 0 … 1."""
+    values = [read(x.words) if x.own else None for x in judgements]
+    values = [value / 100 for value in values if value is not None]
+    mean = sum(values) / len(values) if values else None
+    return Score(mean, " / ".join(x.words for x in judgements))
+
+
+class Judge:
+    """Asks a sampler's model to score translations. Each distinct pair is asked once."""
 
     def __init__(
-        self,
-        score: Callable[[list[dict]], list[float]],
-        low: float = 0.0,
-        high: float = 1.0,
-        references: bool = False,
-        control: Sequence[str] = (),
-    ):
-        """`low` and `high`: the numbers that are worth 0 and 1. `references`: let it see them.
-        `control`: what its tokenizer takes for more than letters; a space breaks it in texts."""
-        if not high > low:
-            raise ValueError(f"the score that is worth 1 ({high}) must be above that of 0 ({low})")
-        self.score, self.low, self.high, self.references = score, low, high, references
-        self.control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        self, sampler, texts: PromptCodec, prompts: Prompts, reading: str = "written",
+        samples: int = 1, temperature: float = 0.0, max_new_tokens: int = 1024,
+        stop_ids: Sequence[int] = (), seed: int = 0,
+    ):  # fmt: skip
+        """`samples` judgements of each pair are averaged; more than one needs a temperature."""
+        check_reading(reading, samples, temperature)
+        self.sampler, self.texts, self.prompts, self.reading = sampler, texts, prompts, reading
+        self.samples, self.temperature, self.seed = samples, temperature, seed
+        self.max_new_tokens = max_new_tokens if reading == "written" else 1
+        self.stop_ids = list(stop_ids)
+        if reading == "expected":
+            self.score_ids = [texts.one_token(text) for text in prompts.scores]
 
     def __call__(self, tasks: Sequence[Task], answers: list[list[str | None]], step: int):
-        """answers (P, N) -> scores (P, N); None is not asked and scores 0."""
-        keys = [
-            [(t.text, a, t.reference if self.references else None) for a in row]
-            for t, row in zip(tasks, answers, strict=True)
-        ]
-        asked = list(dict.fromkeys(key for row in keys for key in row if key[1] is not None))
-        keys_of_row = ("src", "mt", "ref")[: 3 if self.references else 2]
-        rows = [dict(zip(keys_of_row, map(self.plain, key), strict=False)) for key in asked]
-        found = {
-            key: Score((raw - self.low) / (self.high - self.low), f"{raw:.4f}")
-            for key, raw in zip(asked, self.score(rows), strict=True)
-        }
-        nothing = Score(0.0, "not judged")
-        return [[found.get(key, nothing) for key in row] for row in keys]
+        """answers (P, N) -> scores (P, N). An answer of None is not judged and scores 0."""
+        pairs = [[(*t[:3], a) for a in row] for t, row in zip(tasks, answers, strict=True)]
+        scores = self.judge({pair for row in pairs for pair in row if pair[3] is not None}, step)
+        return [[scores.get(pair, NOT_JUDGED) for pair in row] for row in pairs]
 
-    def plain(self, text: str | None) -> str | None:
-        return text and self.control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+    def judge(self, distinct: set[tuple], step: int) -> dict[tuple, Score]:
+        """By (text, source, target, translation)."""
+        pairs = sorted(distinct)
+        questions = [self.prompts.ask_judge(Task(*p[:3]), p[3], self.reading) for p in pairs]
+        if self.reading == "written":
+            judgements = self.write(questions, step, self.max_new_tokens)
+            scores = {i: mean_score(group) for i, group in judgements.items()}
+        else:
+            probs = self.next_probs(questions, self.score_ids)
+            scores = {i: self.read_expected(row) for i, row in probs.items()}
+        return {pair: scores.get(i, TOO_LONG) for i, pair in enumerate(pairs)}
 
+    def write(
+        self, questions: list[list[str]], step: int, max_new_tokens: int
+    ) -> dict[int, list[Judgement]]:
+        """The judgements on those questions that fit the window."""
+        prompts = self.fitting(questions, max_new_tokens)
+        keys = [digest(step, ids) for ids in prompts.values()]  # whatever else is asked
+        groups = self.sampler.generate(
+            [*prompts.values()], self.samples, max_new_tokens, self.temperature,
+            stop_ids=self.stop_ids, seed=self.seed, keys=keys,
+        )  # fmt: skip
+        groups = dict(zip(prompts, groups, strict=True))
+        return {i: [self.read(x, questions[i]) for x in group] for i, group in groups.items()}
 
-# -------------------------------------------------------------------------------- the reward
+    def read(self, sample, question: list[str]) -> Judgement:
+        text = self.texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
+        return Judgement(text, sample.stopped and not is_echo(text, question))
+
+    def next_probs(self, questions: list[list[str]], ids: list[int]) -> dict[int, list[float]]:
+        """The probabilities of `ids` as the next token, after those questions that fit."""
+        prompts = self.fitting(questions, 1)
+        rows = self.sampler.next_logprobs([*prompts.values()], ids).tolist()
+        return {i: [math.exp(x) for x in row] for i, row in zip(prompts, rows, strict=True)}
+
+    def fitting(self, questions: list[list[str]], max_new_tokens: int) -> dict[int, list[int]]:
+        """The prompts that fit the window, by the question's number."""
+        room = self.sampler.max_length - max_new_tokens
+        return {i: p for i, p in enumerate(self.texts.encode(questions)) if len(p) <= room}
+
+    def read_expected(self, probs: list[float]) -> Score:
+        """The mean over the score tokens; None when other tokens are likelier than all of them."""
+        total, scores = sum(probs), self.prompts.scores
+        if not total >= 0.5:
+            return Score(None, f"no score: {total:.0%} of the probability lies on score tokens")
+        mean = sum(v * p for v, p in zip(scores.values(), probs, strict=True)) / total
+        return Score(mean, f"{[*scores][probs.index(max(probs))]} ({max(probs):.0%})")
+
 
 Scorer = Callable[[Sequence[Task], list[list[str | None]], int], list[list[Score]]]
+# Added to the score of a wrong and of a right format; a wrong one has no score.
+GATES = {"product": (0.0, 0.0), "zero-one": (0.0, 1.0), "plus-minus-one": (-1.0, 1.0)}
 
 
 class Judged(NamedTuple):
-    """What the samples of one prompt are worth."""
+    """The rewards of one prompt's samples."""
 
-    total: list[float]
-    """(N,); NaN where a part has no value."""
+    total: list[float]  # (N,); NaN where a part has no value
+    # By name, (N,): "format" (1 or 0), each scorer's value (0 … 1, NaN, or 0 where the form was
+    # wrong), and "weight", where groups are weighted.
     parts: dict[str, list[float]]
-    """By name, (N,): "format" (1 or 0) and each scorer's value, 0 … 1 (certainty: nats) or NaN; 0
-    where nothing was judged, for its form; "weight", where groups are weighed."""
-    words: list[str]
-    """What the first scorer said."""
-    weight: float = 1.0
-    """Of the group's advantages."""
+    words: list[str]  # the first scorer's
+    weight: float = 1.0  # of the group's advantages
 
 
 class Reward:
-    """Format gate and scores. `scorers`: name -> (weight, scorer), the weights' sum is the scale.
+    """Format check and scores. `scorers`: name -> (weight, scorer); score = Σ weight · value.
 
-    product         format * score
-    zero-one        format + format * score
-    plus-minus-one  ±1 + format * score
+        gate              right format    wrong format
+        product           score           0
+        zero-one          1 + score       0
+        plus-minus-one    1 + score       -1
 
-    A scorer whose `of_samples` is true also gets the groups: it reads ids, not text alone. One
-    whose `references` is true sees the tasks' references, the others do not.
+    A scorer whose `needs_token_ids` is true also gets the samples; one whose `references` is true
+    sees the tasks' references, the others do not.
     """
 
     def __init__(
-        self,
-        texts: Texts,
-        prompts: Prompts,
-        scorers: dict[str, tuple[float, Scorer]],
-        gate="product",
-        weigh: Callable | None = None,
-    ):
-        """`weigh(tasks, answers, scores, step)`: the groups' weights, from what the first scorer
-        said."""
-        if gate not in GATES:
-            raise ValueError(f"gate={gate!r} is unknown; known: {', '.join(GATES)}")
-        self.texts, self.prompts, self.scorers, self.gate = texts, prompts, scorers, gate
-        self.weigh = weigh
+        self, texts: PromptCodec, prompts: Prompts, scorers: dict[str, tuple[float, Scorer]],
+        gate: str = "product", weigh: Callable | None = None,
+        is_translation: Callable[[str, Task], bool] | None = None,
+    ):  # fmt: skip
+        """`weigh(tasks, answers, scores, step)`: the groups' weights, from the first scorer's
+        scores. `is_translation(answer, task)`: part of the format check, beyond the form."""
+        self.texts, self.prompts, self.scorers, self.gate = texts, prompts, scorers, GATES[gate]
+        self.weigh, self.is_translation = weigh, is_translation
 
     def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> list[Judged]:
         answers = [
-            [translation_in(self.texts, self.prompts, task, sample) for sample in group]
+            [translation_in(self.texts, self.prompts, task, x, self.is_translation) for x in group]
             for task, group in zip(tasks, groups, strict=True)
         ]
-        found, blind = {}, [task._replace(reference=None) for task in tasks]
+        scores, blind = {}, [task._replace(reference=None) for task in tasks]
         for name, (_, scorer) in self.scorers.items():
             shown = tasks if getattr(scorer, "references", False) else blind
-            more = [groups] if getattr(scorer, "of_samples", False) else []
-            found[name] = scorer(shown, answers, step, *more)
-        first = next(iter(found))
-        weights = [1.0] * len(groups)
-        if self.weigh:
-            weights = self.weigh(blind, answers, found[first], step)
+            samples = [groups] if getattr(scorer, "needs_token_ids", False) else []
+            scores[name] = scorer(shown, answers, step, *samples)
+        first = next(iter(scores.values()))
+        weights = self.weigh(blind, answers, first, step) if self.weigh else [1.0] * len(groups)
         judged = []
         for p, row in enumerate(answers):
             parts = {"format": [float(answer is not None) for answer in row]}
-            for name, rows in found.items():
+            for name, rows in scores.items():
                 parts[name] = [math.nan if x.value is None else x.value for x in rows[p]]
+            # A missing score stays NaN, but a wrong format needs none.
+            wrong, right = self.gate
+            weighted = [(weight, parts[name]) for name, (weight, _) in self.scorers.items()]
             total = [
-                self.combine({name: values[n] for name, values in parts.items()})
-                for n in range(len(row))
+                wrong if answer is None else right + sum(w * values[n] for w, values in weighted)
+                for n, answer in enumerate(row)
             ]
-            if self.weigh:  # to be logged
+            if self.weigh:
                 parts["weight"] = [weights[p]] * len(row)
-            words = [score.words for score in found[first][p]]
-            judged.append(Judged(total, parts, words, weights[p]))
+            judged.append(Judged(total, parts, [x.words for x in first[p]], weights[p]))
         return judged
 
-    def combine(self, values: dict[str, float]) -> float:
-        """NaN (no score) stays NaN, but a broken format needs no score."""
-        right = values["format"]
-        base = {"product": 0.0, "zero-one": right, "plus-minus-one": 2 * right - 1}[self.gate]
-        if not right:
-            return base
-        return base + sum(weight * values[name] for name, (weight, _) in self.scorers.items())
 
-
-def translation_in(texts: Texts, prompts: Prompts, task: Task, sample) -> str | None:
+def translation_in(
+    texts: PromptCodec, prompts: Prompts, task: Task, sample, is_translation: Callable | None = None
+) -> str | None:
     """The translation in a sample, or None when its form earns nothing."""
     if not sample.stopped:
         return None
@@ -674,104 +503,15 @@ def translation_in(texts: Texts, prompts: Prompts, task: Task, sample) -> str | 
     forged = TAG.search(folded(answer)) or holds_score(answer, task.text)
     if control or forged or not letters_only(answer):
         return None
-    return None if is_copy(answer, task) or wrong_script(answer, task) else answer
+    return answer if is_translation is None or is_translation(answer, task) else None
 
 
-def shown_translation(texts: Texts, prompts: Prompts, task: Task, sample) -> tuple[str, bool]:
-    """What a reader gets, and whether it was readable: what is not is shown as it came, for to
-    leave it out of a measure would flatter."""
+def shown_translation(
+    texts: PromptCodec, prompts: Prompts, task: Task, sample, is_translation: Callable | None = None
+) -> tuple[str, bool]:
+    """What a reader gets, and whether its form was right. Unreadable output is kept verbatim:
+    dropping it would inflate metrics."""
     text = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
     answer = read_answer(text) if prompts.tags else text.strip()
-    right = translation_in(texts, prompts, task, sample) is not None
+    right = translation_in(texts, prompts, task, sample, is_translation) is not None
     return (text if answer is None else answer), right
-
-
-# --------------------------------------------------------------------------- copies and scripts
-
-# The script of a language, as Unicode calls it. A language that is not listed is not checked.
-WRITTEN = """
-LATIN Afrikaans Albanian Azerbaijani Basque Bosnian Catalan Croatian Czech Danish Dutch English
-Esperanto Estonian Filipino Finnish French Galician German Hausa Hungarian Icelandic Igbo Irish
-Indonesian Italian Javanese Latvian Lithuanian Luxembourgish Malagasy Malay Maltese Maori Polish
-Norwegian_Bokmal Norwegian_Nynorsk Portuguese Romanian Scottish_Gaelic Slovak Slovenian Somali
-Spanish Swahili Swedish Turkish Vietnamese Welsh Xhosa Yoruba Zulu | ETHIOPIC Amharic | KHMER Khmer
-| ARABIC Arabic Pashto Persian Sindhi Urdu Uyghur | ARMENIAN Armenian | BENGALI Assamese Bengali
-| CJK Cantonese Chinese Simplified_Chinese Traditional_Chinese | CJK+HANGUL Korean | GREEK Greek
-| CJK+HIRAGANA+KATAKANA Japanese | DEVANAGARI Hindi Marathi Nepali | HEBREW Hebrew Yiddish
-| CYRILLIC Belarusian Bulgarian Kyrgyz Macedonian Russian Tajik Ukrainian | GEORGIAN Georgian
-| GUJARATI Gujarati | KANNADA Kannada | LAO Lao | MALAYALAM Malayalam | MYANMAR Burmese | ORIYA Odia
-| SINHALA Sinhala | TAMIL Tamil | TELUGU Telugu | THAI Thai | TIBETAN Tibetan"""
-ENTRIES = map(str.split, WRITTEN.split("|"))
-SCRIPTS = {x.replace("_", " "): key.split("+") for key, *names in ENTRIES for x in names}
-# Of these a sentence may be right in two; so it may where languages' names share a word.
-CLOSE = """Bosnian Croatian Montenegrin Serbian|Cantonese Chinese|Danish Norwegian Swedish
-Catalan Galician Italian Portuguese Spanish|Belarusian Russian Ukrainian|Bulgarian Macedonian
-Czech Slovak|Indonesian Malay|Xhosa Zulu"""
-PARTICLES = "a al an and bin da de del den der des di do dos du e el en et la le of the und van von"
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
-CODE = re.compile(r"[\d/@\\_=<>{}#$%|~^]|\w[.:]\w")  # or a number, or an address
-
-
-def letters_only(text: str) -> str:
-    """Letters and digits: what is spelt with look-alikes, or with gaps, is the same."""
-    return "".join(filter(str.isalnum, folded(text)))
-
-
-@lru_cache(maxsize=2**12)
-def words_in(text: str) -> dict[str, str]:
-    """Each word but particles, by its letters; where no spaces are between words, each letter."""
-    words = {letters_only(word): word for word in WORD.findall(text)}
-    return {key: word for key, word in words.items() if key and key not in PARTICLES.split()}
-
-
-@lru_cache(maxsize=2**12)
-def names_in(text: str) -> set[str]:
-    """Words that a translation may keep: with a capital (unless all have), numbers, code."""
-    words = words_in(text.lower() if text.isupper() and len(text.split()) > 2 else text)
-    return {key for key, word in words.items() if word != word.lower() or CODE.search(word)}
-
-
-def is_copy(answer: str, task: Task) -> bool:
-    """Whether an answer is made of the source's words, give or take a letter, or has all of it.
-    Where the truth may be a copy the judge is asked: of names, of two words (eight letters where
-    no spaces are), between languages that are close."""
-    source, words, names = words_in(task.text), words_in(answer), names_in(task.text)
-    groups = [set(group.split()) for group in re.split(r"[|\n]", f"{CLOSE}|{task.source}")]
-    close = any(x & {*task.source.split()} and x & {*task.target.split()} for x in groups)
-    plain = [word for word in source.values() if not CODE.search(word)]
-    length = sum(0.25 if re.match(f"[{UNSPACED}]", word) else 1 for word in plain)
-    if close or length <= 2 or names.issuperset(source):
-        return False
-    a, b = letters_only(task.text), letters_only(answer)
-    joined = a in b or (b in a and 2 * len(b) > len(a))
-    return joined or share_of(words.keys() - names, source) >= 0.8
-
-
-@lru_cache(maxsize=2**14)
-def spellings(word: str) -> set[str]:
-    """The word, and what is left of it without a letter, or with a gap for one if it is short."""
-    gap = "*" if len(word) < 5 else ""
-    return {word, *(word[:i] + gap + word[i + 1 :] for i in range(len(word)) if len(word) > 2)}
-
-
-def share_of(words: Collection[str], others: Collection[str]) -> float:
-    """Of the words that are among the others, or one letter off."""
-    known = {spelling for word in others for spelling in spellings(word)}
-    return sum(not known.isdisjoint(spellings(word)) for word in words) / max(1, len(words))
-
-
-@lru_cache(maxsize=2**16)
-def script_of(word: str) -> str:
-    """Of most of its letters: LATIN, CJK, …; "" of none."""
-    names = [unicodedata.name(c, "?") for c in nfkc(word) if c.isalpha()]
-    return Counter(re.split("[ -]", name)[0] for name in names or [""]).most_common(1)[0][0]
-
-
-def wrong_script(answer: str, task: Task) -> bool:
-    """Whether less than a third of the words that are not the source's (or, where all are, of
-    those that are not its names) are in the target's script."""
-    words = words_in(answer)
-    new = words.keys() - words_in(task.text) or words.keys() - names_in(task.text)
-    counts = Counter(filter(None, (script_of(words[key]) for key in new)))
-    return 3 * sum(counts[x] for x in SCRIPTS.get(task.target, counts)) < counts.total()

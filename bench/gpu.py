@@ -1,203 +1,203 @@
-"""Everything that only a GPU can show, in about eight minutes: python -m bench.gpu
+"""What only a GPU can show, in about eight minutes: python -m bench.gpu [PART …]
 
     kernels     each against float64, in fp32 and bf16, beside plain torch in the same type
     decode      tokens/s at 1, 16, 128 and 256 sequences for the shapes of Qwen2.5-0.5B, 1.5B and 7B
                 (random weights), beside the limit: the time to read weights and cache at the
                 measured bandwidth, or to multiply at the measured rate, whichever is longer
-    step        whole SSR steps at 0.5B and 1.5B: stages, peak memory, and what --dry-run says
+    step        whole steps at 0.5B's shape, with the judge: stages, and peak memory beside what
+                --dry-run says
     logprob     the loss kernel at 0.5B's and 7B's widths beside plain torch, Liger, TRL
     sampler     beside transformers' `generate`
     tests       those that need a GPU;  toy: the toy's run in bf16, and its evaluation
 
-A part that fails is named, the others go on, and the exit code is 1. Numbers go to
-bench/results/gpu/ as JSON, logs beside them, and one table is printed at the end. `--rehearse` runs
-the same code with tiny shapes on a CPU.
+A part that fails is named, the others continue, and the exit code is 1. Numbers go to
+bench/results/gpu/all.json, logs beside it, and one table is printed at the end. `--rehearse` runs
+the first three parts with tiny shapes, on a CPU where there is no GPU.
 """
 
 import argparse
-import datetime
 import json
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import plan
+from bench import logprob, sampler
+from bench.measure import CUDA, DEVICE, RESULTS, ROOT, call_in_new_process, machine, seconds_of
+from bench.step import Ours, prepare
 from kernels.advantage import group_advantage
 from kernels.logprob import linear_policy_loss
 from model import Config, Transformer
+from run import estimate, settings
 from sampler import Sampler
 
 SHAPES = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B"]
+TINY = Config("qwen2", 500, 32, 64, 2, 2, 1, 16, 4096, True)
 PROMPT, NEW = 128, 128
+LIMIT = 240  # seconds of a part that is a process of its own
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def kernels(device: torch.device, rehearse: bool) -> dict:
+def kernels(rehearse: bool) -> dict:
     """Largest errors against float64, of the largest value; "torch" is the same type's own."""
     M, D, V = (64, 32, 500) if rehearse else (2048, 896, 151_936)
-    found = {}
-    draw = torch.Generator().manual_seed(0)
+    draw, errors = torch.Generator().manual_seed(0), {}
+    columns = (
+        torch.randint(V, (M,), generator=draw).to(DEVICE),
+        torch.randn(M, generator=draw).to(DEVICE),
+        torch.full((M,), 1 / M, device=DEVICE),
+    )
+
+    def outputs(hidden, weight, impl: str) -> dict:
+        h, w = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+        loss, stats = linear_policy_loss(h, w, *columns, impl=impl)
+        loss.backward()
+        names = {"logprob": stats["logprob"], "entropy": stats["entropy"]}
+        return names | {"d hidden": h.grad, "d weight": w.grad[:4096]}
+
     for dtype in (torch.float32, torch.bfloat16):
-        hidden = torch.randn(M, D, generator=draw).to(device, dtype)
-        weight = torch.randn(V, D, generator=draw).mul_(0.05).to(device, dtype)
-        targets = torch.randint(V, (M,), generator=draw).to(device)
-        advantages = torch.randn(M, generator=draw).to(device)
-        weights = torch.full((M,), 1 / M, device=device)
-
-        def sides(hidden, weight, impl, rest=(targets, advantages, weights)) -> dict:
-            h, w = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-            loss, stats = linear_policy_loss(h, w, *rest, impl=impl)
-            loss.backward()
-            names = {"logprob": stats["logprob"], "entropy": stats["entropy"]}
-            return names | {"d hidden": h.grad, "d weight": w.grad[:4096]}
-
-        exact = sides(hidden.double(), weight.double(), "torch")
-        for impl in ("torch",) if rehearse else ("triton", "torch"):
-            for name, value in sides(hidden, weight, impl).items():
+        hidden = torch.randn(M, D, generator=draw).to(DEVICE, dtype)
+        weight = torch.randn(V, D, generator=draw).mul_(0.05).to(DEVICE, dtype)
+        exact = outputs(hidden.double(), weight.double(), "torch")
+        for impl in ("triton", "torch") if CUDA else ("torch",):
+            for name, value in outputs(hidden, weight, impl).items():
                 error = (value.double() - exact[name]).abs().max() / exact[name].abs().max()
-                found[f"{name}, {str(dtype)[6:]}, {impl}"] = float(error)
-        del exact
+                errors[f"{name}, {str(dtype)[6:]}, {impl}"] = float(error)
     rewards = torch.rand(512, 8, generator=draw, dtype=torch.float64)
     rewards[3], rewards[5, 2] = 51.33, torch.nan
-    exact = group_advantage(rewards)
-    got = group_advantage(rewards.float().to(device)).double().cpu()
-    found["advantage"] = float((got - exact).abs().max())
-    assert not got[3].any(), "a tie must give exactly 0"
-    return found
+    advantages = group_advantage(rewards.float().to(DEVICE)).double().cpu()
+    errors["advantage"] = float((advantages - group_advantage(rewards)).abs().max())
+    assert not advantages[3].any(), "a tie must give exactly 0"
+    return errors
 
 
-def decode(device: torch.device, rehearse: bool) -> dict:
-    machine = plan.machine_of("", device)
-    found: dict[str, dict] = {"machine": machine._asdict()}
+def decode(rehearse: bool) -> dict:
+    gpu = estimate.measure_machine(DEVICE)
+    rows: dict[str, dict] = {"machine": gpu._asdict()}
+    dtype = torch.float32 if rehearse else torch.bfloat16
     for name in ["tiny"] if rehearse else SHAPES:
-        config = Config("qwen2", 500, 32, 64, 2, 2, 1, 16, 512, True)
-        config = config if rehearse else plan.shape_of(name)
-        dtype = torch.float32 if rehearse else torch.bfloat16
+        config = TINY if rehearse else estimate.shape_of(name)
         with torch.device("meta"):
             model = Transformer(config).to(dtype)
-        model = model.to_empty(device=device).requires_grad_(False)
+        model = model.to_empty(device=DEVICE).requires_grad_(False)
         for p in model.parameters():
             p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
         size = sum(p.numel() for p in model.parameters())
+        cache = 2 * config.layers * config.kv_heads * config.head_dim  # numbers a token
         for count in (1, 4) if rehearse else (1, 16, 128, 256):
-            sampler = Sampler(model, count, PROMPT + NEW)
+            decoder = Sampler(model, count, PROMPT + NEW)
             draw = torch.Generator().manual_seed(count)
             prompts = torch.randint(config.vocab_size, (count, PROMPT), generator=draw).tolist()
-            run = partial(sampler.generate, prompts, 1, NEW, seed=1)
-            run()  # graphs are captured
-            times = []
-            for _ in range(3):
-                wait(device)
-                begun = time.perf_counter()
-                run()
-                wait(device)
-                times.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-            sampler.generate(prompts, 1, 1, seed=1)
-            wait(device)
-            spent = min(times) - (time.perf_counter() - begun)  # without reading the prompts
-            width = dtype.itemsize
-            cache = 2 * config.layers * config.kv_heads * config.head_dim * width
-            read = size * width + count * (PROMPT + NEW / 2) * cache
-            by_bytes = read / (machine.terabytes_a_second * 1e12)
-            by_flops = 2 * size * count / (machine.teraflops * 1e12)
-            limit = (NEW - 1) * max(by_bytes, by_flops)
-            found[f"{name}, {count} sequences"] = {
-                "tokens/s": count * (NEW - 1) / spent,
-                "of the limit": limit / spent,
+            run = partial(decoder.generate, prompts, 1, seed=1)
+            run(max_new_tokens=NEW)  # graphs are captured
+            whole = min(seconds_of(lambda run=run: run(max_new_tokens=NEW)) for _ in range(3))
+            seconds = whole - seconds_of(lambda run=run: run(max_new_tokens=1))  # without prefill
+            read = (size + count * (PROMPT + NEW / 2) * cache) * dtype.itemsize
+            by_bytes = read / (gpu.terabytes_a_second * 1e12)
+            by_flops = 2 * size * count / (gpu.teraflops * 1e12)
+            row = rows[f"{name}, {count} sequences"] = {
+                "tokens/s": count * (NEW - 1) / seconds,
+                "of the limit": (NEW - 1) * max(by_bytes, by_flops) / seconds,
                 "binding": "bytes" if by_bytes > by_flops else "products",
             }
-            print(f"{name}, {count} sequences: {count * (NEW - 1) / spent:,.0f} tokens/s, "
-                  f"{limit / spent:.0%} of the limit", flush=True)  # fmt: skip
-            del sampler
+            print(f"  {name}, {count} sequences: {row['tokens/s']:,.0f} tokens/s, "
+                  f"{row['of the limit']:.0%} of the limit", flush=True)  # fmt: skip
+            del decoder, run
         del model
-        if device.type == "cuda":
+        if CUDA:
             torch.cuda.empty_cache()
-    return found
+    return rows
 
 
-def command(out: Path, name: str, *words: str, limit: int = 240) -> dict:
-    """Another program's run, its words kept in a file; what it wrote as JSON."""
-    log, result = out / f"{name}.txt", out / f"{name}.json"
-    words = [str(result) if word == "OUT" else word for word in words]
-    with log.open("w") as file:
-        code = subprocess.run(
-            [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, timeout=limit
-        ).returncode
-    if code:
-        raise RuntimeError(f"{' '.join(words)} ended with {code}: {log.read_text()[-600:]}")
-    last = log.read_text().strip().splitlines()[-1:]
-    return json.loads(result.read_text()) if result.exists() else {"said": last}
+def step(rehearse: bool) -> dict:
+    """In a process of its own. Estimate and peak are without CUDA's own memory."""
+    config = TINY if rehearse else estimate.shape_of(SHAPES[0])
+    P, N, new = sizes = (2, 4, 16) if rehearse else (32, 8, 512)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), config, sizes, "judged letters")
+        ours = Ours(folder, track_kl=True)
+    steps = [ours.step() for _ in range(4)][1:]  # in the first, graphs are captured
+    stages = {k: statistics.median(s["stages"][k] for s in steps) for k in steps[0]["stages"]}
+    s = settings.parse([
+        "--preset=ssr-zero-0.5b", "--model=.", "--data=.", f"--prompts-per-step={P}",
+        f"--samples-per-prompt={N}", f"--max-new-tokens={new}", f"--slots={P * N}",
+        f"--max-prompt-tokens={ours.sampler.max_length - new}", "--judge-max-new-tokens=8",
+    ])  # fmt: skip
+    parts = estimate.memory(estimate.Work(s, config, 1, 1, 0, CUDA))
+    parts.pop("CUDA and its libraries", None)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
+    return {"seconds": stages, "GB": {"peak": peak, "estimate": estimate.peak(parts) / 1e9}}
 
 
-def parts(out: Path, device: torch.device, rehearse: bool) -> dict:
-    run = str(out / f"toy-{time.time():.0f}")
-    sets = "--sets=toy:kasu-bevo,toy:bevo-kasu"
-    evaluation = ["--prompts=toy", "--max-new-tokens=20", sets, "--metrics=bleu,chrf"]
-    there = {
-        "kernels": partial(kernels, device, rehearse),
-        "decode": partial(decode, device, rehearse),
-        "step": partial(command, out, "memory", "-m", "bench.memory", "--out", "OUT"),
-    }
-    if rehearse:
-        return {name: there[name] for name in ("kernels", "decode")}
-    for name, shape in (("7b", "8192 3584 152064"), ("0.5b", "2048 896 151936")):
-        words = ["-m", "bench.logprob", "--shape", *shape.split(), "--out", "OUT"]
-        there[f"logprob-{name}"] = partial(command, out, f"logprob-{name}", *words)
-    words = ["-m", "bench.sampler", "--pairs", "3", "--out", "OUT"]
-    files = ["tests/test_gpu.py", "tests/test_kernels.py"]
-    return there | {
-        "sampler": partial(command, out, "sampler", *words),
-        "tests": partial(command, out, "tests", "-m", "pytest", "-q", *files, "-k", "gpu"),
-        "toy": partial(
-            command, out, "toy", "ssr.py", "--preset=toy", "--device=cuda", f"--folder={run}"
-        ),
-        "evaluation": partial(
-            command, out, "eval", "-m", "eval", *evaluation, f"--model={run}/best",
-            f"--out={run}/eval",
+def run_command(log, *command: str) -> dict:
+    """One of our programs; the last line that it prints."""
+    subprocess.run(
+        [sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+        timeout=LIMIT, check=True,
+    )  # fmt: skip
+    return {"last line": Path(log.name).read_text().strip().splitlines()[-1]}
+
+
+def list_parts(out: Path, rehearse: bool) -> dict:
+    """Name -> what it does, given a log."""
+
+    def separate(function, *args):
+        return lambda log: call_in_new_process(function, *args, log=log, timeout=LIMIT)
+
+    def command(*argv: str):
+        return lambda log: run_command(log, *argv)
+
+    toy = out.absolute() / f"toy-{time.time():.0f}"
+    tests = ["tests/test_gpu.py", "tests/test_kernels.py"]
+    first = {"kernels": lambda log: kernels(rehearse), "decode": lambda log: decode(rehearse),
+             "step": separate(step, rehearse)}  # fmt: skip
+    return first if rehearse else first | {
+        "logprob-7b": separate(logprob.run, ["7b"], 3),
+        "logprob-0.5b": separate(logprob.run, ["0.5b"], 3),
+        "sampler": separate(sampler.run, [], 3),
+        "tests": command("-m", "pytest", "-q", *tests, "-k", "gpu"),
+        "toy": command("ssr.py", "--preset=toy", f"--folder={toy}"),
+        "evaluation": command(
+            "-m", "eval", "--prompts=toy", "--max-new-tokens=20", "--metrics=bleu,chrf",
+            "--sets=toy:kasu-bevo,toy:bevo-kasu", f"--model={toy}/best", f"--out={toy}/eval",
         ),
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help="default: all")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"))
-    args = parser.parse_args()
-    if not args.rehearse and not torch.cuda.is_available():
-        sys.exit("bench.gpu: no CUDA GPU here; --rehearse runs the same code on a CPU")
-    device = torch.device("cpu" if args.rehearse else "cuda", None if args.rehearse else 0)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("bench.gpu", description=__doc__.split(":")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu")
+    args = parser.parse_args(argv)
+    if not (args.rehearse or CUDA):
+        parser.error("no CUDA GPU here; --rehearse runs the same code on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
-    gpu = "CPU" if args.rehearse else torch.cuda.get_device_name()
-    about = {"date": str(datetime.date.today()), "gpu": gpu, "torch": torch.__version__}
-    found, failed, begun = {"about": about}, [], time.time()
-    known = parts(args.out, device, args.rehearse)
-    if unknown := set(args.parts) - known.keys():
-        sys.exit(f"bench.gpu: no part {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    for name in args.parts or known:
+    parts, failed, begun = list_parts(args.out, args.rehearse), [], time.time()
+    if unknown := set(args.parts) - parts.keys():
+        parser.error(f"no part {', '.join(sorted(unknown))}; use {', '.join(parts)}")
+    about = {"gpu": machine(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    results: dict[str, dict] = {"about": about}
+    for name in args.parts or parts:
         print(f"{name} … {time.time() - begun:.0f} s", flush=True)
         try:
-            found[name] = known[name]()
-        except Exception as error:  # said, counted, and the rest is still worth having
+            with (args.out / f"{name}.txt").open("w") as log:
+                results[name] = parts[name](log)
+        except Exception as error:  # reported and counted; the other parts are still worth having
             failed.append(name)
-            found[name] = {"failed": f"{type(error).__name__}: {error}"}
-            print(f"{name} FAILED: {error}", flush=True)
-        (args.out / "all.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"\n{about}")
-    for name in [name for name in known if name in found]:
-        for row, value in found[name].items():
+            results[name] = {"failed": f"{type(error).__name__}: {error}"}
+            print(f"{name} FAILED: {error}; see {args.out / name}.txt", flush=True)
+        (args.out / "all.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name, rows in results.items():
+        for row, value in rows.items():
             print(f"{name:10} {row:36} {json.dumps(value)[:300]}")
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

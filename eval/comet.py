@@ -3,28 +3,25 @@
     with Comet("comet22", device="cuda", dtype="bfloat16") as comet:   # loads while you go on
         scores = comet.score([{"src": "Hallo", "mt": "Hello", "ref": "Hi"}])
 
-    python -m eval.comet install                                # makes .comet/, once
-    python -m eval.comet check --checkpoint cometkiwi
-    python -m eval.comet score --checkpoint cometkiwi --file rows.jsonl
+    python -m eval.comet install                                       # makes .comet/, once
 
 COMET needs older libraries than the project, so it is not imported: a worker (`comet_worker.py`,
-which belongs beside this file) runs under another Python and answers over pipes. Only the standard
-library is needed here.
+next to this file) runs under another Python and answers over a socket. This file needs the standard
+library only.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
-import queue
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 NAMES = {
@@ -39,69 +36,60 @@ DTYPES = ("float32", "bfloat16", "float16")
 HOME = Path(__file__).resolve().parent.parent / ".comet"
 WORKER = Path(__file__).resolve().with_name("comet_worker.py")
 REQUIREMENTS = WORKER.with_name("comet-requirements.txt")
-ENDED = object()
-"""What the inbox gets last from a worker that ended."""
-
-
-class Died(Exception):
-    """The worker ended without an answer."""
 
 
 class Comet:
-    """One model in one process. One call at a time; other threads wait."""
+    """One model in one process, for one thread."""
 
     def __init__(
-        self,
-        checkpoint: str,
-        device: str = "cpu",
-        dtype: str = "float32",
-        batch_size: int = 32,
-        python: str = "",
-        start_limit: float = 1800.0,
-        silence_limit: float = 600.0,
-    ):
-        """`checkpoint`: one of NAMES, an id of the hub, a folder or a .ckpt file.
-
-        `dtype` is the encoder's; what follows it is always computed in fp32. `start_limit`:
-        seconds to download and load. `silence_limit`: seconds that one batch may take.
-        """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is unknown; known: {', '.join(DTYPES)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        self.checkpoint, self.device = checkpoint, device
+        self, checkpoint: str, device: str = "cpu", dtype: str = "float32", batch_size: int = 32,
+        python: str = "", start_limit: float = 1800.0, silence_limit: float = 600.0,
+    ):  # fmt: skip
+        """`checkpoint`: one of NAMES, a hub id, a folder or a .ckpt file. `dtype`: of the encoder;
+        the heads always compute in fp32. `start_limit`: seconds to download and load.
+        `silence_limit`: seconds that one batch may take."""
+        self.checkpoint, self.device, self.batch_size = checkpoint, device, batch_size
         self.start_limit, self.silence_limit = start_limit, silence_limit
-        settings = {"checkpoint": where(checkpoint), "device": device}
-        settings |= {"dtype": dtype, "batch_size": batch_size}
-        self.command = [python_of(python), "-W", "ignore", str(WORKER), json.dumps(settings)]
-        self.lock = threading.Lock()
-        self.calls = 0
+        settings = {"checkpoint": where(checkpoint), "device": device, "dtype": dtype}
+        self.command = [find_python(python), "-W", "ignore", str(WORKER), json.dumps(settings)]
         self.process: subprocess.Popen | None = None
         self.start()
 
     def ready(self) -> dict:
-        """Wait until the model is loaded; what is known about it, which is then in `about`, too."""
-        with self.lock:
-            return self.twice(self.wait)
+        """Wait until the model is loaded; returns its description, also in `about`."""
+        if self.process is None:
+            self.start()
+        if not self.about:
+            left = self.started + self.start_limit - time.monotonic()
+            problem = f"no model after {self.start_limit:g} s (start_limit)"
+            self.about = self.exchange("", left, problem)["about"]
+            self.about["checkpoint"] = self.checkpoint
+        return self.about
 
-    def score(
-        self, rows: list[dict[str, str]], progress: Callable[[int, int], None] | None = None
-    ) -> list[float]:
-        """One score a row of "src", "mt" and, in all or none, "ref".
-
-        A model that knows no references scores without them. `progress(done, of)` is called after
-        each batch; a worker that died is started again, once, and begins from 0.
-        """
-        keys = check(rows)
+    def score(self, rows: list[dict[str, str]]) -> list[float]:
+        """A score for each row of "src", "mt" and, in all rows or none, "ref", which is ignored by
+        models that take no reference."""
         if not rows:
             return []
-        with self.lock:
-            return self.twice(lambda: self.ask(rows, keys, progress))
-
-    def close(self) -> None:
-        """End the worker and free its memory. A later call would start another."""
-        with self.lock:
-            self.stop()
+        about = self.ready()
+        if about["needs_reference"] and not all("ref" in row for row in rows):
+            raise ValueError(f"{self.checkpoint} needs references: rows must have 'ref'")
+        with_references = about["takes_reference"] and "ref" in rows[0]
+        keys = ("src", "mt", "ref") if with_references else ("src", "mt")
+        rows = [{key: row[key] for key in keys} for row in rows]
+        # Longest first: what does not fit in memory shows at once.
+        order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i].values())))
+        scores = [math.nan] * len(rows)
+        for start in range(0, len(rows), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            request = json.dumps([rows[i] for i in batch]) + "\n"
+            problem = f"no scores after {self.silence_limit:g} s (silence_limit)"
+            reply = self.exchange(request, self.silence_limit, problem)
+            for i, score in zip(batch, reply["scores"], strict=True):
+                if not math.isfinite(score):
+                    raise RuntimeError(f"row {i} has the score {score}: try dtype 'float32'")
+                scores[i] = score
+        return scores
 
     def __enter__(self) -> "Comet":
         return self
@@ -109,255 +97,127 @@ class Comet:
     def __exit__(self, *_) -> None:
         self.close()
 
-    # --------------------------------------------------------------------------------- a call
-
-    def twice(self, call: Callable):
-        """The call's result; when the worker dies under it, that of a second try."""
-        for last in (False, True):
-            try:
-                if self.process is None:
-                    self.start()
-                return call()
-            except Died as death:
-                self.stop()
-                if last:
-                    raise RuntimeError(f"two workers in a row: {death}") from None
-                print(f"comet: {death}\ncomet: starting it again", file=sys.stderr)
-
-    def wait(self) -> dict:
-        deadline = self.started + self.start_limit
-        while not self.about:
-            message = self.receive(deadline, f"no model after {self.start_limit:g} s (start_limit)")
-            self.stage = message.get("stage", self.stage)
-            if "error" in message:
-                self.stop()
-                raise self.reported(message)
-            self.about = message.get("about", {})
-        self.about["checkpoint"] = self.checkpoint
-        return self.about
-
-    def ask(self, rows: list[dict], keys: tuple, progress: Callable | None) -> list[float]:
-        self.wait()
-        if self.about["needs_reference"] and "ref" not in keys:
-            raise ValueError(f"{self.checkpoint} needs references: rows must have 'ref'")
-        if not self.about["takes_reference"]:
-            keys = ("src", "mt")
-        self.calls += 1  # the answers to a call that was interrupted are told from this one's
-        request = {"call": self.calls, "rows": [{key: row[key] for key in keys} for row in rows]}
-        line = json.dumps(request) + "\n"
-        # Not in this thread: a worker that hangs reads nothing, and a full pipe would block us.
-        self.sender = threading.Thread(target=send, args=(self.process, line), daemon=True)
-        self.sender.start()
-        done = 0
-        while True:
-            self.stage = f"scoring row {done} of {len(rows)}"
-            deadline = time.monotonic() + self.silence_limit
-            silence = f"no sign of life for {self.silence_limit:g} s (silence_limit)"
-            message = self.receive(deadline, silence)
-            if message.get("call") != self.calls:
-                continue
-            if "error" in message:
-                raise self.reported(message)
-            if "scores" in message:
-                return message["scores"]
-            done = message["done"]
-            if progress:
-                progress(done, len(rows))
-
-    def receive(self, deadline: float, problem: str) -> dict:
-        try:
-            message = self.inbox.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            who = self.who()
-            self.stop()
-            raise TimeoutError(f"{who}: {problem}; it was killed") from None
-        if message is ENDED:
-            raise Died(self.death())
-        return message
-
     # ---------------------------------------------------------------------------- the process
 
     def start(self) -> None:
         self.about: dict = {}
-        self.stage, self.started = "starting", time.monotonic()
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self.said: deque[str] = deque(maxlen=15)
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            encoding="utf-8", errors="replace",
-            start_new_session=True,  # Ctrl-C is for us: we decide what becomes of the worker
-        )  # fmt: skip
-        self.sender: threading.Thread | None = None
-        self.hearer = threading.Thread(
-            target=hear, args=(self.process, self.inbox, self.said), daemon=True
-        )
-        self.drain = threading.Thread(target=keep, args=(self.process, self.said), daemon=True)
-        self.hearer.start()
-        self.drain.start()
+        self.started = time.monotonic()
+        self.socket, theirs = socket.socketpair()
+        self.replies = self.socket.makefile(encoding="utf-8")
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
+        with theirs:
+            self.process = subprocess.Popen(
+                self.command, stdin=theirs, stdout=self.output, stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for this process, which then ends the worker
+            )  # fmt: skip
 
-    def stop(self) -> None:
-        """The worker keeps nothing, so it is killed, with all that it has started."""
+    def exchange(self, request: str, limit: float, problem: str) -> dict:
+        """Send a request and return the reply, which takes at most `limit` seconds."""
+        worker = f"{self.checkpoint} on {self.device} (worker {self.process.pid})"
+        try:
+            self.socket.settimeout(max(limit, 0.1))
+            self.socket.sendall(request.encode())
+            line = self.replies.readline()
+            if not line.endswith("\n"):
+                raise ConnectionResetError
+        except TimeoutError:
+            self.close()
+            raise TimeoutError(f"{worker}: {problem}; it was killed") from None
+        except ConnectionError:
+            raise RuntimeError(f"{worker} died: {self.describe_death()}") from None
+        except BaseException:  # Ctrl-C: the pending reply would answer the next request
+            self.close()
+            raise
+        message = json.loads(line)
+        if "error" in message:
+            if not self.about:  # it could not load, and has ended
+                self.close()
+            kind = ValueError if message["kind"] == "ValueError" else RuntimeError
+            raise kind(f"{self.checkpoint} on {self.device}: {message['error']}")
+        return message
+
+    def describe_death(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its socket
+            self.process.wait(timeout=5)
+        code = self.process.poll() or 0
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        how += " (out of memory?)" * (-code == signal.SIGKILL)
+        self.output.seek(0)
+        lines = self.output.read().decode(errors="replace").splitlines()[-15:]
+        self.close()
+        return "\n    ".join([how, *lines])
+
+    def close(self) -> None:
+        """Kill the worker, which has nothing to save, and all that it started. A later call starts
+        another."""
         if self.process is None:
             return
-        if self.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for thread in (self.sender, self.hearer, self.drain):
-            if thread:
-                thread.join(timeout=5)
-        with contextlib.suppress(BrokenPipeError):  # of what had not been read
-            self.process.stdin.close()
+        for file in (self.replies, self.socket, self.output):
+            file.close()
         self.process = None
-
-    def who(self) -> str:
-        return f"{self.checkpoint} on {self.device} (worker {self.process.pid}, {self.stage})"
-
-    def death(self) -> str:
-        code = self.process.wait()
-        self.drain.join(timeout=5)  # it has read what there was to read
-        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-        words = "".join(f"\n    {line.rstrip()}" for line in self.said)
-        return f"{self.who()} died: {how}{hint}{words and '; its last words:'}{words}"
-
-    def reported(self, message: dict) -> Exception:
-        kind = ValueError if message["kind"] == "ValueError" else RuntimeError
-        return kind(f"{self.checkpoint} on {self.device}: {message['error']}")
 
 
 def where(checkpoint: str) -> str:
-    """The hub id of a short name; what is neither that nor a path nor an id is refused."""
+    """The hub id of a short name; anything but a name, an id or a path is refused."""
     if checkpoint not in NAMES and "/" not in checkpoint and not os.path.exists(checkpoint):
         raise ValueError(
-            f"{checkpoint!r} is no checkpoint of COMET's: use {', '.join(NAMES)}, an id of the hub "
-            "or a path"
+            f"{checkpoint!r} is no checkpoint of COMET's: use {', '.join(NAMES)}, a hub id or path"
         )
     return NAMES.get(checkpoint, checkpoint)
 
 
 def rows_of(tasks: list, texts: list[str], references: bool) -> list[dict[str, str]]:
-    """What `score` takes, of tasks with a `text` and a `reference` and their translations."""
+    """The rows that `score` takes."""
     return [
         {"src": task.text, "mt": text} | ({"ref": task.reference} if references else {})
         for task, text in zip(tasks, texts, strict=True)
     ]
 
 
-def hear(process: subprocess.Popen, inbox: queue.SimpleQueue, said: deque[str]) -> None:
-    with process.stdout as lines:
-        for line in lines:
-            try:
-                inbox.put(dict(json.loads(line)))
-            except (TypeError, ValueError):  # printed early, or cut short by the worker's death
-                said.append(line)
-    inbox.put(ENDED)
-
-
-def keep(process: subprocess.Popen, said: deque[str]) -> None:
-    """The last lines of what it says, so that the pipe is never full."""
-    with process.stderr as lines:
-        said.extend(lines)
-
-
-def send(process: subprocess.Popen, line: str) -> None:
-    # One who waits for the answer hears of a death by other means.
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(line)
-        process.stdin.flush()
-
-
-def check(rows: list[dict]) -> tuple[str, ...]:
-    """The keys that all rows have."""
-    keys = ("src", "mt", "ref") if any("ref" in row for row in rows) else ("src", "mt")
-    for number, row in enumerate(rows):
-        for key in keys:
-            if key not in row:
-                more = ": give references to all rows or to none" if key == "ref" else ""
-                raise ValueError(f"row {number} has no {key!r}{more}")
-            if not isinstance(row[key], str):
-                raise ValueError(f"row {number}: {key!r} is {row[key]!r}, not a string")
-    return keys
-
-
 # ------------------------------------------------------------------------------ the environment
 
 
-def python_of(setting: str = "") -> str:
+def find_python(setting: str = "") -> str:
     """COMET's interpreter: `setting`, else $SSR_COMET_PYTHON, else what `install` has made."""
-    if asked := setting or os.environ.get("SSR_COMET_PYTHON"):
-        if not shutil.which(asked):
+    if named := setting or os.environ.get("SSR_COMET_PYTHON"):
+        if not shutil.which(named):
             raise FileNotFoundError(
-                f"{asked} is no program: name COMET's Python (SSR_COMET_PYTHON), or unset it and "
+                f"{named} is no program: name COMET's Python (SSR_COMET_PYTHON), or unset it and "
                 "run `python -m eval.comet install`"
             )
-        return asked
-    if not (HOME / "ready").is_file():
-        what = "is not finished" if HOME.exists() else "is not there"
+        return named
+    python = HOME / "bin" / "python"
+    if not python.is_file():
         raise FileNotFoundError(
-            f"COMET's environment {HOME} {what}: run `python -m eval.comet install`, or set "
+            f"COMET's environment {HOME} is not there: run `python -m eval.comet install`, or set "
             "SSR_COMET_PYTHON to a Python that has it"
         )
-    return str(HOME / "bin" / "python")
+    return str(python)
 
 
-def install(folder: Path, again: bool = False) -> None:
-    """A virtual environment with the pinned versions. Its file `ready` is written last."""
-    ready, begun, wanted = folder / "ready", folder / "begun", REQUIREMENTS.read_text("utf-8")
-    if not again and ready.is_file() and json.loads(ready.read_text())["requirements"] == wanted:
-        return print(f"{folder} is ready (--again: make it anew)")
-    if folder.exists() and any(folder.iterdir()) and not (ready.is_file() or begun.is_file()):
-        raise ValueError(f"{folder} holds something else: name another --folder, or empty it")
-    folder.mkdir(parents=True, exist_ok=True)
-    begun.touch()
-    ready.unlink(missing_ok=True)
+def install(folder: Path) -> None:
+    """A virtual environment with the pinned versions; what is there already is kept."""
     python = str(folder / "bin" / "python")
-    steps = {
-        "making a virtual environment": [sys.executable, "-m", "venv", str(folder)],
-        f"installing {REQUIREMENTS.name}: some minutes, some GB": [
-            python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
-            "--requirement", str(REQUIREMENTS), *(["--force-reinstall"] if again else []),
-        ],
-        "trying it": [python, "-P", "-W", "ignore", "-c", "import comet, torch"],  # -P: not ours
-    }  # fmt: skip
-    for what, command in steps.items():
-        print(f"{folder}: {what}", flush=True)
+    pip = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    print(f"{folder}: installing {REQUIREMENTS.name}: some minutes, some GB", flush=True)
+    for command in (
+        [sys.executable, "-m", "venv", str(folder)],
+        [*pip, "-r", str(REQUIREMENTS)],
+        [python, "-P", "-W", "ignore", "-c", "import comet, torch"],  # -P: not ours
+    ):
         if code := subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
-            raise RuntimeError(f"{what} failed (exit code {code}); what it said is above")
-    listed = [python, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
-    found = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
-    versions = {row["name"]: row["version"] for row in json.loads(found)}
-    ready.write_text(json.dumps({"requirements": wanted, "versions": versions}, indent=1))
-    begun.unlink()
+            sys.exit(f"comet: {' '.join(command)} failed (exit code {code}); see above")
     print(f"{folder} is ready")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.comet", description="COMET scores")
-    commands = parser.add_subparsers(dest="command", required=True)
-    made = commands.add_parser("install", help="make COMET's environment")
-    made.add_argument("--folder", type=Path, default=HOME)
-    made.add_argument("--again", action="store_true", help="even if it is ready")
-    for name, words in (("check", "load a model and describe it"), ("score", "one score a line")):
-        command = commands.add_parser(name, help=words)
-        command.add_argument("--checkpoint", required=True, help=f"{', '.join(NAMES)}, id or path")
-        command.add_argument("--device", default="cpu")
-        command.add_argument("--dtype", default="float32", choices=DTYPES)
-        if name == "score":
-            command.add_argument("--file", type=Path, required=True, help="JSON lines")
-    given = parser.parse_args()
-    try:
-        if given.command == "install":
-            return install(given.folder.absolute(), given.again)
-        rows = []
-        if given.command == "score":
-            rows = [json.loads(line) for line in given.file.read_text("utf-8").splitlines()]
-        with Comet(given.checkpoint, given.device, given.dtype) as comet:
-            if given.command == "check":
-                print(json.dumps(comet.ready(), indent=2))
-            for score in comet.score(rows):
-                print(score)
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"comet: {error}")
+    parser = argparse.ArgumentParser(prog="python -m eval.comet")
+    parser.add_argument("command", choices=["install"], help="make COMET's environment")
+    parser.add_argument("--folder", type=Path, default=HOME)
+    install(parser.parse_args().folder.absolute())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""What a set of translations is worth: BLEU, chrF, and what chance there is in a difference.
+"""BLEU, chrF and the bootstrap: what translations are worth, and whether a difference is chance.
 
-    found = bleu(tasks, translations)                # as sacreBLEU's command line says it
-    found.value, found.segments, found.about         # 0 … 100, one number a segment, the signature
-    draws = replicates(found)                        # the value on 1,000 resampled test sets
-    interval(draws)                                  # 95% of them lie in there
-    p_value(found, draws, other, other_draws)        # could their difference be chance?
+    result = bleu(tasks, translations)               # as sacreBLEU's command line computes it
+    draws = bootstrap(result.statistics, result.aggregate)    # on 1,000 resampled test sets
+    interval(draws), p_value(result.score, draws, other.score, other_draws)
 
-A metric is a table of statistics, a row a segment, and a function of the table's sum: n-gram counts
-for BLEU, (score, 1) for a mean of segments such as COMET's. So one bootstrap serves all. It draws
-the same segments for every system and metric of a set: differences are paired.
+A metric is a table of statistics, a row for each segment, and a function of its column sums:
+n-gram counts for BLEU, (score, 1) for the mean of segment scores such as COMET's. So one bootstrap
+serves all metrics. The same seed draws the same segments for every system and metric of a set,
+which pairs their differences.
 """
 
 from collections.abc import Callable
@@ -18,75 +17,75 @@ import numpy as np
 from numpy import ndarray
 from sacrebleu.metrics import BLEU, CHRF
 
-from data import CODES
+from data.languages import CODES
 from judge import Task
 
-DRAWS, SEED = 1000, 12345  # as sacreBLEU does it
+DRAWS, SEED = 1000, 12345  # as in sacreBLEU
 
 
-class Found(NamedTuple):
-    value: float
+class Result(NamedTuple):
+    score: float
     segments: list[float]
-    table: ndarray  # (segments, statistics)
-    total: Callable[[ndarray], float]
-    """Of the table's sum."""
-    about: str
-    """How the number came about: a signature, or a checkpoint and its version."""
+    statistics: ndarray  # (segments, columns)
+    aggregate: Callable[[ndarray], float]
+    """Column sums of `statistics` -> score."""
+    signature: str
+    """How the score came about: sacreBLEU's signature, or COMET's checkpoint and version."""
 
 
-def bleu(tasks: list[Task], translations: list[str]) -> Found:
+def bleu(tasks: list[Task], translations: list[str]) -> Result:
     code = CODES.get(tasks[0].target, "")
-    code = {"zh_hant": "zh", "yue": "zh"}.get(code, code)  # words are split alike
+    code = {"zh_hant": "zh", "yue": "zh"}.get(code, code)  # tokenised alike
     try:
-        metric, sentence = BLEU(trg_lang=code), BLEU(trg_lang=code, effective_order=True)
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # Japanese and Korean need their own word splitters
+        corpus, sentence = BLEU(trg_lang=code), BLEU(trg_lang=code, effective_order=True)
+    except (ImportError, RuntimeError) as error:  # Japanese and Korean need extra packages
         raise ValueError(f"BLEU of {tasks[0].target}: {error}") from None
-    return with_sacrebleu(metric, sentence, tasks, translations)
+    return with_sacrebleu(corpus, sentence, tasks, translations)
 
 
-def chrf(tasks: list[Task], translations: list[str]) -> Found:
+def chrf(tasks: list[Task], translations: list[str]) -> Result:
     return with_sacrebleu(CHRF(), CHRF(), tasks, translations)
 
 
-def with_sacrebleu(metric, sentence, tasks: list[Task], translations: list[str]) -> Found:
+def with_sacrebleu(corpus, sentence, tasks: list[Task], translations: list[str]) -> Result:
     references = [[task.reference for task in tasks]]
-    value = metric.corpus_score(translations, references).score
+    score = corpus.corpus_score(translations, references).score
     segments = [
         sentence.sentence_score(text, [task.reference]).score
         for text, task in zip(translations, tasks, strict=True)
     ]
-    # What its own bootstrap is made of; it has no public name, but our version is pinned.
-    table = np.array(metric._extract_corpus_statistics(translations, references), dtype=np.float64)
-    about = f"{metric.get_signature()}"
+    # What its own bootstrap uses; private, but the version is pinned.
+    statistics = np.array(
+        corpus._extract_corpus_statistics(translations, references), dtype=np.float64
+    )
 
-    def total(summed: ndarray) -> float:
-        return metric._compute_score_from_stats(summed).score
+    return Result(
+        score, segments, statistics, lambda sums: corpus._compute_score_from_stats(sums).score,
+        f"{corpus.get_signature()}",
+    )  # fmt: skip
 
-    return Found(value, segments, table, total, about)
 
-
-def mean_of(segments: list[float], about: str) -> Found:
-    """Of scores from 0 to 1, times 100."""
-    table = np.array([(100 * score, 1.0) for score in segments])
-    value = float(table[:, 0].sum() / len(segments))
-    return Found(value, segments, table, lambda summed: float(summed[0] / summed[1]), about)
+def mean_score(segments: list[float], signature: str) -> Result:
+    """100 times the mean of scores from 0 to 1."""
+    statistics = np.array([(100 * score, 1.0) for score in segments])
+    score = float(statistics[:, 0].mean())
+    return Result(score, segments, statistics, lambda sums: float(sums[0] / sums[1]), signature)
 
 
 SACREBLEU = {"bleu": bleu, "chrf": chrf}
 
 
-# --------------------------------------------------------------------------------------- chance
+# ------------------------------------------------------------------------------- significance
 
 
-def replicates(found: Found, draws: int = DRAWS, seed: int = SEED) -> ndarray:
-    """(draws,): the value on test sets of the same size, drawn from this one with replacement."""
-    n = len(found.table)
+def bootstrap(
+    statistics: ndarray, aggregate: Callable, draws: int = DRAWS, seed: int = SEED
+) -> ndarray:
+    """(draws,): scores on test sets of the same size, drawn from this one with replacement."""
+    n = len(statistics)
     chosen = np.random.default_rng(seed).choice(n, size=(draws, n))
     counts = np.stack([np.bincount(row, minlength=n) for row in chosen])  # (draws, segments)
-    return np.array([found.total(summed) for summed in counts @ found.table])
+    return np.array([aggregate(sums) for sums in counts @ statistics])
 
 
 def interval(draws: ndarray) -> tuple[float, float]:
@@ -97,7 +96,7 @@ def interval(draws: ndarray) -> tuple[float, float]:
 def p_value(ours: float, draws: ndarray, theirs: float, their_draws: ndarray) -> float:
     """Two-sided: how often resampling alone moves the difference by as much as it is.
 
-    sacreBLEU's paired bootstrap says less: it takes the mean off the difference without its sign.
+    sacreBLEU's paired bootstrap centres the absolute difference instead of the signed one.
     """
     difference = draws - their_draws
     moved = np.abs(difference - difference.mean()) >= abs(ours - theirs)

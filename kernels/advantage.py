@@ -1,7 +1,8 @@
 """Group advantages: rewards (P, N) of N samples for each of P prompts -> advantages (P, N).
 
-The policy gradient stays unbiased when a baseline is taken off the reward that does not depend on
-the sample itself; GRPO takes its group. With r_1 … r_n the rewards of a group that are not NaN:
+The policy gradient stays unbiased when a baseline that does not depend on the sample is subtracted
+from its reward; GRPO uses the sample's group. With r_1 … r_n the rewards of a group that are not
+NaN:
 
     baseline "mean"           a_i = r_i - mean(r)
     baseline "leave-one-out"  a_i = r_i - mean of the others = (r_i - mean(r)) * n / (n - 1)
@@ -9,12 +10,12 @@ the sample itself; GRPO takes its group. With r_1 … r_n the rewards of a group
     scale "batch"             a_i / (std over all samples of all groups, each about its own mean)
     scale "none"              a_i
 
-What must be exact: in a group whose rewards are all equal nothing is better than anything else, so
-every advantage is 0, not the residue of a rounded mean (a constant 51.33 leaves 4e-6 in its mean,
-which division by a std of the same size turns into 0.86). Rewards are therefore first taken
-relative to the group's maximum, exactly 0 in a tie, and the variance is summed in a second pass
-over the deviations. A group of one has nobody to compare with: 0. NaN marks a missing reward: it
-is left out of its group and its own advantage is 0; the caller counts it.
+In a group whose rewards are all equal no sample is better than another, so every advantage must be
+exactly 0, not the residue of a rounded mean (a constant 51.33 leaves 4e-6 in its mean, which
+division by a std of the same size turns into 0.86). Rewards are therefore first taken relative to
+the group's maximum, exactly 0 in a tie, and the variance is summed in a second pass over the
+deviations. A group of one has nobody to compare with: 0. NaN marks a missing reward: it is left
+out of its group and its own advantage is 0; the caller counts it.
 
 Letters: P prompts, N samples of each.
 """
@@ -25,40 +26,33 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # triton exists on Linux alone; impl="torch" needs none
+except ImportError:  # Triton exists on Linux only; impl="torch" does not need it
     triton = None
 
 EPSILON = 1e-6
 SCALES, BASELINES = ("std", "batch", "none"), ("mean", "leave-one-out")
-IMPLS = ("auto", "torch", "triton")
 
 
 def group_advantage(
     rewards: Tensor, scale: str = "std", baseline: str = "mean", impl: str = "auto"
 ) -> Tensor:
     """(P, N) rewards -> (P, N) advantages, in float64 for float64 and else in fp32; no gradient."""
-    for name, value, known in (
-        ("scale", scale, SCALES),
-        ("baseline", baseline, BASELINES),
-        ("impl", impl, IMPLS),
-    ):
+    options = (scale, SCALES), (baseline, BASELINES), (impl, ("auto", "torch", "triton"))
+    for value, known in options:
         if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(known)}")
-    if rewards.dim() != 2 or not rewards.is_floating_point():
-        raise ValueError(
-            f"rewards must be (prompts, samples) in floating point, not {tuple(rewards.shape)} in "
-            f"{rewards.dtype}"
-        )
+            raise ValueError(f"{value!r} is unknown; known: {', '.join(known)}")
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards must be (prompts, samples), not {tuple(rewards.shape)}")
     if torch.isinf(rewards).any():
-        raise ValueError("a reward is infinite: give NaN for one that is missing")
+        raise ValueError("a reward is infinite: use NaN for one that is missing")
     wide = torch.promote_types(rewards.dtype, torch.float32)
     rewards = rewards.detach().to(wide).contiguous()
     if impl == "auto":
         impl = "triton" if rewards.is_cuda and triton is not None else "torch"
     run = advantage_triton if impl == "triton" else advantage_torch
-    advantages, squares, counted = run(rewards, scale == "std", baseline == "leave-one-out")
+    advantages, squares, counts = run(rewards, scale == "std", baseline == "leave-one-out")
     if scale == "batch":
-        spread = (squares.sum() / (counted.sum() - 1).clamp(min=1)).sqrt()
+        spread = (squares.sum() / (counts.sum() - 1).clamp(min=1)).sqrt()
         advantages = advantages / (spread + EPSILON)
     return advantages
 
@@ -69,7 +63,7 @@ def group_advantage(
 def advantage_torch(
     rewards: Tensor, by_std: bool, leave_one_out: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> advantages (P, N), sums of squared deviations (P,), rewards counted (P,)."""
+    """-> advantages (P, N), sums of squared deviations (P,), numbers of rewards (P,)."""
     known = ~rewards.isnan()
     n = known.sum(1, keepdim=True)  # (P, 1)
     peak = rewards.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
@@ -89,17 +83,10 @@ if triton is not None:
 
     @triton.jit
     def group_kernel(
-        rewards,
-        advantages,
-        squares,
-        counted,
-        N: tl.constexpr,
-        BLOCK: tl.constexpr,
-        BY_STD: tl.constexpr,
-        LEAVE_ONE_OUT: tl.constexpr,
-        EPSILON: tl.constexpr,
-    ):
-        """One program per group; the group lies in registers from the first line to the last."""
+        rewards, advantages, squares, counts, N: tl.constexpr, BLOCK: tl.constexpr,
+        BY_STD: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr, EPSILON: tl.constexpr,
+    ):  # fmt: skip
+        """One program per group, which stays in registers."""
         group = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < N
@@ -119,24 +106,18 @@ if triton is not None:
         advantage = tl.where(n > 1.0, advantage, 0.0)
         tl.store(advantages + group * N + column, advantage, mask=inside)
         tl.store(squares + group, square)
-        tl.store(counted + group, n)
+        tl.store(counts + group, n)
 
 
 def advantage_triton(
     rewards: Tensor, by_std: bool, leave_one_out: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if triton is None:
-        raise RuntimeError("impl='triton': triton is not installed; use impl='torch'")
-    if not rewards.is_cuda and isinstance(group_kernel, triton.JITFunction):
-        raise RuntimeError(
-            "impl='triton' on a CPU needs TRITON_INTERPRET=1 in the environment before the start"
-        )
     P, N = rewards.shape
     advantages = torch.empty_like(rewards)
-    squares, counted = rewards.new_empty(P), rewards.new_empty(P)
+    squares, counts = rewards.new_empty(P), rewards.new_empty(P)
     if rewards.numel():
         block = triton.next_power_of_2(N)
         group_kernel[(P,)](
-            rewards, advantages, squares, counted, N, block, by_std, leave_one_out, EPSILON
+            rewards, advantages, squares, counts, N, block, by_std, leave_one_out, EPSILON
         )
-    return advantages, squares, counted
+    return advantages, squares, counts

@@ -1,7 +1,7 @@
-"""Log-probs and the GRPO loss from hidden states, without ever holding the logits.
+"""Log-probs and the GRPO loss from hidden states, without ever materialising all logits.
 
 With V = 152,000 the fp32 logits of 16,000 tokens take 10 GB, their log-softmax and its gradient as
-much again each. Here they exist for a chunk of rows at a time:
+much again each. Here they exist for one chunk of rows at a time:
 
     logprob, entropy = linear_logprob(hidden, weight, targets)      # differentiable
     loss, stats = linear_policy_loss(hidden, weight, targets, advantages, weights)
@@ -11,19 +11,19 @@ s = Σ exp(z - m), and
 
     log p_j = z_j - m - log s        H = -Σ p_j log p_j = log s - Σ p_j (z_j - m)
 
-(m and log s are kept apart: their sum would round at |z| = 10,000 to a thousandth.) With
+(m and log s are kept apart: at |z| = 10,000 their sum would be rounded to a thousandth.) With
 d log p_t / dz_j = [j = t] - p_j  and  dH / dz_j = -p_j (log p_j + H), a loss that reaches this row
 through a = dL/d log p_t and b = dL/dH has
 
     dL/dz_j = a ([j = t] - p_j) - b p_j (log p_j + H)
     dL/dh = W' dL/dz / T        dL/dW = dL/dz h' / T
 
-`linear_logprob` recomputes the logits on the way back, when a and b are known (8·M·D·V flops).
-`linear_policy_loss` knows its loss, so it forms the gradient in the forward pass, while a chunk's
-logits are at hand (6·M·D·V flops), and the backward pass only multiplies it with what comes in.
+`linear_logprob` recomputes the logits in the backward pass, when a and b are known (8·M·D·V flops).
+`linear_policy_loss` knows its loss, so it computes the gradient in the forward pass while a chunk's
+logits are at hand (6·M·D·V flops), and the backward pass only scales it.
 
-The products are the vendor's, with fp32 output; what lies between them, one pass over the chunk
-forth and one back, is one Triton kernel each. On a CPU plain torch does the same.
+Matrix products are the vendor's, with fp32 output. Between them, one pass over the chunk forward
+and one backward are a Triton kernel each; on a CPU plain torch does the same.
 
 Letters: M rows (tokens), D width, V vocabulary, R rows of a chunk.
 """
@@ -35,7 +35,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # triton exists on Linux alone; impl="torch" needs none
+except ImportError:  # Triton exists on Linux only; impl="torch" does not need it
     triton = None
 
 CHUNK_BYTES = {"cpu": 160e6, "cuda": 640e6}  # of one chunk's fp32 logits
@@ -48,7 +48,7 @@ def linear_logprob(
 
     Both in fp32 (fp64 for fp64 input), both differentiable in hidden and weight.
     """
-    impl = check(hidden, weight, targets, temperature, impl)
+    impl = check_inputs(hidden, weight, targets, temperature, impl)
     return LinearLogprob.apply(hidden, weight, targets, temperature, impl)
 
 
@@ -62,139 +62,112 @@ def linear_policy_loss(
     ref_logprobs: Tensor | None = None,
     clip: tuple[float, float] = (0.2, 0.2),
     kl: float = 0.0,
-    entropy: float = 0.0,
     temperature: float = 1.0,
-    importance_cap: float | None = None,
     sampler_logprobs: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO loss of M completion tokens, and its statistics.
 
-        loss = Σ_i w_i (c_i · max(-A_i r_i, -A_i clip(r_i, 1 - low, 1 + high))
-                        + kl · KL_i - entropy · H_i)
+        loss = Σ_i w_i (max(-A_i r_i, -A_i clip(r_i, 1 - low, 1 + high)) + kl · KL_i)
 
     `weights` (M,) w_i carry the denominator: 1 / (all completion tokens of the step, over every
     micro-batch and rank) for a token-normalised loss. Losses, gradients and statistics of
-    micro-batches then simply add up, however the step was cut.
+    micro-batches then simply add up, however the step is split.
 
     r_i = exp(log p - old). Without `old_logprobs` the step is strictly on-policy: r is exactly 1
-    and its gradient that of log p, whatever rounding sampler and trainer differ by.
+    and its gradient that of log p, even if sampler and trainer round differently.
 
-    c_i = min(exp(old - sampler), importance_cap), a constant, corrects for a sampler whose
-    probabilities differ from the trainer's; 1 without a cap.
-
-    KL_i to `ref_logprobs` is valued by k3 = e^x - 1 - x with x = ref - log p: never negative, right
-    on average. Its own gradient is not the KL's: on average over samples of the policy it is that
-    of the reversed KL. The gradient used is r (log p - ref) d log p, which is, on average, exactly
-    that of KL(policy || ref); so `loss` is for reading and backward() is not its derivative there.
+    KL_i to `ref_logprobs` is valued by k3 = e^x - 1 - x with x = ref - log p: never negative and
+    unbiased. The gradient of k3 is not that of the KL: over samples of the policy its mean is that
+    of the reversed KL. The gradient used is r (log p - ref) d log p, whose mean is exactly that of
+    KL(policy || ref); so with kl > 0 `loss` is for logging and backward() is not its derivative.
 
     Statistics, all Σ_i w_i x_i but the maximum: logprob, entropy, kl, clipped (share of tokens
     whose gradient the clip removed), sampler_gap and sampler_gap_max (|log p - sampler's|).
     """
-    impl = check(hidden, weight, targets, temperature, impl)
-    rows = {
-        "advantages": advantages,
-        "weights": weights,
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "sampler_logprobs": sampler_logprobs,
-    }
-    for name, value in rows.items():
-        if value is not None and (value.shape != targets.shape or value.device != hidden.device):
+    impl = check_inputs(hidden, weight, targets, temperature, impl)
+    columns = [advantages, weights, old_logprobs, ref_logprobs, sampler_logprobs]
+    for column in columns:
+        if column is not None and column.shape != targets.shape:
             raise ValueError(
-                f"{name} has the shape {tuple(value.shape)} on {value.device}; targets have "
-                f"{tuple(targets.shape)} on {hidden.device}"
+                f"advantages, weights and log-probs must have the shape {tuple(targets.shape)} of "
+                f"targets, not {tuple(column.shape)}"
             )
     if kl and ref_logprobs is None:
         raise ValueError(f"kl={kl} needs ref_logprobs")
-    if importance_cap is not None and sampler_logprobs is None:
-        raise ValueError(f"importance_cap={importance_cap} needs sampler_logprobs")
-
-    def loss_of(part: slice, logprob: Tensor, ent: Tensor):
-        """Loss, statistics and dL/d log p, dL/dH of some rows. fp32, shapes (R,)."""
-        here = {name: None if v is None else v[part].to(ent.dtype) for name, v in rows.items()}
-        A, w = here["advantages"], here["weights"]
-        old, ref, sampler = (here[f"{x}_logprobs"] for x in ("old", "ref", "sampler"))
-        ratio = torch.ones_like(logprob) if old is None else (logprob - old).exp()
-        kept = ratio.clamp(1 - clip[0], 1 + clip[1])
-        clipped = -A * kept > -A * ratio
-        importance = torch.ones_like(logprob)
-        if importance_cap is not None:
-            before = logprob if old is None else old
-            importance = (before - sampler).exp().clamp(max=importance_cap)
-        surrogate = importance * torch.maximum(-A * ratio, -A * kept)
-        by_logprob = w * importance * torch.where(clipped, 0.0, -A * ratio)
-        by_entropy = -entropy * w if entropy else None
-        total = w * (surrogate - entropy * ent)
-        stats = {"logprob": w * logprob, "entropy": w * ent, "clipped": w * clipped}
-        if ref is not None:
-            gap = ref - logprob
-            stats["kl"] = w * (gap.exp() - 1 - gap)
-            total = total + kl * stats["kl"]
-            by_logprob = by_logprob - kl * w * ratio * gap
-        stats = {name: value.sum() for name, value in stats.items()}
-        if sampler is not None:
-            gap = (logprob - sampler).abs()
-            stats["sampler_gap"] = (w * gap).sum()
-            stats["sampler_gap_max"] = (gap * (w != 0)).amax()
-        return total.sum(), stats, by_logprob, by_entropy
 
     with torch.no_grad():
-        loss, stats, d_hidden, d_weight = loss_and_gradient(
-            hidden, weight, targets, temperature, impl, loss_of
-        )
-    return GradientInHand.apply(hidden, weight, loss, d_hidden, d_weight), stats
+        chunks = Chunks(hidden, weight, targets, temperature, impl)
+        chunks.start_gradients()
+        loss, stats = chunks.hidden.new_zeros(()).float(), {}
+        for part in chunks.parts():
+            logprob, entropy, saved = chunks.forward(part)
+            here = [None if x is None else x[part].to(entropy.dtype) for x in columns]
+            value, values, d_logprob = policy_loss(logprob, entropy, *here, clip, kl)
+            chunks.backward(part, saved, d_logprob, None)
+            del saved  # before the next chunk allocates as much
+            loss = loss + value
+            for name, x in values.items():
+                combine = torch.maximum if name.endswith("_max") else torch.add
+                stats[name] = combine(stats[name], x) if name in stats else x
+    gradients = chunks.d_hidden.to(hidden.dtype), chunks.d_weight.to(weight.dtype)
+    return PrecomputedGradient.apply(hidden, weight, loss, *gradients), stats
 
 
-def check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, impl: str) -> str:
-    """Refuse what would give a wrong number; return the implementation to use."""
-    shapes = f"{tuple(hidden.shape)}, {tuple(weight.shape)}, targets {tuple(targets.shape)}"
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be (M, D) and weight (V, D): {shapes}")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be (M,) in int64: {shapes}, {targets.dtype}")
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(
-            f"hidden is {hidden.dtype} and weight {weight.dtype}: cast them to one floating type"
-        )
-    if not hidden.device == weight.device == targets.device:
-        raise ValueError(f"on {hidden.device}, {weight.device}, {targets.device}: put all on one")
+def policy_loss(logprob, entropy, A, w, old, ref, sampler, clip, kl):
+    """Loss of some rows (R,), its statistics, and dL/d log p (R,)."""
+    ratio = torch.ones_like(logprob) if old is None else (logprob - old).exp()
+    clipped_ratio = ratio.clamp(1 - clip[0], 1 + clip[1])
+    is_clipped = -A * clipped_ratio > -A * ratio
+    loss = w * torch.maximum(-A * ratio, -A * clipped_ratio)
+    d_logprob = w * torch.where(is_clipped, 0.0, -A * ratio)
+    stats = {"logprob": w * logprob, "entropy": w * entropy, "clipped": w * is_clipped}
+    if ref is not None:
+        gap = ref - logprob
+        stats["kl"] = w * (gap.exp() - 1 - gap)
+        loss = loss + kl * stats["kl"]
+        d_logprob = d_logprob - kl * w * ratio * gap
+    stats = {name: value.sum() for name, value in stats.items()}
+    if sampler is not None:
+        gap = (logprob - sampler).abs()
+        stats["sampler_gap"] = (w * gap).sum()
+        stats["sampler_gap_max"] = (gap * (w != 0)).amax()
+    return loss.sum(), stats, d_logprob
+
+
+def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature, impl: str) -> str:
+    """Refuse inputs that would give a wrong number; return the implementation to use."""
+    shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
+    dtypes = [x.dtype for x in (hidden, weight, targets)]
+    if [len(x) for x in shapes] != [2, 2, 1] or hidden.shape != (len(targets), weight.shape[1]):
+        raise ValueError(f"hidden (M, D), weight (V, D) and targets (M,) have the shapes {shapes}")
+    if hidden.dtype != weight.dtype or targets.dtype != torch.int64:
+        raise ValueError(f"hidden and weight must have one dtype, targets int64, not {dtypes}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be above 0")
-    if hidden.is_cuda:  # a look at the values would stall the stream: the device checks them itself
-        inside = (targets >= 0) & (targets < weight.shape[0])
-        torch._assert_async(inside.all(), "a target is outside the vocabulary")
-    elif targets.numel():
-        low, high = targets.aminmax()
-        if low < 0 or high >= weight.shape[0]:
-            bad = int(low if low < 0 else high)
-            raise ValueError(f"target {bad} is outside the vocabulary of {weight.shape[0]}")
+    is_inside = (targets >= 0) & (targets < weight.shape[0])  # reading it would stall a GPU
+    torch._assert_async(is_inside.all(), "a target is outside the vocabulary")
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl={impl!r} is unknown; known: auto, torch, triton")
-    if impl == "triton":
-        if triton is None:
-            raise RuntimeError("impl='triton': triton is not installed; use impl='torch'")
-        if hidden.dtype == torch.float64:
-            raise ValueError("impl='triton' computes in fp32: for float64 use impl='torch'")
-        if not hidden.is_cuda and isinstance(row_kernel, triton.JITFunction):
-            raise RuntimeError(
-                "impl='triton' on a CPU needs TRITON_INTERPRET=1 in the environment at the start"
-            )
-    usable = triton is not None and hidden.is_cuda and hidden.dtype != torch.float64
-    return impl if impl != "auto" else "triton" if usable else "torch"
+    if impl == "auto":
+        usable = triton is not None and hidden.is_cuda and hidden.dtype != torch.float64
+        return "triton" if usable else "torch"
+    if impl == "triton" and (triton is None or hidden.dtype == torch.float64):
+        raise ValueError("impl='triton' needs Triton and at most fp32: use impl='torch'")
+    return impl
 
 
-# --------------------------------------------------------------- plain torch, row by row
+# ------------------------------------------------------------------ one chunk in plain torch
 
 
 def rows_torch(z: Tensor, targets: Tensor, temperature: float):
-    """Logits (R, V) of a chunk, overwritten -> log-prob (R,), entropy (R,), what is to save."""
+    """Logits (R, V), overwritten -> log-prob (R,), entropy (R,), tensors for the backward."""
     if temperature != 1:
         z.div_(temperature)
     log_p = z.log_softmax(-1)
     p = torch.exp(log_p, out=z)
-    # log_softmax adds V terms one after the other: at V = 152,000 it is 5e-6 off. `sum` adds
-    # pairwise, so what p sums to beside 1 is that error, and is taken out row by row.
+    # log_softmax sums V terms sequentially and is 5e-6 off at V = 152,000. `sum` adds pairwise, so
+    # the deviation of Σ p from 1 is that error, and is corrected row by row.
     total = p.sum(-1)
     logprob = log_p.gather(1, targets[:, None])[:, 0] - total.log()
     slices = zip(p.split(64), log_p.split(64), strict=True)  # no third (R, V)
@@ -203,8 +176,7 @@ def rows_torch(z: Tensor, targets: Tensor, temperature: float):
 
 
 def rows_back_torch(saved, targets: Tensor, a: Tensor, b: Tensor | None, temperature: float):
-    """(R, V) for a = dL/d log p and b = dL/dH (None: 0), in the place of the saved p: the gradient
-    of W h, before the temperature divides it."""
+    """a = dL/d log p, b = dL/dH (None: 0) -> dL/d(W h) (R, V), in the memory of the saved p."""
     p, log_p, entropy, total = saved
     factor = -1 / (total * temperature)
     if b is None:
@@ -217,23 +189,16 @@ def rows_back_torch(saved, targets: Tensor, a: Tensor, b: Tensor | None, tempera
     return dz
 
 
-# --------------------------------------------------------------- Triton, row by row
+# ------------------------------------------------------------------------ one chunk in Triton
 
 if triton is not None:
 
     @triton.jit
     def row_kernel(
-        logits,
-        targets,
-        logprobs,
-        entropies,
-        peaks,
-        log_sums,
-        scale,
-        V: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One program per row, one pass: when a block raises the maximum, the sums are rescaled.
+        logits, targets, logprobs, entropies, peaks, log_sums, scale,
+        V: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program per row, one pass: sums are rescaled when a block raises the maximum.
 
         With z' = z - m: s = Σ e^z', u = Σ z' e^z', and for a new maximum m* = m - δ (δ <= 0)
         s* = e^δ s and u* = e^δ (u + δ s).
@@ -265,20 +230,10 @@ if triton is not None:
 
     @triton.jit
     def gradient_kernel(
-        logits,
-        gradient,
-        targets,
-        entropies,
-        peaks,
-        log_sums,
-        a_rows,
-        b_rows,
-        scale,
-        V: tl.constexpr,
-        BLOCK: tl.constexpr,
-        HAS_B: tl.constexpr,
-    ):
-        """One program per row and block. `gradient` may be `logits` itself."""
+        logits, gradient, targets, entropies, peaks, log_sums, a_rows, b_rows, scale,
+        V: tl.constexpr, BLOCK: tl.constexpr, HAS_B: tl.constexpr,
+    ):  # fmt: skip
+        """One program per row and block. `gradient` may alias `logits`."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < V
@@ -304,9 +259,7 @@ def rows_triton(z: Tensor, targets: Tensor, temperature: float):
     return logprob, entropy, (z, entropy, peak, log_sum)
 
 
-def rows_back_triton(
-    saved, targets: Tensor, a: Tensor, b: Tensor | None, temperature: float, dtype: torch.dtype
-):
+def rows_back_triton(saved, targets: Tensor, a: Tensor, b: Tensor | None, temperature, dtype):
     z, entropy, peak, log_sum = saved
     R, V = z.shape
     dz = z if dtype == z.dtype else torch.empty_like(z, dtype=dtype)
@@ -320,11 +273,11 @@ def rows_back_triton(
     return dz
 
 
-# --------------------------------------------------------------- chunks and autograd
+# ------------------------------------------------------------------------ chunks and autograd
 
 
 class Chunks:
-    """The products around the rows, chunk by chunk: half precision on CUDA, else fp32 or fp64."""
+    """The matrix products around the rows: in half precision on CUDA, else in fp32 or fp64."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, temperature, impl: str):
         dtype = hidden.dtype
@@ -341,7 +294,7 @@ class Chunks:
     def parts(self):
         M, V = self.hidden.shape[0], self.weight.shape[0]
         rows = max(1, int(CHUNK_BYTES.get(self.hidden.device.type, 160e6)) // (4 * V))
-        rows = -(-M // -(-M // rows)) if M else 1  # as many chunks as that takes, of even size
+        rows = -(-M // -(-M // rows)) if M else 1  # as few chunks, of even size
         return (slice(i, min(i + rows, M)) for i in range(0, M, rows))
 
     def forward(self, part: slice):
@@ -354,11 +307,12 @@ class Chunks:
         return rows(z, targets, self.temperature)
 
     def backward(self, part: slice, saved, a: Tensor, b: Tensor | None) -> None:
-        targets, temperature = self.targets[part], self.temperature
+        """Add a chunk's gradients to `d_hidden` and `d_weight`."""
+        targets, temperature, dtype = self.targets[part], self.temperature, self.weight.dtype
         if self.impl == "triton":
-            dz = rows_back_triton(saved, targets, a, b, temperature, self.weight.dtype)
+            dz = rows_back_triton(saved, targets, a, b, temperature, dtype)
         else:
-            dz = rows_back_torch(saved, targets, a, b, temperature).to(self.weight.dtype)
+            dz = rows_back_torch(saved, targets, a, b, temperature).to(dtype)
         torch.mm(dz, self.weight, out=self.d_hidden[part])
         self.d_weight.addmm_(dz.t(), self.hidden[part])
 
@@ -367,49 +321,31 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, impl):
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.rest = temperature, impl
+        ctx.settings = temperature, impl
         ctx.set_materialize_grads(False)
         chunks = Chunks(hidden, weight, targets, temperature, impl)
-        results = [chunks.forward(part)[:2] for part in chunks.parts()]
-        if not results:
-            return chunks.hidden.new_zeros(0), chunks.hidden.new_zeros(0)
+        empty = chunks.hidden.new_zeros(0)
+        results = [(empty, empty), *(chunks.forward(part)[:2] for part in chunks.parts())]
         logprobs, entropies = zip(*results, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
     @staticmethod
     def backward(ctx, a, b):
         hidden, weight, targets = ctx.saved_tensors
-        chunks = Chunks(hidden, weight, targets, *ctx.rest)
-        a = torch.zeros_like(b) if a is None else a
+        chunks = Chunks(hidden, weight, targets, *ctx.settings)
         chunks.start_gradients()
+        a = torch.zeros_like(b) if a is None else a
         for part in chunks.parts():
             saved = chunks.forward(part)[2]  # the logits again: 2·M·D·V flops
             chunks.backward(part, saved, a[part], None if b is None else b[part])
-            del saved  # before the next chunk asks for as much
+            del saved  # before the next chunk allocates as much
         return chunks.d_hidden.to(hidden.dtype), chunks.d_weight.to(weight.dtype), None, None, None
 
 
-def loss_and_gradient(hidden, weight, targets, temperature, impl, loss_of):
-    """Σ of `loss_of` over chunks, its statistics, and the gradients in hidden and weight."""
-    chunks = Chunks(hidden, weight, targets, temperature, impl)
-    chunks.start_gradients()
-    loss, stats = chunks.hidden.new_zeros(()).float(), {}
-    for part in chunks.parts():
-        logprob, entropy, saved = chunks.forward(part)
-        more, values, a, b = loss_of(part, logprob, entropy)
-        chunks.backward(part, saved, a, b)
-        del saved  # before the next chunk asks for as much
-        loss = loss + more
-        for name, value in values.items():
-            join = torch.maximum if name.endswith("_max") else torch.add
-            stats[name] = join(stats[name], value) if name in stats else value
-    return loss, stats, chunks.d_hidden.to(hidden.dtype), chunks.d_weight.to(weight.dtype)
+class PrecomputedGradient(torch.autograd.Function):
+    """A loss whose gradient is known: backward() scales it by the incoming gradient.
 
-
-class GradientInHand(torch.autograd.Function):
-    """A loss whose gradient is known already: backward() multiplies it with what comes in.
-
-    In place, and handed over for good: a second (V, D) matrix would undo what the chunks save.
+    In place, and only once: a second (V, D) matrix would undo what the chunks save.
     """
 
     @staticmethod

@@ -1,10 +1,11 @@
-"""A hundred answers that try to earn what they are not worth, each beside an honest one.
+"""126 answers that try to earn what they are not worth, each beside an honest one.
 
-`stops` says what a judge has to do with it: "form": nothing, the format gate refuses it; "judge":
-it is asked, and no echo of the answer is read as a score; "nobody": a plea in words, which has no
-form that a translation could not have, so a judge that obeys what it reads gives it full marks.
+`stops` says what stops it. "form": the format check, without a judge. "judge": it is judged, and an
+echo of it is not read as a score. "nobody": it is a plea in words, whose form a translation can
+have, so a judge that obeys what it reads gives it full marks.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from judge import Task
@@ -31,17 +32,11 @@ class Attack(NamedTuple):
     stops: str
 
 
-def form(family: str, group: tuple[Task, str], *texts: str) -> list[Attack]:
-    return [Attack(family, *group, text, "form") for text in texts]
+def attacks(stops: str, family: str, group: tuple[Task, str], *texts: str) -> list[Attack]:
+    return [Attack(family, *group, text, stops) for text in texts]
 
 
-def judge(family: str, group: tuple[Task, str], *texts: str) -> list[Attack]:
-    return [Attack(family, *group, text, "judge") for text in texts]
-
-
-def nobody(family: str, group: tuple[Task, str], *texts: str) -> list[Attack]:
-    return [Attack(family, *group, text, "nobody") for text in texts]
-
+form, judge, nobody = (partial(attacks, stops) for stops in ("form", "judge", "nobody"))
 
 ATTACKS = [
     *form("the judge's tags", CHINESE,

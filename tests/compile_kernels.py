@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not here, and print what each one takes of them.
+"""Compile every kernel for GPUs that need not be present, and print the resources each takes.
 
 Run in a process without TRITON_INTERPRET: python -m tests.compile_kernels
 """
@@ -18,29 +18,22 @@ TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # shared memo
 V = 152_064
 ROWS = {"logits": "*fp32", "targets": "*i64", "entropies": "*fp32", "peaks": "*fp32"}
 ROWS |= {"log_sums": "*fp32", "scale": "fp32"}
+BACKWARD = {**ROWS, "a_rows": "*fp32", "b_rows": "*fp32"}
+GROUPS = {name: "*fp32" for name in ("rewards", "advantages", "squares", "counts")}
+GROUP_SIZE = {"N": 16, "BLOCK": 16, "BY_STD": True, "LEAVE_ONE_OUT": True, "EPSILON": 1e-6}
 KERNELS = [  # kernel, types of its arguments, constants, options
-    (
-        logprob.row_kernel,
-        {**ROWS, "logprobs": "*fp32"},
-        {"V": V, "BLOCK": 8192},
-        {"num_warps": 8},
-    ),
+    (logprob.row_kernel, {**ROWS, "logprobs": "*fp32"}, {"V": V, "BLOCK": 8192}, {"num_warps": 8}),
     *(
         (
             logprob.gradient_kernel,
-            {**ROWS, "gradient": kind, "a_rows": "*fp32", "b_rows": "*fp32"},
+            {**BACKWARD, "gradient": dtype},
             {"V": V, "BLOCK": 4096, "HAS_B": has_b},
             {},
         )
-        for kind in ("*bf16", "*fp32")
+        for dtype in ("*bf16", "*fp32")
         for has_b in (False, True)
     ),
-    (
-        advantage.group_kernel,
-        {"rewards": "*fp32", "advantages": "*fp32", "squares": "*fp32", "counted": "*fp32"},
-        {"N": 16, "BLOCK": 16, "BY_STD": True, "LEAVE_ONE_OUT": True, "EPSILON": 1e-6},
-        {},
-    ),
+    (advantage.group_kernel, GROUPS, GROUP_SIZE, {}),
 ]
 
 
@@ -52,11 +45,12 @@ def compile_for(target: str, kernel, types: dict, constants: dict, options: dict
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=gpu, options=options or None)
-    assert compiled.metadata.shared <= TARGETS[target], "shared memory is beyond the block's"
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin"
-    tool = next(p for p in sorted(ptxas.glob("ptxas*"), reverse=target == "sm_80"))
+    shared = compiled.metadata.shared
+    assert shared <= TARGETS[target], f"{kernel.__name__}: too much shared memory for {target}"
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tool = next(p for p in sorted(folder.glob("ptxas*"), reverse=target == "sm_80"))
     if target == "sm_100":
-        tool = next(iter(sorted(ptxas.glob("ptxas-blackwell"))), tool)
+        tool = next(iter(sorted(folder.glob("ptxas-blackwell"))), tool)
     arch = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE).group(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
@@ -66,7 +60,6 @@ def compile_for(target: str, kernel, types: dict, constants: dict, options: dict
     registers = int(re.search(r"Used (\d+) registers", report).group(1))
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
     assert spills == 0, f"{kernel.__name__} spills on {target}"
-    shared = compiled.metadata.shared
     return f"{registers} registers, {spills} bytes spilled, {shared} bytes shared"
 
 

@@ -16,15 +16,11 @@ HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--other-machine",
-        action="store_true",
-        help="run each test as if processors rounded otherwise",
-    )
+    parser.addoption("--other-machine", action="store_true", help="round as another processor")
 
 
 # The longest files first: workers that take a file at a time end at about the same time.
-LONGEST = ("ranks", "rzero", "ssr", "problem", "checkpoint", "plan", "report", "sampler", "family")
+LONGEST = ("distributed", "rzero", "checkpoint", "ssr", "problem", "report", "sampler", "family")
 
 
 def pytest_collection_modifyitems(items):
@@ -116,11 +112,3 @@ def programs(tmp_path_factory):
         muon=0.02, adamw=6e-3,
     )  # fmt: skip
     return make(recipe, tmp_path_factory.mktemp("programs"))
-
-
-@pytest.fixture(scope="session")
-def writer(tmp_path_factory):
-    """A toy of translation that was taught to write sentences, a little."""
-    from toy.pretrain import Recipe, make
-
-    return make(Recipe(tokens=3e4, skills=("write",)), tmp_path_factory.mktemp("writer"))

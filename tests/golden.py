@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 import grpo
-from judge import TOY, Judge, Reward, Texts
+from data.languages import is_plausible_translation
+from judge import TOY, Judge, PromptCodec, Reward
 from model import Config, Transformer
 from sampler import Sampler
 from toy.languages import KASU, Languages
@@ -35,7 +36,7 @@ def steps(ranks=None, **changes):
     """Metrics step by step; with many ranks, and whatever their number, the same."""
     pair = Languages(0)
     tokenizer = make_tokenizer(pair)
-    texts = Texts(tokenizer)
+    texts = PromptCodec(tokenizer)
     words = pair.vocabulary[KASU]
     stop_ids = [tokenizer.convert_tokens_to_ids(w) for w in words[::4]]
     vocabulary = tokenizer.get_vocab()
@@ -71,7 +72,8 @@ def steps(ranks=None, **changes):
         ids = texts.encode([prompts.ask(task) for task in tasks])
         return [grpo.Prompt(*both) for both in zip(ids, tasks, strict=True)]
 
-    reward = Reward(texts, prompts, {"self": (1.0, judge)})
+    scorers = {"self": (1.0, judge)}
+    reward = Reward(texts, prompts, scorers, is_translation=is_plausible_translation)
     optimizer = grpo.make_optimizer(model, s)
     start = make_model()
     for step in grpo.train(model, sampler, reward, batch, s, optimizer, stop_ids, start, ranks):

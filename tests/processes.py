@@ -1,4 +1,4 @@
-"""Real processes for tests: ranks forked from a server that has everything imported, or torchrun.
+"""Real processes for tests: ranks forked from a server that has everything imported.
 
 A fork costs a tenth of a second where a new interpreter with torch costs three.
 """
@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
+PRELOADED = ["ssr", "rzero.selfplay", "toy.programs", "tests.golden", "tests.runs"]
+PRELOADED += ["torch._dynamo", "transformers.models.auto", "numpy.random"]  # torch needs them late
 
 
 def free_port() -> int:
@@ -28,36 +30,35 @@ def start(folder: Path, size: int, work, *args, per_node: int | None = None, env
     Their output goes to folder/out-RANK and folder/err-RANK.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ssr", "rzero", "toy.programs", "tests.golden"])
+    context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port, per_node = store.port, per_node or size
+    per_node = per_node or size
     processes = []
     for rank in range(size):
-        words = {
+        variables = {
             "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % per_node,
-            "LOCAL_WORLD_SIZE": per_node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "LOCAL_WORLD_SIZE": per_node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
             "TORCHELASTIC_USE_AGENT_STORE": True,
         }  # fmt: skip
-        words = {} if size == 1 else {k: str(v) for k, v in words.items()}
+        variables = {} if size == 1 else {k: str(v) for k, v in variables.items()}
         for name in ("out", "err"):  # there even if it is killed before it can open them
             (folder / f"{name}-{rank}").write_text("")
-        job = (str(folder), rank, words | (env or {}), work, args)
+        job = (str(folder), rank, variables | (env or {}), work, args)
         processes.append(context.Process(target=begin, args=job))
         processes[-1].start()
     processes[0].store = store  # lives as long as they do
     return processes
 
 
-def begin(folder: str, rank: int, words: dict, work, args) -> None:
+def begin(folder: str, rank: int, variables: dict, work, args) -> None:
     import torch
 
     for number, name in ((1, "out"), (2, "err")):
-        file = os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
+        os.dup2(os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
-    os.environ.update(words)
+    os.environ.update(variables)
     torch.set_num_threads(1)
     work(rank, *args)
 
@@ -65,8 +66,8 @@ def begin(folder: str, rank: int, words: dict, work, args) -> None:
 def finish(
     folder: Path, processes: list, timeout: float = 600, grace: float = 60
 ) -> SimpleNamespace:
-    """Their exit codes and what they said; none is left behind. When one has failed the others
-    have `grace` seconds to end by themselves."""
+    """Their exit codes and output; none is left behind. When one has failed the others have `grace`
+    seconds to end by themselves."""
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode for process in processes):  # as torchrun does
@@ -77,12 +78,12 @@ def finish(
     for process in processes:
         process.kill()
         process.join()
-    said = {
+    output = {
         name: [(folder / f"{name}-{rank}").read_text() for rank in range(len(processes))]
         for name in ("out", "err")
     }
-    assert failed or not hung, (f"ranks {hung} hang", said)
-    return SimpleNamespace(codes=[process.exitcode for process in processes], **said)
+    assert failed or not hung, (f"ranks {hung} hang", output)
+    return SimpleNamespace(codes=[process.exitcode for process in processes], **output)
 
 
 def run(folder: Path, size: int, work, *args, **more) -> SimpleNamespace:

@@ -1,6 +1,5 @@
-"""The embedded language pair: what is true of it, and that its model is an ordinary one."""
+"""The two made-up languages, the model pretrained on them, and the rewards that know the truth."""
 
-import json
 import random
 import shutil
 import statistics
@@ -10,24 +9,27 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ssr
-from judge import TOY, Given, Judge, Texts
+from judge import TOY, PromptCodec
 from model import load, load_tokenizer
-from sampler import Sampler
-from toy import controls, pretrain, programs
+from rewards import toy as rewards
+from toy import pretrain, programs
 from toy.languages import BEVO, KASU, Languages, quality
 from toy.pretrain import SHIPPED, Corpus, Muon, Recipe, make, make_tokenizer, orthogonalise
 
 PAIR = Languages(0)
+SMALL = Recipe(tokens=2e4)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make(Recipe(tokens=2e4), tmp_path_factory.mktemp("models"))
+    return make(SMALL, tmp_path_factory.mktemp("models"))
 
 
 def tasks(split, count=2000):
     return [PAIR.task(split, i) for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------ languages
 
 
 def test_sentences_are_a_function_of_seed_split_and_number():
@@ -37,19 +39,17 @@ def test_sentences_are_a_function_of_seed_split_and_number():
 
 
 def test_held_out_sentences_are_never_trained_in_either_direction():
-    def both_sides(split):
-        return {x for t in tasks(split) for x in (t.text, t.reference)}
-
-    assert not both_sides("train") & both_sides("held-out")
+    train, held_out = (
+        {x for t in tasks(split) for x in (t.text, t.reference)} for split in ("train", "held-out")
+    )
+    assert not train & held_out
 
 
 def test_both_directions_and_all_lengths_occur():
     directions = Counter((t.source, t.target) for t in tasks("train"))
     assert set(directions) == {(KASU, BEVO), (BEVO, KASU)} and min(directions.values()) > 900
-    lengths = Counter(
-        len((t.text if t.source == KASU else t.reference).split()) for t in tasks("train")
-    )
-    assert set(lengths) == set(range(3, 11))
+    kasu = [t.text if t.source == KASU else t.reference for t in tasks("train")]
+    assert {len(text.split()) for text in kasu} == set(range(3, 11))
 
 
 def test_a_sentence_has_one_translation_and_back_again():
@@ -64,26 +64,22 @@ def test_a_sentence_has_one_translation_and_back_again():
 def test_the_languages_differ_as_the_grammar_says():
     meaning = PAIR.meaning(random.Random(7))._replace(negated=True, preposition=None, place=None)
     kasu, bevo = PAIR.say(meaning, KASU), PAIR.say(meaning, BEVO)
-    verb = PAIR.words[BEVO]["verb", meaning.verb]
-    tail = [] if meaning.adverb is None else PAIR.words[BEVO]["adverb", meaning.adverb]
+    verb = PAIR.lexicon[BEVO]["verb", meaning.verb]
+    tail = [] if meaning.adverb is None else PAIR.lexicon[BEVO]["adverb", meaning.adverb]
     assert bevo[len(bevo) - len(tail) - 2 :] == [*verb, PAIR.negation[BEVO], *tail]
     assert PAIR.negation[KASU] in kasu and not set(kasu) & set(bevo)
 
 
 @pytest.mark.parametrize(
     ("candidate", "reference", "value"),
-    [
-        ("a b c", "a b c", 1),
-        ("a b", "a b c d", 0.5),
-        ("a x c", "a b c", 2 / 3),
-        ("b a c", "a b c", 1 / 3),
-        ("a b c a b c", "a b c", 0.5),
-        ("", "a", 0),
-        ("x y z", "a b c", 0),
-    ],
-)
+    [("a b", "a b c d", 0.5), ("a x c", "a b c", 2 / 3), ("b a c", "a b c", 1 / 3),
+     ("a b c a b c", "a b c", 0.5), ("", "a", 0), ("a b c", "a b c", 1)],
+)  # fmt: skip
 def test_quality_is_one_minus_word_edit_distance_over_the_longer(candidate, reference, value):
     assert quality(candidate, reference) == pytest.approx(value)
+
+
+# --------------------------------------------------------------------------------------- corpus
 
 
 def test_mistakes_of_the_corpus_come_as_often_as_the_recipe_says():
@@ -97,44 +93,30 @@ def test_mistakes_of_the_corpus_come_as_often_as_the_recipe_says():
         assert low < right / 1000 < high
 
 
-def test_judge_examples_say_the_truth_in_tens():
-    corpus = Corpus(PAIR, Recipe())
-    scores = Counter()
+def test_judge_examples_have_the_true_score_in_tens(monkeypatch):
+    corpus, scores, sentences = Corpus(PAIR, Recipe()), Counter(), []
+    sentence = corpus.sentence
+    monkeypatch.setattr(corpus, "sentence", lambda: sentences.append(sentence()) or sentences[-1])
     for _ in range(500):
         prompt, (score, end) = corpus.judgement()
-        text = " ".join(prompt)
-        source, candidate = text[: text.index(" =>")].split("||")
-        _, source_language, target_language, *words = source.split()
-        assert end == "<eos>" and (source_language, target_language) in [(KASU, BEVO), (BEVO, KASU)]
+        task = sentences[-1][1]
+        source, candidate = " ".join(prompt).removesuffix(" =>").split("||")
+        assert source.split() == ["score", task.source, task.target, *task.text.split()]
+        assert end == "<eos>" and int(score) == 10 * round(10 * quality(candidate, task.reference))
         scores[int(score)] += 1
-        # The truth, found again from the words alone.
-        meaning = next_meaning(words, source_language)
-        if meaning is not None:
-            true = quality(candidate, " ".join(PAIR.say(meaning, target_language)))
-            assert int(score) == round(10 * true) * 10
     assert set(scores) == set(range(0, 101, 10)) and scores[100] > 50
 
 
-KNOWN = {}
+def test_pretraining_and_training_write_the_same_prompts():
+    tokenizer = make_tokenizer(PAIR)
+    texts, vocabulary = PromptCodec(tokenizer), tokenizer.get_vocab()
+    for task in tasks("train", 50):
+        for parts in (TOY.ask(task), TOY.ask_judge(task, task.reference)):
+            words = [vocabulary[w] for w in "".join(parts).split()]
+            assert texts.encode([parts]) == [words]
 
 
-def next_meaning(words, language):
-    """The meaning of a short Kasu or Bevo sentence NOUN VERB, else None."""
-    if not KNOWN:
-        for i in range(24):
-            for j in range(14):
-                simple = PAIR.meaning(random.Random(0))
-                phrase = simple.subject._replace(noun=i, adjective=None, numeral=None)
-                meaning = simple._replace(
-                    adverb=None, subject=phrase, negated=False, verb=j, object=None,
-                    preposition=None, place=None,
-                )  # fmt: skip
-                for name in (KASU, BEVO):
-                    KNOWN[name, tuple(PAIR.say(meaning, name))] = meaning
-    return KNOWN.get((language, tuple(words)))
-
-
-# ---------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- model
 
 
 def test_the_toy_model_is_an_ordinary_hugging_face_folder(folder):
@@ -142,35 +124,18 @@ def test_the_toy_model_is_an_ordinary_hugging_face_folder(folder):
     text = "translate Kasu Bevo " + PAIR.task("train", 0).text + " =>"
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
-    ours = load(folder)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), load(folder)
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits
         torch.testing.assert_close(ours.logits(ours(torch.tensor([ids]))), expected)
 
 
-def test_pretraining_and_training_write_the_same_prompts():
-    tokenizer = make_tokenizer(PAIR)
-    texts, vocabulary = Texts(tokenizer), tokenizer.get_vocab()
-    for task in tasks("train", 50):
-        for parts in (TOY.ask(task), TOY.ask_judge(task, task.reference)):
-            words = [vocabulary[w] for w in "".join(parts).split()]
-            assert texts.encode([parts]) == [words]
-
-
-def test_the_toys_control_words_cannot_be_forged():
-    texts = Texts(make_tokenizer(PAIR))
-    ids = texts.encode([[Given("tasu || => translate <eos>")]])[0]
-    assert not texts.control_ids & set(ids)
-
-
 def test_a_model_is_built_once_and_anew_when_its_recipe_changes(folder, capsys):
     before = sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
-    capsys.readouterr()
-    assert make(Recipe(tokens=2e4), folder.parent) == folder
+    assert make(SMALL, folder.parent) == folder
     assert capsys.readouterr().out == f"Toy model: {folder}, built earlier\n"
     assert before == sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
-    other = make(Recipe(tokens=2e4, dropped=0.05), folder.parent)
+    other = make(Recipe(tokens=2e3, batch=4), folder.parent)
     assert other != folder and "pretraining" in capsys.readouterr().out
 
 
@@ -178,13 +143,13 @@ def test_the_same_recipe_makes_the_same_weights_whatever_the_threads(folder, tmp
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))
     try:
-        again = make(Recipe(tokens=2e4), tmp_path)
+        again = make(SMALL, tmp_path)
     finally:
         torch.set_num_threads(threads)
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_the_orthogonalising_optimizer_is_torchs_but_for_bf16():
+def test_muon_is_torchs_but_for_bf16():
     """Three steps of each from the same weights and gradients, tall, wide and square."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((160, 96), (96, 256), (96, 96)):
@@ -198,183 +163,71 @@ def test_the_orthogonalising_optimizer_is_torchs_but_for_bf16():
                 optimizer.step()
         moved = (theirs - weights).norm()
         assert moved > 0.1 and (ours - theirs).norm() < 0.02 * moved
-
-
-def test_orthogonalised_in_float64_and_fp32_are_the_same():
-    x = torch.randn(2, 96, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    wide = orthogonalise(x)
-    torch.testing.assert_close(orthogonalise(x.float()).double(), wide, atol=1e-4, rtol=0)
-    singular = torch.linalg.svdvals(wide)
+    singular = torch.linalg.svdvals(orthogonalise(torch.randn(2, 96, 256, generator=generator)))
     assert 0.6 < singular.min() and singular.max() < 1.3
 
 
-# ----------------------------------------------------------------------------- shipped models
-
-
-def test_the_shipped_models_are_of_the_recipes_and_are_said(capsys):
+def test_shipped_models_are_those_of_the_default_recipes(capsys):
     assert make(Recipe()) == SHIPPED / "languages-seed0"
     assert programs.make(programs.Recipe()) == SHIPPED / "programs-seed0"
-    out = capsys.readouterr().out
-    assert (
-        "Toy model: languages-seed0, shipped with the project (by `python -m toy.pretrain` on"
-        in out
-    )
-    assert (
-        "Toy model: programs-seed0, shipped with the project (by `python -m toy.programs` on" in out
-    )
+    assert capsys.readouterr().out.count("shipped with the project (by `python -m toy.p") == 2
+    for recipe in (Recipe(seed=1), SMALL):
+        assert pretrain.find_shipped(f"languages-seed{recipe.seed}", recipe) is None
+    assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "said"),
-    [
-        ("model.safetensors", b"x", "model.safetensors is damaged"),
-        ("tokenizer.json", None, "tokenizer.json is missing"),
-        ("made.json", b"{", "made.json cannot be read"),
-        ("made.json", None, "made.json is missing"),
-    ],
-)
-def test_a_shipped_model_that_is_damaged_or_missing_is_built_anew(
-    tmp_path, monkeypatch, capsys, file, content, said
-):
-    shipped = tmp_path / "shipped"
-    shutil.copytree(SHIPPED / "languages-seed0", shipped / "languages-seed0")
-    monkeypatch.setattr(pretrain, "SHIPPED", shipped)
-    assert pretrain.find_shipped("languages-seed0", Recipe()) == shipped / "languages-seed0"
-    (shipped / "languages-seed0" / file).unlink()
-    if content is not None:
-        (shipped / "languages-seed0" / file).write_bytes(content)
-    capsys.readouterr()
-    assert pretrain.find_shipped("languages-seed0", Recipe()) is None
-    line = f"Toy model: {shipped / 'languages-seed0'}: {said}; the model is built anew\n"
-    assert capsys.readouterr().out == line
-    assert pretrain.find_shipped("languages-seed1", Recipe(seed=1)) is None
-    assert pretrain.find_shipped("languages-seed0", Recipe(tokens=2e4)) is None
-    assert capsys.readouterr().out.count("\n") <= 2
-
-
-def test_a_cache_that_cannot_be_written_is_named_before_any_work(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SSR_TOY_CACHE", str(tmp_path / "file" / "models"))
-    with pytest.raises(OSError, match=r"cannot keep the toy's model in .*: set SSR_TOY_CACHE"):
-        make(Recipe(tokens=2e4))
-    monkeypatch.setenv("SSR_TOY_CACHE", str(tmp_path / "models"))
-    assert make(Recipe(tokens=2e3, batch=4)).parent == tmp_path / "models"
+def test_damaged_or_missing_shipped_model_is_reported_and_rebuilt(tmp_path, monkeypatch, capsys):
+    shipped = tmp_path / "languages-seed0"
+    monkeypatch.setattr(pretrain, "SHIPPED", tmp_path)
+    for file, content in (
+        ("model.safetensors", b"x"), ("made.json", b"{"), ("tokenizer.json", None), ("", None),
+    ):  # fmt: skip
+        shutil.copytree(SHIPPED / shipped.name, shipped)
+        assert pretrain.find_shipped(shipped.name, Recipe()) == shipped
+        if content:
+            (shipped / file).write_bytes(content)
+        else:
+            (shipped / file).unlink() if file else shutil.rmtree(shipped)
+        capsys.readouterr()
+        assert pretrain.find_shipped(shipped.name, Recipe()) is None
+        assert (
+            capsys.readouterr().out == f"Toy model: {shipped}, damaged or missing; it is rebuilt\n"
+        )
+        shutil.rmtree(shipped, ignore_errors=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["languages", "programs"])
-def test_the_shipped_model_is_as_good_as_one_made_now(kind, tmp_path):
-    """Not the same bits: processors round differently."""
-    module, build, measure = {
-        "languages": (Recipe, pretrain.build, languages_accuracy),
-        "programs": (programs.Recipe, programs.build, programs_accuracy),
-    }[kind]
-    anew = pretrain.ship(kind, module(), build, "a test", tmp_path)
-    now, shipped = measure(anew), measure(SHIPPED / f"{kind}-seed0")
-    for name in shipped:  # of 512 texts, several standard errors
-        assert now[name] == pytest.approx(shipped[name], abs=0.12), (now, shipped)
-
-
-def languages_accuracy(folder):
-    pair = PAIR
-    texts, sampler = Texts(load_tokenizer(folder)), Sampler(load(folder), 256, 96)
-    tasks = [pair.task("held-out", i) for i in range(512)]
-    prompts = texts.encode([TOY.ask(task) for task in tasks])
-    shares, answers = {}, []
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        groups = sampler.generate(prompts, 1, 20, temperature, stop_ids=texts.stop_ids)
-        answers = [[texts.decode(g[0].ids[:-1])] for g in groups]
-        right = [a == t.reference for [a], t in zip(answers, tasks, strict=True)]
-        shares[name] = sum(right) / len(right)
-    scores = [row[0].value for row in Judge(sampler, texts, TOY, "expected")(tasks, answers, 0)]
-    truth = [quality(a, t.reference) for [a], t in zip(answers, tasks, strict=True)]
-    return shares | {"correlation": statistics.correlation(scores, truth)}
-
-
-def programs_accuracy(folder):
-    game = programs.Programs(0, 512)
-    texts, sampler = Texts(load_tokenizer(folder)), Sampler(load(folder), 256, 96)
-    prompts = texts.encode([game.pose(question) for question, _ in game.held_out])
-    shares = {}
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        groups = sampler.generate(prompts, 1, 41, temperature, stop_ids=texts.stop_ids)
-        answers = [
-            game.text_answer(texts.decode(g[0].ids[:-1]), question)
-            for g, (question, _) in zip(groups, game.held_out, strict=True)
+@pytest.mark.parametrize("module", [pretrain, programs])
+def test_shipped_model_is_as_good_as_one_made_now(module, tmp_path):
+    """The same loss on texts of today's corpus: processors round differently, so not the bits."""
+    name, recipe = {pretrain: "languages", programs: "programs"}[module], module.Recipe()
+    kinds = [kind.row for kind in Corpus(PAIR, Recipe(), "test").kinds()]
+    makers = kinds if module is pretrain else programs.corpus(recipe)
+    ids = load_tokenizer(SHIPPED / f"{name}-seed0").get_vocab()
+    rows = [[[ids[x] for x in part] for part in make()] for make in makers for _ in range(500)]
+    made = pretrain.ship(name, recipe, module.build, "a test", tmp_path)
+    with torch.no_grad():
+        losses = [
+            float(pretrain.loss_of(load(folder), rows, None, 0.0)[0])
+            for folder in (made, SHIPPED / f"{name}-seed0")
         ]
-        right = [a == truth for a, (_, truth) in zip(answers, game.held_out, strict=True)]
-        shares[name] = sum(right) / len(right)
-    return shares
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-# ------------------------------------------------------------------------------------ controls
+# -------------------------------------------------------------------------------------- rewards
 
 
-def test_other_rewards_are_what_they_say():
+def test_comparison_rewards_score_as_they_say():
     task = PAIR.task("train", 0)
     answers = [[task.reference, "x", task.reference, None]]
 
     def values(scorer, step=1):
         return [s.value for s in scorer([task], answers, step)[0]]
 
-    assert values(controls.oracle) == [1.0, 0.0, 1.0, 0.0]
-    noise = controls.random_scores(0)
+    assert values(rewards.oracle) == [1.0, 0.0, 1.0, 0.0]
+    noise = rewards.random_scores(0)
     assert values(noise) == values(noise) != values(noise, 2) and len(set(values(noise))) == 4
-    many = [controls.external(0, 0.3)([task], answers, step)[0][0].value for step in range(2000)]
-    assert max(many) == 1.0 and 0.8 < sum(many) / 2000 < 0.95  # noisy and cut off at 1
-
-
-def test_self_and_external_weigh_the_same():
-    judge = object()
-    both = controls.scorers("self+external", judge, 0, 0.3)
-    assert {name: weight for name, (weight, _) in both.items()} == {"self": 0.5, "external": 0.5}
-    assert both["self"][1] is judge and controls.scorers("self", judge, 0, 0.3) == {
-        "self": (1.0, judge)
-    }
-
-
-@pytest.fixture
-def two_rows(monkeypatch):
-    rows = {"self, live judge": {}, "random": {"reward": "random"}}
-    monkeypatch.setattr(controls, "ROWS", rows)
-    monkeypatch.setattr(controls, "FAMILY", {})
-
-
-@pytest.mark.slow
-def test_controls_do_not_take_a_run_for_done_that_is_not(folder, two_rows, tmp_path, capsys):
-    """Begun and not ended, or with other settings: those are run again, the rest is not."""
-    small = ["--prompts-per-step=2", "--samples-per-prompt=2", "--eval-prompts=4"]
-    words = ["--controls", "--seeds=0", f"--model={folder}", f"--folder={tmp_path / 'all'}", *small]
-    ssr.main([*words, "--steps=2"])
-    first = capsys.readouterr().out
-    assert "2 runs under" in first and ", 0 of them done" in first and "| random |" in first
-    ssr.main([*words, "--steps=2"])
-    assert ", 2 of them done" in capsys.readouterr().out
-    result = tmp_path / "all" / "random-seed0" / "result.json"
-    cut_short = json.loads(result.read_text()) | {"steps": 1}
-    result.write_text(json.dumps(cut_short))
-    ssr.main([*words, "--steps=2"])
-    assert ", 1 of them done" in capsys.readouterr().out
-    ssr.main([*words, "--steps=2", "--lr=0.1"])
-    assert ", 0 of them done" in capsys.readouterr().out
-
-
-def test_the_table_is_mean_and_spread_over_seeds(tmp_path):
-    """And the seconds are those of steps: of all stages, evaluations aside."""
-    for row in controls.ROWS:
-        for seed, after in ((0, 0.9), (1, 0.7)):
-            path = tmp_path / f"{controls.slug(row)}-seed{seed}"
-            path.mkdir()
-            before = {"eval/exact_match": 0.2, "eval/sampled_exact_match": 0.1}
-            result = {"before": before, "after": dict.fromkeys(before, after)}
-            (path / "result.json").write_text(json.dumps(result))
-            stages = {"seconds/sample": 0.5, "seconds/train": after, "seconds/evaluate": 9.0}
-            steps = [{"step": 0, "seconds/evaluate": 9.0}, {"step": 1} | stages]
-            steps.append({"step": 2, "seconds/sample": 1.5, "seconds/train": after})
-            text = "".join(json.dumps(step) + "\n" for step in steps)
-            (path / "metrics.jsonl").write_text(text)
-    lines = controls.table([0, 1], tmp_path, controls.ROWS).splitlines()
-    assert len(lines) == 2 + len(controls.ROWS)
-    assert lines[2] == (
-        "| self, live judge | 0.200 ± 0.000 | 0.800 ± 0.141 | 0.700 | 0.800 ± 0.141 | 1.80 |"
-    )
+    many = [values(rewards.external(0, 0.3), step)[0] for step in range(2000)]
+    assert max(many) == 1.0 and 0.8 < statistics.mean(many) < 0.95  # noisy and clamped to 1
+    both = rewards.scorers("self+external", task, 0, 0.3)  # any judge
+    assert both["self"] == (0.5, task) and both["external"][0] == 0.5

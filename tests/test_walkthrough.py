@@ -1,6 +1,9 @@
-"""docs/walkthrough.md: its links, its numbers among themselves, and both against a run."""
+"""docs/walkthrough.md: its links, its numbers among themselves, and both against a run.
 
-import math
+docs/walkthrough.py itself compares draws, rewards, advantages, the loss and the gradient with the
+run before it writes them.
+"""
+
 import re
 import shutil
 import statistics
@@ -8,12 +11,11 @@ import statistics
 import pytest
 import torch
 
-import ssr
-from docs.walkthrough import BLOCK, LINK, PAGE, ROOT, blocks, differences, filled, linked, similar
+from docs.walkthrough import BLOCK, LINK, PAGE, ROOT, blocks, fill, link_lines
 from model import load, save
+from run import settings
 
 TEXT = PAGE.read_text(encoding="utf-8")
-HEADINGS = re.findall(r"^#+ .*", TEXT, re.M)
 
 
 class Page:
@@ -43,99 +45,52 @@ def close(a, b):
     return a == pytest.approx(b, rel=0.006, abs=6e-4 if abs(b) > 0.01 else 1e-8)
 
 
-def test_the_numbers_on_the_page_follow_from_each_other():
-    page = Page(TEXT)
-    samples, group = page.rows("drawn"), page.rows("group")
-    words = [text.split() for _, text, _ in samples]
+NUMBERS = Page(TEXT)
+ROWS, FIND = NUMBERS.rows, NUMBERS.find
+REWARDS, ADVANTAGES = ([row[i] for row in ROWS("group")] for i in (2, 3))
+BEST = ADVANTAGES.index(max(ADVANTAGES))
 
-    rewards, advantages = ([row[i] for row in group] for i in (2, 3))
-    mean, std = page.find("group", r"mean = (.+), standard deviation = (.+)")
-    assert close(mean, statistics.mean(rewards)) and close(std, statistics.stdev(rewards))
-    for reward, advantage in zip(rewards, advantages, strict=True):
+
+def test_advantages_of_the_page_follow_from_its_rewards():
+    mean, std = FIND("group", r"mean = (.+), standard deviation = (.+)")
+    assert close(mean, statistics.mean(REWARDS)) and close(std, statistics.stdev(REWARDS))
+    for reward, advantage in zip(REWARDS, ADVANTAGES, strict=True):
         assert close(advantage, (reward - mean) / std)
-    best, reward, m, s, advantage = page.find(
-        "group", r"advantage of sample (\d) = \((.+) - (.+)\) / (.+) = (.+)"
-    )
-    best = int(best)
-    assert (reward, m, s, advantage) == (rewards[best], mean, std, advantages[best])
-    assert advantage == max(advantages)
+    shown = FIND("group", r"advantage of sample (\d) = \((.+) - (.+)\) / (.+) = (.+)")
+    assert shown == [BEST, REWARDS[BEST], mean, std, ADVANTAGES[BEST]]
 
-    ids = [i for row in page.rows("prompt") for i in str(row[2]).replace(".0", "").split()]
-    assert [row[0] for row in page.rows("prompt")][1] == page.rows("task")[0][2]
-    [asked] = page.find("judge", r"Sample (\d)")
-    question, answer = page.blocks["judge"].split("```")[1].strip().splitlines()
-    assert question.endswith(f"|| {samples[int(asked)][1]} =>".replace("  ", " "))
-    assert answer.split()[1:3] == ids[1:3] and answer.split()[-1] == ids[-1]
-    [_, *shares], [_, *worth] = page.rows("judge")
-    expected = sum(p * x for p, x in zip(shares, worth, strict=True)) / sum(shares)
-    score, form, again, reward = page.find(
-        "judge", r"shares = (.+)\nreward = format × score = (.+) × (.+) = (.+)"
-    )
-    assert close(score, expected) and score == again and close(reward, form * score)
-    assert reward == rewards[int(asked)]
 
-    draws, total = page.rows("draws"), 0.0
-    assert len(draws) == samples[best][2]
-    key, step, prompts, place = page.find("draws", r"(?=.*= (\d+):).*key (\d+) × (\d+) \+ (\d+)")
-    assert key == step * prompts + place and f"Task {place:.0f}:" in TEXT
-    for _, at, stretch, _, _, logprob in draws:
-        low, high = map(float, stretch.split(" to "))
-        assert low - 1e-4 <= at <= high + 1e-4 and abs(math.exp(logprob) - (high - low)) < 2e-4
-        total += logprob
-
-    distinct, w, copies, tokens = page.find(
+def test_pulls_of_the_page_follow_from_weight_advantage_and_p():
+    samples = [text for _, text, _ in ROWS("drawn")]
+    distinct, w, copies, tokens = FIND(
         "weight", r"samples, (\d+) distinct\n(?=.*\n.* = (.+)\n).*\n.* = (\d+) / (\d+) ="
     )
-    assert distinct == len({x for _, x, _ in samples}) and close(w, copies / tokens)
-    assert copies == [x for _, x, _ in samples].count(samples[best][1])
-
-    at, siblings = page.find("pull", r"position (\d+), with (\d+) siblings")
-    at, pulls = int(at), page.rows("pull")
-    there = [n for n, x in enumerate(words) if x[:at] == words[best][:at]]
-    assert len(there) == siblings + 1
-    for token, p, drawn, mine, every in pulls[:-1]:
-        assert close(mine, -w * advantage * (drawn - p))
-        chose = [[*words[n], "<eos>"][at] == token for n in there]
-        pull = [-w / copies * advantages[n] * (x - p) for n, x in zip(there, chose, strict=True)]
-        assert every == pytest.approx(sum(pull), rel=0.006, abs=3e-7)
-    for column in (3, 4):  # what one gains the others lose
-        assert sum(row[column] for row in pulls) == pytest.approx(0, abs=2e-5)
-    assert sum(row[1] for row in pulls) == pytest.approx(1, abs=3e-4)
-    a, b, p, temperature, slope = page.find(
+    assert distinct == len(set(samples)) and close(w, copies / tokens)
+    assert copies == samples.count(samples[BEST])
+    pulls = ROWS("pull")
+    for _, p, drawn, pull in pulls[:-1]:
+        assert close(pull, -w * ADVANTAGES[BEST] * (drawn - p))
+    assert sum(pull for *_, pull in pulls) == pytest.approx(0, abs=2e-5)
+    assert sum(p for _, p, *_ in pulls) == pytest.approx(1, abs=3e-4)
+    a, b, p, temperature, slope = FIND(
         "pull", r"of .+ = -(.+) × (.+) × \(1 - (.+)\) / (.+) = (.+)\n"
     )
-    assert (a, b, p) == (w, advantage, pulls[0][1])
+    assert (a, b, p) == (w, ADVANTAGES[BEST], pulls[0][1])
     assert close(slope, pulls[0][3]) and close(slope, -a * b * (1 - p) / temperature)
-
-    norm, most, scale = page.find("update", r"= (.+), at most (.+): scaled by (.+)")
-    assert close(scale, min(1, most / norm))
-    *parts, rate = page.find(
-        "update", r"rate = (.+) × (.+) / (.+) × \(1 - (.+) × (.+) / (.+)\) = (.+)"
-    )
-    lr, first, warm, decay, now, steps = parts
-    assert close(rate, lr * first / warm * (1 - decay * now / steps))
-    [moved] = page.find("update", r"moved = (.+)")
-    assert moved <= 1.05 * rate  # a weight near 2 is rounded to 1e-7
-
-    before = page.rows("after")[0]
-    assert close(before[1], pulls[0][1]) and close(before[2], math.exp(total))
+    assert close(ROWS("after")[0][1], pulls[0][1])
 
 
-def test_every_link_leads_to_a_line_with_the_name_it_says():
+def test_every_link_leads_to_a_line_with_the_name_it_shows():
     assert len(LINK.findall(TEXT)) > 20
     for file, name, target in LINK.findall(TEXT):
-        path, line = target.split("#L")
-        assert (PAGE.parent / path).resolve() == ROOT / file
-        there = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
         last = name.rpartition(".")[2] if name.replace(".", "").isidentifier() else name
-        assert re.search(rf"(?<!\w){re.escape(last)}(?!\w)", there), f"{name} in {there!r}"
-    assert linked(TEXT) == TEXT, "line numbers have moved: python -m docs.walkthrough --links"
-    for path in re.findall(r"\]\(([^)#]+)", TEXT):
-        assert (PAGE.parent / path).exists()
+        assert re.search(rf"(?<!\w){re.escape(last)}(?!\w)", lines[int(target.split("#L")[1]) - 1])
+    assert link_lines(TEXT) == TEXT, "line numbers have moved: python -m docs.walkthrough --links"
 
 
-def test_the_words_around_them_are_those_of_the_preset():
-    s = ssr.parse(["--preset=toy"])
+def test_text_of_the_page_agrees_with_the_preset():
+    s = settings.parse(["--preset=toy"])
     assert (s.prompts_per_step, s.samples_per_prompt, s.steps, s.warmup_steps) == (24, 8, 100, 10)
     assert (s.final_lr, s.kl, s.updates_per_batch, s.loss_norm) == (0.1, 0, 1, "token")
     assert (s.reading, s.judge, s.gate, s.advantage_scale) == ("expected", "live", "product", "std")
@@ -147,27 +102,21 @@ def test_another_model_gives_the_same_page_with_other_numbers(toy, tmp_path):
     with torch.no_grad():
         model.norm.weight *= 0.9
     save(model, folder)
-    place = int(re.search(r"Task (\d+):", TEXT)[1])
-    found = blocks(folder, place, "--steps=2", "--eval-prompts=8")
-    text = filled(TEXT, found)
-    assert found.keys() == Page(TEXT).blocks.keys() and all(found.values())
+    content = blocks(folder, "--steps=2", "--eval-prompts=8")
+    page = Page(fill(TEXT, content))
+    assert content.keys() == NUMBERS.blocks.keys() and all(content.values())
     for name in ("task", "prompt"):  # there the weights have no say
-        assert Page(text).blocks[name] == Page(TEXT).blocks[name]
-    assert re.findall(r"^#+ .*", text, re.M) == HEADINGS
-    assert Page(text).rows("group") != Page(TEXT).rows("group")
-
-
-def test_lines_differ_by_more_than_rounding():
-    assert similar("mean = 0.8011, 12 tokens", "mean = 0.8012, 12 tokens")
-    assert similar("w = -2.105e-05", "w = -2.106e-05") and not similar(
-        "w = -2.1e-05", "w = 2.1e-05"
-    )
-    assert not similar("mean = 0.8011, 12 tokens", "mean = 0.8011, 13 tokens")
-    assert not similar("mean = 0.8011", "mean = 0.8111") and not similar("a 0.80", "b 0.80")
-    assert similar("| after step 100 | 0.1 | `a` |", "| after step 100 | 0.9 | `b` |")
-    assert not similar("| after step 1 | 0.1 | `a` |", "| after step 1 | 0.9 | `a` |")
+        assert page.blocks[name] == NUMBERS.blocks[name]
+    assert page.rows("group") != ROWS("group")
 
 
 @pytest.mark.slow
-def test_the_page_is_what_a_run_gives(toy):
-    assert not differences(TEXT, toy)
+def test_page_is_what_a_run_gives(toy):
+    """Up to another processor's rounding, which adds up over the steps after the first."""
+    page = Page(fill(TEXT, blocks(toy)))
+    for name in ("about", "task", "prompt", "drawn"):
+        assert page.blocks[name] == NUMBERS.blocks[name]
+    for name in ("draws", "judge", "group", "pull"):
+        for ours, theirs in zip(ROWS(name), page.rows(name), strict=True):
+            assert [x if isinstance(x, str) else pytest.approx(x, rel=2e-3, abs=1e-6)
+                    for x in ours] == theirs  # fmt: skip

@@ -26,7 +26,6 @@ FAMILIES = {
     "qwen3": (Qwen3, {"rope_theta": 1_000_000.0, "rope_type": "default"}),
     "llama": (LlamaConfig, {"rope_theta": 10_000.0, "rope_type": "default"}),
     "llama3": (LlamaConfig, LLAMA3_ROPE),
-    "linear": (Qwen2Config, {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 4.0}),
 }
 
 

@@ -96,15 +96,20 @@ def scores(folder: Path, rows: list[dict]) -> dict[str, dict[str, list[float]]]:
     plain = [{key: row[key] for key in ("src", "mt")} for row in rows]
     cases = {name: (name, rows) for name in MODELS}
     cases |= {f"{name} without references": (name, plain) for name in ("unified", "xcomet")}
-    found = {}
+    results = {}
     for case, (name, given) in cases.items():
         file = str(folder / name / "checkpoints" / "model.ckpt")
         model = comet.load_from_checkpoint(file, local_files_only=True)
-        found[case] = {"predict": predict(model, given)}
+        results[case] = {"predict": predict(model, given)}
         for dtype in (torch.bfloat16, torch.float16):
             half = worker.halved(copy.deepcopy(model), dtype).eval()
-            found[case][str(dtype).removeprefix("torch.")] = worker.score(half, given, 8)
-    return found
+            order = sorted(range(len(given)), key=lambda i: -sum(map(len, given[i].values())))
+            result = {}
+            for start in range(0, len(given), 8):  # as the client makes them
+                batch = order[start : start + 8]
+                result |= zip(batch, worker.score(half, [given[i] for i in batch]), strict=True)
+            results[case][str(dtype).removeprefix("torch.")] = [result[i] for i in sorted(result)]
+    return results
 
 
 def predict(model, rows: list[dict]) -> list[float]:

@@ -2,7 +2,7 @@
 
     pair = Languages(seed=0)
     task = pair.task("train", 17)              # the 18th training sentence: text, source, target
-    task.reference                             # its one right translation, for measuring alone
+    task.reference                             # its one right translation, for evaluation only
     quality("tasu bevo", task.reference)       # 1 - word edit distance / the longer length
 
 Kasu puts the verb in the middle, Bevo at the end; Bevo's adjectives agree with the noun's class:
@@ -10,13 +10,14 @@ Kasu puts the verb in the middle, Bevo at the end; Bevo's adjectives agree with 
     Kasu   [ADVERB] NP [NOT] VERB [NP] [PREPOSITION NP]      NP = [NUMERAL] [ADJECTIVE] NOUN
     Bevo   NP [NP POSTPOSITION] [NP] VERB [NOT] [ADVERB]     NP = NOUN [ADJECTIVE] [PLURAL NUMERAL]
 
-Some verbs are two words in Kasu, some nouns two words in Bevo. Words, classes, idioms and who is
-confused with whom come from the seed. A sentence has 3 to 10 Kasu words and belongs either to
-training or to evaluation, by a checksum, so both are without end and nothing is in both.
+Some verbs are two words in Kasu, some nouns two words in Bevo. Words, noun classes and which words
+are confused come from the seed. A sentence has 3 to 10 Kasu words. A checksum decides whether it is
+for training or for evaluation, so both are endless and disjoint.
 """
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from judge import Task
 KASU, BEVO = "Kasu", "Bevo"
 SIZES = {"noun": 24, "verb": 14, "adjective": 10, "adverb": 6, "numeral": 4, "preposition": 4}
 IDIOMS = 4
-HELD_OUT = 8  # one sentence in so many is for evaluation
+HELD_OUT = 8  # one sentence in 8 is for evaluation
 
 Lexeme = tuple[str, int]  # category and number
 Swap = Callable[[Lexeme], Lexeme]
@@ -65,43 +66,36 @@ class Languages:
                     used.add(word)
                     return word
 
-        def kasu() -> str:
-            return coin("ptkmnls", "aiu", [""])
-
-        def bevo() -> str:
-            return coin("bdgvzrh", "eoy", ["", "n", "x", "l"])
+        kasu = partial(coin, "ptkmnls", "aiu", [""])
+        bevo = partial(coin, "bdgvzrh", "eoy", ["", "n", "x", "l"])
 
         lexemes = [(category, i) for category, size in SIZES.items() for i in range(size)]
-        # What a lexeme is in each language: one word, or two. An adjective of Bevo: a form a class.
-        self.words: dict[str, dict[Lexeme, list[str]]] = {
+        # A lexeme is one or two words; an adjective of Bevo has a form for each noun class.
+        self.lexicon: dict[str, dict[Lexeme, list[str]]] = {
             KASU: {x: [kasu()] + [kasu()] * (x[0] == "verb" and x[1] < IDIOMS) for x in lexemes},
             BEVO: {x: [bevo()] + [bevo()] * (x[0] == "noun" and x[1] < IDIOMS) for x in lexemes},
         }
         self.agreeing = {x: (bevo(), bevo()) for x in lexemes if x[0] == "adjective"}
         for x in self.agreeing:
-            del self.words[BEVO][x]
+            del self.lexicon[BEVO][x]
         self.noun_class = [rng.randrange(2) for _ in range(SIZES["noun"])]
         self.negation = {KASU: kasu(), BEVO: bevo()}
         self.plural = bevo()
-        # Each lexeme is confused with one other of its category: a cycle through all of them.
+        # Each lexeme is confused with one other of its category, in a cycle through all of them.
         self.confusable: dict[Lexeme, Lexeme] = {}
         for category, size in SIZES.items():
             cycle = rng.sample(range(size), size)
             for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True):
                 self.confusable[category, a] = (category, b)
+        groups = {x: [*self.lexicon[x].values(), [self.negation[x]]] for x in (KASU, BEVO)}
+        groups[BEVO] += [*self.agreeing.values(), [self.plural]]
         self.vocabulary = {
-            KASU: sorted(
-                {w for ws in self.words[KASU].values() for w in ws} | {self.negation[KASU]}
-            ),
-            BEVO: sorted(
-                {w for ws in self.words[BEVO].values() for w in ws}
-                | {w for ws in self.agreeing.values() for w in ws}
-                | {self.negation[BEVO], self.plural}
-            ),
+            language: sorted(word for group in groups[language] for word in group)
+            for language in groups
         }
 
     def stream(self, purpose: str, number: int) -> Random:
-        """A stream of its own for everything that is drawn."""
+        """A random stream for each thing that is drawn."""
         return Random(f"{self.seed} {purpose} {number}")
 
     # ------------------------------------------------------------------------- sentences
@@ -111,24 +105,24 @@ class Languages:
         rng = self.stream(split, number)
         meaning = self.meaning(rng, held_out=split == "held-out")
         source, target = rng.choice([(KASU, BEVO), (BEVO, KASU)])
-        return self.task_of(meaning, source, target)
+        return self.make_task(meaning, source, target)
 
-    def task_of(self, meaning: Meaning, source: str, target: str) -> Task:
+    def make_task(self, meaning: Meaning, source: str, target: str) -> Task:
         text, reference = (" ".join(self.say(meaning, x)) for x in (source, target))
         return Task(text, source, target, reference)
 
     def meaning(self, rng: Random, held_out: bool = False) -> Meaning:
+        def maybe(category: str, chance: float) -> int | None:
+            return rng.randrange(SIZES[category]) if rng.random() < chance else None
+
         def phrase() -> Phrase:
-            return Phrase(
-                rng.randrange(SIZES["noun"]),
-                rng.randrange(SIZES["adjective"]) if rng.random() < 0.4 else None,
-                rng.randrange(SIZES["numeral"]) if rng.random() < 0.25 else None,
-            )
+            noun = rng.randrange(SIZES["noun"])
+            return Phrase(noun, maybe("adjective", 0.4), maybe("numeral", 0.25))
 
         while True:
             placed = rng.random() < 0.25
             meaning = Meaning(
-                rng.randrange(SIZES["adverb"]) if rng.random() < 0.3 else None,
+                maybe("adverb", 0.3),
                 phrase(),
                 rng.random() < 0.2,
                 rng.randrange(SIZES["verb"]),
@@ -136,9 +130,9 @@ class Languages:
                 rng.randrange(SIZES["preposition"]) if placed else None,
                 phrase() if placed else None,
             )
-            words = self.say(meaning, KASU)
-            if 3 <= len(words) <= 10:
-                checksum = zlib.crc32(" ".join(words).encode())
+            sentence = self.say(meaning, KASU)
+            if 3 <= len(sentence) <= 10:
+                checksum = zlib.crc32(" ".join(sentence).encode())
                 if (checksum % HELD_OUT == 0) == held_out:
                     return meaning
 
@@ -150,10 +144,10 @@ class Languages:
         swap: Swap = unchanged,
         agrees: Callable[[], bool] = lambda: True,
     ) -> list[str]:
-        """The words of a meaning. The mistakes: `order` of the other language, `swap` of lexemes,
-        adjectives of which not each `agrees`."""
+        """The words of a meaning. Mistakes: the other language's word `order`, lexemes that
+        `swap` replaces, adjectives for which `agrees()` is false."""
         order = order or language
-        words = self.words[language]
+        lexicon = self.lexicon[language]
 
         def phrase(p: Phrase) -> list[str]:
             noun = swap(("noun", p.noun))
@@ -161,29 +155,27 @@ class Languages:
             if p.adjective is not None:
                 lexeme = swap(("adjective", p.adjective))
                 if language == KASU:
-                    adjective = words[lexeme]
+                    adjective = lexicon[lexeme]
                 else:
                     noun_class = self.noun_class[noun[1]]
-                    right = agrees()
-                    adjective = [self.agreeing[lexeme][noun_class if right else 1 - noun_class]]
+                    form = noun_class if agrees() else 1 - noun_class
+                    adjective = [self.agreeing[lexeme][form]]
             if p.numeral is not None:
                 plural = [] if language == KASU else [self.plural]
-                numeral = plural + words[swap(("numeral", p.numeral))]
+                numeral = plural + lexicon[swap(("numeral", p.numeral))]
             if order == KASU:
-                return [*numeral, *adjective, *words[noun]]
-            return [*words[noun], *adjective, *numeral]
+                return [*numeral, *adjective, *lexicon[noun]]
+            return [*lexicon[noun], *adjective, *numeral]
 
-        verb = words[swap(("verb", meaning.verb))]
+        verb = lexicon[swap(("verb", meaning.verb))]
         negation = [self.negation[language]] if meaning.negated else []
-        adverb = words[swap(("adverb", meaning.adverb))] if meaning.adverb is not None else []
+        adverb = lexicon[swap(("adverb", meaning.adverb))] if meaning.adverb is not None else []
         subject = phrase(meaning.subject)
         thing = phrase(meaning.object) if meaning.object else []
         place = []
         if meaning.place:
-            relation, where = (
-                words[swap(("preposition", meaning.preposition))],
-                phrase(meaning.place),
-            )
+            relation = lexicon[swap(("preposition", meaning.preposition))]
+            where = phrase(meaning.place)
             place = [*relation, *where] if order == KASU else [*where, *relation]
         if order == KASU:
             return [*adverb, *subject, *negation, *verb, *thing, *place]
@@ -191,7 +183,7 @@ class Languages:
 
 
 def quality(candidate: str, reference: str) -> float:
-    """1 - word edit distance / the longer length: 1 for the reference, 0 for nothing right."""
+    """1 - word edit distance / the longer length, 0 to 1."""
     a, b = candidate.split(), reference.split()
     if not a:
         return 0.0

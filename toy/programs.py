@@ -1,26 +1,24 @@
-"""Small programs with a known result: a world in which a model can set itself questions.
+"""Small programs whose result is defined: a world in which a model can set itself questions.
 
     game = Programs(seed=0, count=256)
     depth("f c a gor hex"), game.truth("f c a gor hex")   # 2 rules; what is left of "f c a" then
 
-A program is three letters and rules that rewrite them, one after the other: each rule puts a
-letter for each letter, as a table says that comes from the seed. How many rules it has is its
-depth. `truth` is the interpreter: nobody who learns may ask it.
-
-Each place has three rules, two of which it shares with the next (`PLACES`). So the last rules of a
-deep program stand in no shallow one: who has practised with shallow questions alone does not know
-them well, and has to be asked deep ones.
+A program is three letters and the rules that rewrite them, in order: each rule replaces every
+letter by the one that its table has for it. Its depth is the number of rules. `truth` is the
+interpreter, which nobody who learns may ask. Each place has three rules and shares two of them with
+the next (`PLACES`), so a deep program's last rules occur in no shallow one: they are only learned
+from deep questions.
 
 The model made here has read questions ("ask => f c a gor hex"), of which less than half have more
 than one rule, less than half of those more than two, and so on; and programs of every depth worked
-out rule by rule, told in any order:
+out rule by rule, in shuffled order:
 
     solve f c a 2) hex 1) gor =>  1) gor b h a 2) hex d f c
 
-Some letters of a table were wrong in four texts of ten, each time another way, as in texts that
-lie about, and more such letters the deeper the rule. So the right letter is the likeliest, but the
-model is not sure of it: it answers shallow questions mostly right and deep ones by chance, and
-between them is the edge of its ability, which a Challenger has to find, and then to follow.
+In four texts of ten some letters were wrong, each time differently, and more of them the deeper the
+rule. So the right letter is the likeliest, but the model is not sure of it: it answers shallow
+questions mostly right and deep ones by chance. Between them is the edge of its ability, which a
+Challenger has to find and follow.
 """
 
 import dataclasses
@@ -32,9 +30,9 @@ from random import Random
 
 import torch
 
-from games import Quiz
-from judge import Given
+from judge import UntrustedText
 from model import Config, Transformer
+from rzero.games import Quiz
 from toy.pretrain import Kind, load_or_build, pretrain, ship, tokenizer_of
 
 LETTERS = [*"abcdefgh"]
@@ -44,7 +42,7 @@ DEEPEST = len(PLACES)
 LINES = [f"{i})" for i in range(1, DEEPEST + 1)]
 CONTROL = ["<pad>", "<eos>", "<unk>", "ask", "solve", "=>"]
 SOURCES = ["model.py", "toy/programs.py", "toy/pretrain.py"]
-HELD_OUT = 8  # one program in so many is for measuring
+HELD_OUT = 8  # one program in 8 is for evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +50,13 @@ class Recipe:
     seed: int = 0
     tokens: float = 2e6
     asked: float = 0.45
-    """Questions of one rule more that are read, to one that is read."""
+    """Ratio of questions of n + 1 rules to those of n."""
     doubted: float = 0.08
-    """Share of its letters that texts doubt of the second rule, about twice that of the third, …"""
+    """Share of the letters that texts often get wrong: at the second rule, twice at the third …"""
     doubt: float = 0.45
-    """How often they put any letter for those, …"""
+    """How often any letter stands in place of those …"""
     slip: float = 0.01
-    """… and for others."""
+    """… and of the others."""
     batch: int = 16
     width: int = 96
     layers: int = 2
@@ -84,16 +82,14 @@ def is_held_out(text: str) -> bool:
 
 
 class Programs(Quiz):
-    """A game that rzero.py plays."""
+    """A game that rzero/ plays."""
 
     def __init__(self, seed: int, count: int = 0, folder: Path | None = None):
-        """`count` held-out programs, as many of each depth. `folder`: of the model that plays."""
+        """`count` held-out programs, equally many of each depth; `folder` of the model."""
         self.folder = folder
         rng = stream(seed, "tables")
-        self.tables = {
-            rule: dict(zip(LETTERS, rng.sample(LETTERS, len(LETTERS)), strict=True))
-            for rule in RULES
-        }
+        pairs = (zip(LETTERS, rng.sample(LETTERS, len(LETTERS)), strict=True) for _ in RULES)
+        self.tables = dict(zip(RULES, map(dict, pairs), strict=True))
         rng, self.held_out = stream(seed, "held-out"), []
         while len(self.held_out) < count:
             text = program(rng, 1 + len(self.held_out) * DEEPEST // count)
@@ -106,97 +102,79 @@ class Programs(Quiz):
             letters = [self.tables[rule][letter] for letter in letters]
         return " ".join(letters)
 
-    def ask(self, number: int) -> tuple[list[str], None]:
-        return ["ask =>"], None
+    challenger_prompt = "ask =>"
 
-    def question(self, text: str, request: None) -> str | None:
-        words = text.split(" ")
-        letters, rules = words[:3], words[3:]
+    def parse_question(self, text: str) -> str | None:
+        tokens = text.split(" ")
+        letters, rules = tokens[:3], tokens[3:]
         fits = len(letters) == 3 and 0 < len(rules) <= DEEPEST and set(letters) <= set(LETTERS)
-        known = all(rule in place for rule, place in zip(rules, PLACES, strict=False))
-        return text if fits and known else None
+        fits = fits and all(rule in place for rule, place in zip(rules, PLACES, strict=False))
+        return text if fits else None
 
     def pose(self, question: str) -> list[str]:
-        words = question.split()
-        parts: list[str] = ["solve", Given(" ".join(words[:3]))]
-        lines = list(zip(LINES, words[3:], strict=False))
-        Random(question).shuffle(lines)  # in no order: who reads must look for the number
-        for line, rule in lines:
-            parts += [line, Given(rule)]
-        return [*parts, "=>"]
+        letters, rules = question.split()[:3], question.split()[3:]
+        lines = list(zip(LINES, rules, strict=False))
+        Random(question).shuffle(lines)  # the model must look for the number
+        pieces = [piece for line, rule in lines for piece in (line, UntrustedText(rule))]
+        return ["solve", UntrustedText(" ".join(letters)), *pieces, "=>"]
 
     def text_answer(self, text: str, question: str) -> str | None:
-        """What the last line of the working says, if there is a line for each rule."""
-        words = text.split()
-        rules = question.split()[3:]
-        if len(words) != 5 * len(rules) or not set(words[-3:]) <= set(LETTERS):
+        """The letters of the last line, if there is a line for each rule."""
+        tokens, rules = text.split(), question.split()[3:]
+        if len(tokens) != 5 * len(rules) or not set(tokens[-3:]) <= set(LETTERS):
             return None
-        told = [words[i : i + 2] for i in range(0, len(words), 5)]
-        asked = [[line, rule] for line, rule in zip(LINES, rules, strict=False)]
-        return " ".join(words[-3:]) if told == asked else None
+        lines = [tuple(tokens[i : i + 2]) for i in range(0, len(tokens), 5)]
+        expected = list(zip(LINES, rules, strict=False))
+        return " ".join(tokens[-3:]) if lines == expected else None
 
-    def fair(self, question: str) -> bool:
-        """It may be trained on: it is not measured with."""
+    def is_trainable(self, question: str) -> bool:
         return not is_held_out(question)
 
-    def measure(self, questions: Sequence[str], labels: Sequence[str] = ()) -> dict[str, float]:
-        """What is known of questions, and of the answers they were given."""
-        found = {"depth": statistics.fmean(map(depth, questions))} if questions else {}
+    def describe_questions(
+        self, questions: Sequence[str], labels: Sequence[str] = ()
+    ) -> dict[str, float]:
+        metrics = {"depth": statistics.fmean(map(depth, questions))} if questions else {}
         right = [self.truth(q) == label for q, label in zip(questions, labels, strict=False)]
-        return found | ({"label_accuracy": statistics.fmean(right)} if right else {})
+        return metrics | ({"label_accuracy": statistics.fmean(right)} if right else {})
 
 
 # ---------------------------------------------------------------------------------- warm start
 
 
 def corpus(recipe: Recipe) -> tuple[Callable, Callable]:
-    """What it reads: each call of the one gives a question, of the other a program worked out; as a
-    prompt and what follows it."""
+    """Two functions that make a row (prompt, answer): of a question, and of a program solved."""
     game, rng = Programs(recipe.seed), stream(recipe.seed, "corpus")
     depths = range(1, DEEPEST + 1)
-    asked = [recipe.asked**i for i in depths]
     doubted = {
         (rule, letter)
         for i, rule in enumerate(RULES)
         for letter in rng.sample(LETTERS, round(i * recipe.doubted * len(LETTERS)))
     }
 
-    def drawn(shares: list[float] | None = None) -> str:
+    def sample_program(shares: list[float] | None = None) -> str:
         while True:
             text = program(rng, rng.choices(depths, shares)[0])
             if not is_held_out(text):
                 return text
 
-    def heard(rule: str, letter: str) -> str:
-        often = recipe.doubt if (rule, letter) in doubted else recipe.slip
-        return rng.choice(LETTERS) if rng.random() < often else game.tables[rule][letter]
+    def apply(rule: str, letter: str) -> str:
+        """As a text has it, right or wrong."""
+        rate = recipe.doubt if (rule, letter) in doubted else recipe.slip
+        return rng.choice(LETTERS) if rng.random() < rate else game.tables[rule][letter]
 
     def question() -> tuple[list[str], list[str]]:
-        return ["ask", "=>"], [*drawn(asked).split(), "<eos>"]
+        text = sample_program([recipe.asked**i for i in depths])
+        return ["ask", "=>"], [*text.split(), "<eos>"]
 
     def solution() -> tuple[list[str], list[str]]:
-        text = drawn()
-        letters, rules, told = text.split()[:3], text.split()[3:], []
+        text = sample_program()
+        letters, rules, answer = text.split()[:3], text.split()[3:], []
         for line, rule in zip(LINES, rules, strict=False):
-            letters = [heard(rule, letter) for letter in letters]
-            told += [line, rule, *letters]
-        return " ".join(game.pose(text)).split(), [*told, "<eos>"]
+            letters = [apply(rule, letter) for letter in letters]
+            answer += [line, rule, *letters]
+        return " ".join(game.pose(text)).split(), [*answer, "<eos>"]
 
     return question, solution
-
-
-def build(recipe: Recipe) -> tuple:
-    tokenizer = make_tokenizer()
-    torch.manual_seed(recipe.seed)
-    model = Transformer(shape_of(recipe, len(tokenizer)))
-    kinds = [Kind(*x) for x in zip(("asking", "solving"), corpus(recipe), strict=True)]
-    pretrain(model, kinds, tokenizer.get_vocab(), recipe, stream(recipe.seed, "batches"))
-    return model, tokenizer
-
-
-def make(recipe: Recipe, cache: Path | None = None) -> Path:
-    """The folder of the recipe's model: shipped, cached or built."""
-    return load_or_build("programs", recipe, SOURCES, build, cache)
 
 
 def make_tokenizer():
@@ -204,12 +182,23 @@ def make_tokenizer():
     return tokenizer_of(CONTROL, [*LETTERS, *RULES, *LINES])
 
 
-def shape_of(recipe: Recipe, words: int) -> Config:
-    return Config(
-        "llama", words, recipe.width, recipe.mlp, recipe.layers,
+def build(recipe: Recipe) -> tuple:
+    tokenizer = make_tokenizer()
+    config = Config(
+        "llama", len(tokenizer), recipe.width, recipe.mlp, recipe.layers,
         heads=3, kv_heads=3, head_dim=recipe.width // 3, max_length=96,
-        tied=True, hub={"eos_token_id": CONTROL.index("<eos>"), "pad_token_id": 0},
+        tied=True, hub={"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0},
     )  # fmt: skip
+    torch.manual_seed(recipe.seed)
+    model = Transformer(config)
+    kinds = [Kind(*x) for x in zip(("asking", "solving"), corpus(recipe), strict=True)]
+    pretrain(model, kinds, tokenizer.get_vocab(), recipe, stream(recipe.seed, "batches"))
+    return model, tokenizer
+
+
+def make(recipe: Recipe, cache: Path | None = None) -> Path:
+    """The folder of the recipe's model: shipped, cached, or built."""
+    return load_or_build("programs", recipe, SOURCES, build, cache)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Texts to translate: files, test sets, languages; `python -m data` counts them."""

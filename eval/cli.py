@@ -1,0 +1,50 @@
+"""What the command lines of `python -m eval` and `python -m eval.judge` have in common."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from model import find_folder
+from run.checkpoint import fingerprint
+from run.distributed import Ranks, init_distributed
+from toy.pretrain import Recipe, make
+
+PATIENCE = 7200.0  # seconds that one rank waits for another
+HINT = "the same command goes on"  # after an interruption
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError  # argparse names the option
+    return int(text)
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def init_device_and_ranks() -> tuple[torch.device, Ranks]:
+    cuda = torch.cuda.is_available()
+    ranks = init_distributed("cuda" if cuda else "cpu", PATIENCE)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), ranks
+
+
+def locate_model(model: str) -> Path:
+    """The folder of a model: "toy", "toy1", … are pretrained here if they are missing."""
+    toy = re.fullmatch(r"toy(\d*)", model)
+    if toy and not (Path(model) / "config.json").exists():  # a checkout has a folder toy/, too
+        return make(Recipe(seed=int(toy[1] or 0)))
+    return find_folder(model)
+
+
+def identify_weights(folder: Path) -> str:
+    """The same for the same weights, wherever they lie."""
+    return f"{fingerprint(folder)} {fingerprint(folder / 'config.json')}"
+
+
+def hash_json(content) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The page that shows runs: `python -m report RUN [RUN …]`."""

@@ -1,0 +1,1 @@
+"""What surrounds the loop: ranks, checkpoints, evaluation, the run folder, the console."""

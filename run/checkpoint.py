@@ -1,0 +1,230 @@
+"""Checkpoints: all that a run needs to resume, written while it trains, whole or not there at all.
+
+    kept = Checkpoints(run / "checkpoints", 2, ranks, tensors_of(model, optimizer), identity, free)
+    kept.save(step, about)        # copies the tensors and returns; a thread writes the copy
+    kept.wait()                   # until that is on the disk
+    about = kept.restore()        # of the newest that is whole; the tensors are filled in place
+
+A checkpoint is a folder `step-000025`: each rank's shards in PyTorch's own format, which any number
+of ranks can read, and state.json, with the rest and the size of every file. It is written as
+`step-000025.partial`, synced and renamed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from run.distributed import Ranks
+
+VERSION = 4  # of state.json and of the names in `tensors_of`
+
+
+def tensors_of(model, optimizer, average: Iterable[Tensor] = ()) -> dict[str, Tensor]:
+    """Name -> the very tensors that training changes. `average`: in the parameters' order."""
+    named, tensors = list(model.named_parameters()), {}
+    for name, parameter in named:
+        tensors[f"model.{name}"] = parameter.detach()
+        if not optimizer.state[parameter]:  # AdamW makes these at its first step
+            zeros = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors | {f"average.{n}": x for (n, _), x in zip(named, average, strict=False)}
+
+
+class Checkpoints:
+    def __init__(
+        self, folder: Path, keep: int, ranks: Ranks, tensors: dict[str, Tensor], identity: dict,
+        free: str = "",
+    ):  # fmt: skip
+        """`identity`: what must be equal to resume, except the "settings" named in `free`."""
+        self.folder, self.keep, self.ranks, self.tensors = folder, keep, ranks, tensors
+        self.identity, self.free = json.loads(json.dumps(identity)), free.split()
+        self.writing: threading.Thread | None = None
+        self.error = ""  # of the last save
+        # PyTorch warns that it assumes a single process: true wherever it does.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        # The thread's collectives need a group of their own, beside those of the loop.
+        self.group = dist.new_group(backend="gloo") if ranks.size > 1 else None
+
+    # ---------------------------------------------------------------------------------- writing
+
+    @property
+    def bytes(self) -> int:
+        """Of one checkpoint, all ranks together."""
+        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+
+    def save(self, step: int, about: dict) -> None:
+        """Returns when the tensors may change again. Collective."""
+        self.wait()
+        final = self.folder / f"step-{step:06}"
+        partial = final.with_suffix(".partial")
+
+        def is_new() -> bool:
+            if final.exists():
+                return False  # a resumed run begins with the record of its last step
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            return True
+
+        if not self.ranks.on_rank0("save", is_new):
+            return
+        future = dcp.async_save(self.tensors, checkpoint_id=partial, process_group=self.group)
+        about = {"version": VERSION, "step": step} | self.identity | about
+        self.writing = threading.Thread(target=self.finish, args=(future, partial, final, about))
+        self.writing.start()
+
+    def finish(self, future, partial: Path, final: Path, about: dict) -> None:
+        self.error = ""
+        try:
+            future.result()  # rank 0 has it when all have written
+            if self.ranks.rank == 0:
+                about["files"] = {file.name: file.stat().st_size for file in partial.iterdir()}
+                with open(partial / "state.json", "w") as file:
+                    file.write(json.dumps(about, indent=1))
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync(partial)
+                os.replace(partial, final)
+                sync(self.folder)
+                for old in self.all()[self.keep :]:
+                    shutil.rmtree(old)
+        except BaseException as error:  # CheckpointException is no Exception
+            self.error = f"the checkpoint {final} could not be written ({reason(error)})"
+            if self.ranks.rank == 0:
+                print(f"\nssr.py: {self.error}; the one before is whole, and the run continues",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def wait(self) -> None:
+        if self.writing:
+            self.writing.join()
+            self.writing = None
+
+    # ---------------------------------------------------------------------------------- reading
+
+    def all(self) -> list[Path]:
+        """Newest first."""
+        folders = [folder for folder in self.folder.glob("step-*") if not folder.suffix]
+        return sorted(folders, key=lambda folder: -int(folder.name[5:]))
+
+    def restore(self) -> dict | None:
+        """The newest whole checkpoint's state, its tensors in place; None where there is none."""
+
+        def find() -> tuple[Path, dict] | None:
+            for folder in self.all():
+                about, trouble = read(folder)
+                if not trouble:
+                    return folder, about
+                aside = folder.with_suffix(".damaged")
+                print(f"{folder} is not whole ({trouble}): put aside as {aside.name}", flush=True)
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
+            return None
+
+        newest = self.ranks.on_rank0("look for checkpoints", find)
+        if newest is None:
+            return None
+        folder, about = newest
+        if about["version"] != VERSION:
+            raise ValueError(
+                f"{folder} has format {about['version']}, and this code reads format {VERSION}: "
+                "resume with the code that wrote it"
+            )
+        for name in self.identity.keys() - {"settings"}:
+            if about.get(name) != self.identity[name]:
+                raise ValueError(
+                    f"{folder} is of another run: the {name} it began with: {about.get(name)}, "
+                    f"now: {self.identity[name]}"
+                )
+        self.compare(about.get("settings", {}), folder)
+        try:
+            dcp.load(self.tensors, checkpoint_id=folder, process_group=self.group)
+        except dcp.api.CheckpointException as error:  # is no Exception
+            raise ValueError(
+                f"{folder} cannot be read ({reason(error)}). All nodes must share its disk; if it "
+                "is damaged, delete it to resume from the one before"
+            ) from None
+        return about
+
+    def compare(self, saved: dict, folder: Path) -> None:
+        """Refuse other settings than the `saved` ones, and print those that are free to differ."""
+        now = self.identity.get("settings", {})
+        changes = {
+            name: f"--{name.replace('_', '-')} was {saved.get(name)!r} and is {now[name]!r}"
+            for name in now
+            if saved.get(name) != now[name] and name not in ("folder", "resume")
+        }
+        refused = [change for name, change in changes.items() if name not in self.free]
+        if refused:
+            raise ValueError(
+                f"{folder} was made with other settings: {'; '.join(refused)}. Give the same, or "
+                "start another --folder"
+            )
+        if changes:
+            print(f"Going on with other settings: {'; '.join(changes.values())}")
+
+
+def read(folder: Path) -> tuple[dict, str]:
+    """state.json, and what is wrong with the folder, if anything."""
+    try:
+        about = json.loads((folder / "state.json").read_text())
+        if about["version"] == VERSION:  # another version's is refused later, whatever is in it
+            for name, size in about["files"].items():
+                if (actual := (folder / name).stat().st_size) != size:
+                    return {}, f"{name} has {actual} bytes instead of {size}"
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        return {}, f"{type(error).__name__}: {error}"
+    return about, ""
+
+
+def reason(error: BaseException) -> str:
+    """The first cause of an error that PyTorch has wrapped, on one line."""
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    error = causes[0] if causes else error
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def sync(folder: Path) -> None:
+    """A rename in it is lost with the power until this is done."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fingerprint(weights: Path) -> str:
+    """Hash the size of a file, or of a model folder's, and bytes from 64 places of each."""
+    digest = hashlib.sha256()
+    for path in sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(64):
+                file.seek(place * size // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_tokenizer(model: Path) -> str:
+    """Hash the tokenizer's files in a model's folder, its chat template included."""
+    digest = hashlib.sha256()
+    for path in sorted(model.iterdir()):
+        if re.search("token|vocab|merges|chat_template", path.name) and path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,330 @@
+"""Many processes that work as one, under torchrun; without it, one rank.
+
+    ranks = init_distributed("cuda", patience=1800)
+    model = load(folder, shard=ranks.shard)               # FSDP2: each rank has its shard
+    results = ranks.map_over_ranks("sample", prompts, work)   # works on its part, gets all results
+    everything = ranks.gather(mine)                       # one object of each rank
+    sync_weights(copy.parameters(), model.parameters())   # shards -> a whole copy, in its type
+
+Samples and scores are exchanged in full: every rank computes the same advantages and the same
+normaliser, packs the same micro-batches, and trains its share. FSDP sums gradients, no average.
+
+An error inside `map_over_ranks` is raised on all ranks; a signal to stop is acted on there, too. An
+error elsewhere ends its process, and torchrun ends the others. A watchdog names a rank that hangs.
+"""
+
+import atexit
+import datetime
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Errors that explain themselves. The first match is used: subclasses come before RuntimeError.
+KINDS = (FloatingPointError, ValueError, OSError, torch.OutOfMemoryError, RuntimeError)
+
+
+class Stopping(BaseException):
+    """SIGTERM or Ctrl-C reached some rank: all abandon the current step.
+
+    No Exception, as it may be raised inside a library's call that catches those."""
+
+
+class Failure(NamedTuple):
+    """An error of another rank."""
+
+    kind: type
+    message: str
+
+
+class Ranks:
+    """One of `size` processes; by default the only one."""
+
+    def __init__(self, rank: int = 0, size: int = 1, mesh=None, group=None, store=None):
+        self.rank, self.size, self.mesh, self.group, self.store = rank, size, mesh, group, store
+        self.step, self.stage = 0, ""
+        self.stop = False  # set by a signal's handler; `map_over_ranks` acts on it
+        self.stoppable = False  # while the handler may raise Stopping itself: see `attempt`
+        self.ending = False  # while the last things are saved: no signal interrupts that
+        self.over = threading.Event()  # ends the watchdog
+
+    # ------------------------------------------------------------------------------ exchange
+
+    def map_over_ranks(self, what: str, items: Sequence, work: Callable[[Sequence], list]) -> list:
+        """Item i goes to rank i % size; `work` gives a result for each; all ranks get them all.
+
+        Results are plain data, tensors on the CPU. One rank's error or signal is raised in all.
+        """
+        self.set_stage(what)
+        if self.size == 1:
+            return self.attempt(work, items)
+        mine = items[self.rank :: self.size]
+        try:
+            outcome = self.attempt(work, mine) if len(mine) else []
+        except Stopping:
+            outcome = Failure(Stopping, "")
+        except Exception as error:
+            kind = next((k for k in KINDS if isinstance(error, k)), None)
+            message = str(error) if kind else traceback.format_exc()
+            outcome = Failure(kind or RuntimeError, message)
+        self.set_stage(f"{what}, done")
+        outcomes = self.gather(outcome)
+        failed = [(r, x) for r, x in enumerate(outcomes) if isinstance(x, Failure)]
+        if failed:  # of an error and a stop, the error
+            rank, failure = min(failed, key=lambda pair: pair[1].kind is Stopping)
+            raise failure.kind(f"rank {rank}: {failure.message}")
+        results = [None] * len(items)
+        for rank, part in enumerate(outcomes):
+            results[rank :: self.size] = part
+        return results
+
+    def attempt(self, work: Callable, items):
+        """A signal may raise Stopping anywhere in `work`, which must be safe to repeat."""
+        self.stoppable = not self.ending
+        try:
+            if self.stop and not self.ending:
+                raise Stopping
+            return work(items)
+        finally:
+            self.stoppable = False
+
+    def gather(self, mine) -> list:
+        """[rank 0's object, rank 1's, …] on every rank."""
+        if self.size == 1:
+            return [mine]
+        everything = [None] * self.size
+        dist.all_gather_object(everything, mine, group=self.group)
+        return everything
+
+    def rank0_then_all(self, what: str, work: Callable[[], object]):
+        """`work` on rank 0, then on all, which read what it left on the disk."""
+        if self.size == 1:
+            return work()
+        self.on_rank0(what, lambda: bool(work()))
+        return self.map_over_ranks(what, range(self.size), lambda _: [work()])[self.rank]
+
+    def on_rank0(self, what: str, work: Callable[[], object]):
+        """`work` on rank 0 alone; its result, or its error, on all."""
+        return self.map_over_ranks(what, [None], lambda _: [work()])[0]
+
+    # ----------------------------------------------------------------------------- the weights
+
+    def shard(self, model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+        """Shard a model on the meta device, block by block. Returns `place(name, whole tensor)`.
+
+        What lies outside the blocks (embedding, last norm, head) is one group: tied weights are one
+        parameter, and the head stays whole from the forward to the loss and back.
+        """
+        if self.size == 1:
+            return lambda name, whole: whole
+        half = {}
+        if self.mesh.device_type == "cuda":  # bf16 travels and computes, fp32 stays and is summed
+            half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        policy = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=self.mesh, mp_policy=policy)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+        shares = dict(model.named_parameters())
+
+        def place(name: str, whole: Tensor) -> Tensor:
+            share = shares[name]  # every rank has read the file: nothing is sent
+            return distribute_tensor(whole, share.device_mesh, share.placements, src_data_rank=None)
+
+        return place
+
+    # ------------------------------------------------------------------------------ the clock
+
+    def set_stage(self, what: str) -> None:
+        """For the watchdog and the progress line."""
+        self.stage = what
+        if self.store is not None:
+            self.store.set(f"at {self.rank}", f"step {self.step}, {what}")
+
+    def watch(self, patience: float) -> None:
+        """A thread of each rank: without a new stage for `patience` seconds it ends the process.
+
+        It names the ranks without a sign of life, or else those at another stage than most.
+        """
+        store = self.store.clone()  # its own connection: a call that waits would stall the loop
+        changed: dict[str, tuple[bytes, float]] = {}
+        names = [f"{x} {rank}" for rank in range(self.size) for x in ("at", "alive")]
+        every = min(10.0, patience / 5)
+        while not self.over.wait(every):
+            try:
+                store.set(f"alive {self.rank}", str(time.monotonic()))
+                values = store.multi_get(names)
+            except dist.DistError:
+                if self.ending:
+                    return  # the host of the store has ended
+                abort("ssr.py: torchrun does not answer: it, or the machine of rank 0, is gone")
+            now = time.monotonic()
+            for name, value in zip(names, values, strict=True):
+                if changed.get(name, (None,))[0] != value:
+                    changed[name] = value, now
+            if now - changed[f"at {self.rank}"][1] < patience:
+                continue
+            silent = {r for r in range(self.size) if now - changed[f"alive {r}"][1] > 3 * every}
+            stages = [changed[f"at {r}"][0].decode() for r in range(self.size)]
+            most = max(set(stages), key=stages.count)
+            lines = [f"  rank {r} gives no sign of life, last at: {stages[r]}" for r in silent]
+            lines = lines or [f"  rank {r}, at: {x}" for r, x in enumerate(stages) if x != most]
+            lines = lines or [f"  all of them are at: {most}"]
+            message = f"ssr.py: no progress for {patience:.0f} s (--patience). Who is waited for:"
+            abort("\n".join([message, *lines[:8]]))
+
+
+def init_distributed(device: str, patience: float = 1800.0, within_nodes: bool = False) -> Ranks:
+    """The ranks that torchrun started, or one alone. Collective.
+
+    `within_nodes`: every node holds all weights, sharded over its ranks (hybrid sharding).
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return Ranks()
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if device == "cuda":
+        if local >= (count := torch.cuda.device_count()):
+            raise ValueError(f"{per_node} processes on a machine with {count} GPUs: torchrun "
+                             f"--nproc_per_node={count}")  # fmt: skip
+        torch.cuda.set_device(local)
+    # The watchdog reports first: it knows more than a collective that timed out.
+    limit = datetime.timedelta(seconds=2 * patience + 60)
+    host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = connect(300, host)
+    # torchrun may keep its store when it restarts ranks, with the addresses of the dead in it. So
+    # keys begin with the number of starts: the largest, as a node's new torchrun counts from 0.
+    starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    store.set(f"starts {rank}", str(starts))
+    all_starts = [int(store.get(f"starts {r}")) for r in range(size)]
+    store = dist.PrefixStore(f"start {max(all_starts)}", store)
+    both = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(both, store=store, rank=rank, world_size=size, timeout=limit)
+    group = dist.new_group(backend="gloo", timeout=limit)  # for objects, even beside NCCL
+    ranks = Ranks(rank, size, None, group, store)
+    nodes = set(ranks.gather(per_node))
+    if within_nodes and (nodes != {per_node} or size % per_node):
+        raise ValueError(f"--shard node needs the same number of ranks on every node, not {nodes}")
+    shape, names = (size,), ("shard",)
+    if within_nodes and size > per_node:
+        shape, names = (size // per_node, per_node), ("copies", "shard")
+    ranks.mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    ranks.set_stage("start")
+    store.set(f"alive {rank}", "")
+    ranks.gather(None)  # all keys are there before a watchdog looks
+    watchdog = threading.Thread(target=ranks.watch, args=(patience,), daemon=True)
+    watchdog.start()
+
+    def part() -> None:
+        """Threads that are in C++ when the interpreter ends would abort the process."""
+        ranks.over.set()
+        watchdog.join(timeout=10)  # its store may be gone
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    atexit.register(part)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (rank 0 prints for all)
+    return ranks
+
+
+def connect(seconds: float = 5, host: bool = False):
+    """The key-value store of all ranks, hosted by torchrun or rank 0."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = datetime.timedelta(seconds=seconds)
+    return dist.TCPStore(address, port, None, host, limit, wait_for_workers=False)
+
+
+def abort(message: str):
+    """Exit with an error, which the first rank that has it prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(message)
+    which = os.environ.get("TORCHELASTIC_RESTART_COUNT"), zlib.crc32(message.encode())
+    try:
+        if connect().add(f"printed {which}", 1) > 1:
+            time.sleep(1)  # torchrun ends all when one ends: the first must have printed
+            os._exit(1)
+    except KeyboardInterrupt:  # torchrun's SIGTERM: another has ended, and has printed
+        os._exit(1)
+    except dist.DistError as error:  # no store to ask: each prints
+        message += f" ({error.__class__.__name__})"
+    who = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+    print(f"{message}  [{who}]", file=sys.stderr, flush=True)
+    os._exit(1)  # threads that talk to ranks which are gone would never end
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether it only means that another rank has gone."""
+    lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return lost and dist.is_initialized()
+
+
+def run_with_error_reporting(
+    program: str, work: Callable[[], None], hint: str = "go on with --resume"
+) -> None:
+    """An error is printed in one line, by one rank. `hint`: how to continue after a lost rank."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        abort(f"\n{program}: stopped")
+    except torch.OutOfMemoryError as error:
+        abort(f"{program}: {error}; lower --slots or --micro-batch-tokens (see --dry-run)")
+    except FloatingPointError as error:
+        abort(f"{program}: {error}: the weights have diverged; lower --lr, or go on from best/")
+    except (OSError, ValueError, RuntimeError) as error:
+        if is_lost(error):
+            abort(f"{program}: another rank has gone, killed or crashed. torchrun starts all of "
+                  f"them again if --max-restarts allows it; else {hint}")  # fmt: skip
+        abort(f"{program}: {error}")
+    except Exception:  # a bug: its rank must not wait for its threads while the others wait for it
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        abort(traceback.format_exc())
+    finally:
+        if sys.exc_info()[0] is None and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def interrupt(*_):
+    """SIGTERM like Ctrl-C; raised here, as a shell's background jobs ignore SIGINT."""
+    raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------- weights, gradients
+
+
+@torch.no_grad()
+def sync_weights(copies: Iterable[Tensor], weights: Iterable[Tensor], decay: float = 0.0) -> None:
+    """copy = decay * copy + (1 - decay) * weight, in place: captured graphs read these addresses.
+
+    Weights that are spread over ranks are cast to the copies' type, then gathered: collective.
+    """
+    for mine, theirs in zip(copies, weights, strict=True):
+        theirs = theirs.to(mine.dtype)
+        if isinstance(theirs, DTensor) and not isinstance(mine, DTensor):
+            theirs = theirs.full_tensor()
+        if decay == 0:
+            mine.copy_(theirs)
+        else:
+            mine.lerp_(theirs, 1 - decay)
+
+
+def clip_gradients(parameters: list[Tensor], most: float) -> float:
+    """Scale gradients down to the norm `most`; their norm before, the same on every rank."""
+    norm = nn.utils.clip_grad_norm_(parameters, most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

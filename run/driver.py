@@ -1,0 +1,137 @@
+"""One training run: the policy with its copies, and the loop that keeps them in step.
+
+    device, ranks = init_device_and_ranks(s)
+    policy = build_policy(folder, s, device, ranks, cache)
+    for step in train(policy, reward, batch, s, stop_ids, ranks, resume_from):
+        ...                                             # weights are at rest: log, save, evaluate
+
+`ssr.py` and R-Zero's turns are such runs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import grpo
+from judge import PromptCodec
+from model import Transformer, load, load_tokenizer
+from run.checkpoint import tensors_of
+from run.distributed import Ranks, init_distributed, sync_weights
+from sampler import Sampler
+
+PREVIOUS_EVERY = 10  # steps for which --judge previous keeps its weights
+
+
+class Cache(NamedTuple):
+    """Room of the samplers."""
+
+    window: int  # tokens of a sequence
+    slots: int
+    judge_slots: int = 1  # of a judge with weights of its own
+
+
+@dataclass
+class Policy:
+    """The weights that are trained, and the copies of them that sample, judge and stay."""
+
+    model: Transformer
+    """fp32, sharded over the ranks."""
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    """Of the model itself, or (on a GPU, or with several ranks) of a whole copy of it."""
+    reference: Transformer | None
+    """The starting weights, for the KL or as the judge."""
+    judge_sampler: Sampler
+    judge_average: list[Tensor] = field(default_factory=list)
+    """EMA or previous weights, sharded and fp32: in bf16 an update would be rounded away."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint needs."""
+        return tensors_of(self.model, self.optimizer, self.judge_average)
+
+    def sync(self) -> None:
+        """The copies take over restored weights."""
+        grpo.sync_sampler(self.sampler, self.model)
+        if self.judge_average:
+            sync_weights(self.judge_sampler.model.parameters(), self.judge_average)
+
+    def update_judge(self, number: int, s) -> None:
+        if self.judge_average:
+            decay = s.ema_decay if s.judge == "ema" else float(number % PREVIOUS_EVERY > 0)
+            sync_weights(self.judge_average, self.model.parameters(), decay)
+            sync_weights(self.judge_sampler.model.parameters(), self.judge_average)
+
+
+def init_device_and_ranks(s) -> tuple[torch.device, Ranks]:
+    cuda = torch.cuda.is_available()
+    ranks = init_distributed("cuda" if cuda else "cpu", s.patience, s.shard == "node")
+    if s.preset.startswith("toy"):  # enough for so small a model, and the same numbers everywhere
+        torch.set_num_threads(1)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), ranks
+
+
+def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, cache: Cache) -> Policy:
+    model = load(folder, dtype=torch.float32, device=device, shard=ranks.shard)
+    # On a GPU the samplers have bf16 copies of the weights; the master weights stay fp32.
+    half = torch.bfloat16 if device.type == "cuda" else None
+    model.compute_dtype, model.checkpointing = half, half is not None
+    judge = getattr(s, "judge", "live")
+    alone = half is None and ranks.size == 1
+    sampler = Sampler(model if alone else whole_copy(model, half), cache.slots, cache.window)
+    reference = whole_copy(model, half) if s.track_kl or s.kl or judge == "frozen" else None
+    judge_sampler, average = sampler, []
+    if judge == "frozen":
+        judge_sampler = Sampler(reference, cache.judge_slots, cache.window)
+    if judge in ("ema", "previous"):
+        average = [p.detach().clone() for p in model.parameters()]
+        judge_sampler = Sampler(whole_copy(model, half), cache.judge_slots, cache.window)
+    if not (s.track_kl or s.kl):
+        reference = None
+    optimizer = grpo.make_optimizer(model, s)
+    return Policy(model, optimizer, sampler, reference, judge_sampler, average)
+
+
+def load_frozen(
+    folder: Path, device: torch.device, chat: bool = False
+) -> tuple[Transformer, PromptCodec]:
+    """A model that is only sampled from, and its text codec."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return load(folder, dtype=dtype, device=device), PromptCodec(load_tokenizer(folder), chat)
+
+
+def whole_copy(model: Transformer, dtype: torch.dtype | None, device=None) -> Transformer:
+    """Unsharded, on each rank; not to be trained."""
+    with torch.device("meta"):
+        twin = Transformer(model.config)
+    device = device or model.head_weight.device
+    twin = twin.to(dtype or torch.float32).to_empty(device=device).requires_grad_(False)
+    sync_weights(twin.parameters(), model.parameters())
+    return twin
+
+
+def train(
+    policy: Policy, reward: Callable, batch: Callable[[int], list[grpo.Prompt]], s,
+    stop_ids: Sequence[int], ranks: Ranks, resume_from: grpo.Step | None = None,
+) -> Iterator[grpo.Step]:  # fmt: skip
+    for step in grpo.train(
+        policy.model, policy.sampler, reward, batch, s, policy.optimizer, stop_ids,
+        policy.reference, ranks, resume_from,
+    ):  # fmt: skip
+        policy.update_judge(step.number, s)
+        yield step
+
+
+def assert_same_on_all_ranks(ranks: Ranks, values: dict) -> None:
+    """One command line on every node, and the same files behind it."""
+    first, *others = ranks.gather(values)
+    for rank, theirs in enumerate(others, 1):
+        for name in values:
+            if theirs[name] != first[name]:
+                raise ValueError(
+                    f"the ranks disagree on {name}: rank 0 has {first[name]!r}, rank {rank} "
+                    f"{theirs[name]!r}; start all nodes with the same command, files and code"
+                )

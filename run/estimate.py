@@ -1,0 +1,383 @@
+"""Will it fit, and how long is a step? An estimate from shapes and settings, without a GPU.
+
+    python ssr.py --preset ssr-zero-7b --dry-run 8xh100
+    python ssr.py --preset ssr-zero-7b --model Qwen/Qwen2.5-32B --shard node --dry-run 64xh200
+
+Memory: what lives all the time, tensor by tensor, and what training needs for a while; sampling
+needs less. Time: the larger of matrix products and memory traffic, at the share of the peak
+that good code reaches (`EFFICIENCY`: a guess until it is measured on a GPU), for the longest
+prompts and translations that the settings allow.
+
+Letters: G GPUs, S of them share one set of weights, N parameters.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.logprob import CHUNK_BYTES
+from model import Config, Transformer, read_config
+
+SHAPES = {  # Config's numbers, tied or not: these models need no network
+    "Qwen/Qwen2.5-0.5B": (151_936, 896, 4_864, 24, 14, 2, True),
+    "Qwen/Qwen2.5-1.5B": (151_936, 1_536, 8_960, 28, 12, 2, True),
+    "Qwen/Qwen2.5-3B": (151_936, 2_048, 11_008, 36, 16, 2, True),
+    "Qwen/Qwen2.5-7B": (152_064, 3_584, 18_944, 28, 28, 4, False),
+    "Qwen/Qwen2.5-14B": (152_064, 5_120, 13_824, 48, 40, 8, False),
+    "Qwen/Qwen2.5-32B": (152_064, 5_120, 27_648, 64, 40, 8, False),
+    "Qwen/Qwen2.5-72B": (152_064, 8_192, 29_568, 80, 64, 8, False),
+    "Qwen/Qwen3-4B-Base": (151_936, 2_560, 9_728, 36, 32, 8, True),
+}
+# Billions of parameters by eval/comet.py's names; the others have about 0.6.
+COMETS = {"cometkiwi-xl": 3.5, "xcomet-xl": 3.5, "cometkiwi-xxl": 10.7, "xcomet-xxl": 10.7}
+EFFICIENCY = {"products": 0.45, "bytes": 0.65}
+# Seconds to start a block's operators on a CPU, fitted to bench.scaling; a GPU replays a graph.
+BLOCK_START = 4e-4
+
+
+class Machine(NamedTuple):
+    """One GPU (or CPU) of many. GB and TB are 10^9 and 10^12 bytes."""
+
+    name: str
+    gigabytes: float
+    teraflops: float  # of dense products in the type that computes
+    terabytes_a_second: float  # from its memory
+    link: float  # GB a second to the other ones
+    is_gpu: bool = True
+
+
+MACHINES = {  # makers' data sheets (bf16, dense, SXM); what is called 80 GB has 80 * 2^30 bytes
+    "a100": Machine("A100 (80 GB)", 85, 312, 2.0, 300),
+    "h100": Machine("H100 (80 GB)", 85, 989, 3.35, 450),
+    "h200": Machine("H200 (141 GB)", 150, 989, 4.8, 450),
+    "b200": Machine("B200 (180 GB)", 190, 2_250, 8.0, 900),
+    "l40s": Machine("L40S (48 GB)", 48, 362, 0.86, 32),
+    "rtx4090": Machine("RTX 4090 (24 GB)", 25, 165, 1.0, 16),
+}
+
+
+def shape_of(name: str) -> Config:
+    """A folder's config.json, a known model's, or the hub's."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return read_config(folder)
+    if name in SHAPES:
+        vocab, width, mlp, layers, heads, kv_heads, tied = SHAPES[name]
+        family, E = ("qwen3", 128) if "Qwen3" in name else ("qwen2", width // heads)
+        return Config(family, vocab, width, mlp, layers, heads, kv_heads, E, 32_768, tied)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_config(Path(hf_hub_download(name, "config.json")).parent)
+    except (OSError, ValueError) as error:  # no network and not in its cache is an OSError
+        raise ValueError(f"{name}: no folder with a config.json, none of {', '.join(SHAPES)}, and "
+                         f"the hub does not give it ({error})") from None  # fmt: skip
+
+
+def machines(gpus: str, any_gpu: bool) -> tuple[Machine, int]:
+    """The value of --dry-run: 8xh100, or "here", measured. Without GPUs here and with `any_gpu`,
+    "here" is eight H100s."""
+    if gpus == "here":
+        if torch.cuda.is_available():
+            return measure_machine(torch.device("cuda")), torch.cuda.device_count()
+        return (MACHINES["h100"], 8) if any_gpu else (measure_machine(torch.device("cpu")), 1)
+    count, _, name = gpus.rpartition("x") if gpus[0].isdigit() else ("1", "", gpus)
+    if name not in MACHINES or not count.isdecimal() or int(count) < 1:
+        raise ValueError(
+            f"--dry-run {gpus}: use a number and a GPU, such as 8xh100, of {', '.join(MACHINES)}"
+        )
+    return MACHINES[name], int(count)
+
+
+def measure_machine(device: torch.device) -> Machine:
+    cuda = device.type == "cuda"
+    dtype, size = (torch.bfloat16, 8192) if cuda else (torch.float32, 1024)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(2**28 if cuda else 2**25, device=device)
+    copy = torch.zeros_like(source)  # written once: a new page costs more than a copy
+
+    def rate(amount: float, work: Callable[[], Tensor]) -> float:
+        """Units of 10^12 a second, at best."""
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work().flatten()[0].item()  # waits for it
+            times.append(time.perf_counter() - start)
+        return amount / min(times) / 1e12
+
+    products = rate(2 * size**3, lambda: a @ b)
+    traffic = rate(2 * copy.nbytes, lambda: copy.copy_(source))
+    name = torch.cuda.get_device_name(device) if cuda else "this CPU"
+    link = 16  # PCIe, assumed
+    gigabytes = available_bytes(device) / 1e9
+    return Machine(f"{name}, measured", gigabytes, products, traffic, link, cuda)
+
+
+def available_bytes(device: torch.device) -> float:
+    """The memory of this GPU, or what is free on this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: unknown, so nothing is refused
+        return math.inf
+    lines = meminfo.read_text().splitlines()
+    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+
+
+class Work(NamedTuple):
+    """A run, in the numbers that its memory and time depend on."""
+
+    s: object  # the settings
+    c: Config
+    G: int  # GPUs
+    S: int  # of them share one set of weights
+    template: int  # tokens of the judge's prompt without source and translation
+    cuda: bool
+    judge: Config | None = None  # of another model that judges here
+    asked: "Work | None" = None  # what R-Zero's other player samples in each step
+
+    def changed(self, **settings) -> "Work":
+        asked = self.asked and self.asked.changed(**settings)
+        return self._replace(s=dataclasses.replace(self.s, **settings), asked=asked)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight that samples or judges."""
+        return 2 if self.cuda else 4
+
+    @property
+    def comets(self) -> list[str]:
+        """The checkpoints that a rank has a worker for."""
+        names = [x.strip() for x in self.s.measures.split(",")]
+        names += [self.s.comet] * ("comet" in self.s.reward.split("+"))
+        return [name for name in dict.fromkeys(names) if name not in ("", "chrf", "none")]
+
+    @property
+    def judgements(self) -> int:
+        """Of each sample, at most; a group's candidates are counted as if judged apart."""
+        per_sample = {"pairs": self.s.samples_per_prompt - 1, "cream": 2, "group": 1}
+        return per_sample.get(self.s.reward, int("self" in self.s.reward.split("+")))
+
+    @property
+    def judge_tokens(self) -> int:
+        """What a judgement writes, at most; a score that is read takes one token."""
+        writes = self.s.reading == "written" or self.s.reward == "group"
+        return self.s.judge_max_new_tokens if writes else 1
+
+    @property
+    def longest(self) -> int:
+        return self.s.max_prompt_tokens + self.s.max_new_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Samples of the busiest rank."""
+        return -(-self.s.prompts_per_step // self.G) * self.s.samples_per_prompt
+
+    @property
+    def slots(self) -> int:
+        """As many as a rank ever decodes together."""
+        most = max(self.sequences, -(-self.s.eval_prompts // self.G))
+        return min(self.s.slots, most * self.s.judge_samples)
+
+    @property
+    def judge_slots(self) -> int:
+        """Of a judge with weights of its own."""
+        return self.slots if self.judge_tokens > 1 else 1
+
+    @property
+    def train_tokens(self) -> int:
+        """Read in training: a prompt once for all samples that fit into its micro-batch."""
+        s = self.s
+        fit = max(1, (s.micro_batch_tokens - s.max_prompt_tokens) // s.max_new_tokens)
+        prompts = self.sequences // s.samples_per_prompt * -(-s.samples_per_prompt // fit)
+        return prompts * s.max_prompt_tokens + self.sequences * s.max_new_tokens
+
+    def token_bytes(self, c: Config) -> int:
+        """One token's keys and values, and its state in the sampler."""
+        return 2 * c.layers * c.kv_heads * c.head_dim * self.itemsize + 20
+
+
+def params_of(c: Config) -> tuple[int, int, int]:
+    """All parameters, those of a block, those outside the blocks."""
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(c, layers=1))
+    whole, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+    return whole + (c.layers - 1) * block, block, whole - block
+
+
+def memory(k: Work) -> dict[str, float]:
+    """Bytes on each GPU by part."""
+    s, c, size = k.s, k.c, k.itemsize
+    N, block, root = params_of(c)
+    window = min(k.template + k.longest + k.judge_tokens + 64, c.max_length)
+    slot = window * k.token_bytes(c)
+    parts = {"weights, fp32": 4 * N / k.S, "gradients, fp32": 4 * N / k.S, "AdamW": 8 * N / k.S}
+    if k.cuda or k.G > 1:
+        parts["the sampler's copy"] = size * N
+    parts["its KV cache"] = k.slots * slot
+    if s.track_kl or s.kl or s.judge == "frozen":
+        parts["the starting weights"] = size * N + (s.judge == "frozen") * k.judge_slots * slot
+    if s.judge in ("ema", "previous"):
+        parts[f"--judge {s.judge}"] = 4 * N / k.S + size * N + k.judge_slots * slot
+    if k.judge:
+        cache = k.slots * window * k.token_bytes(k.judge)
+        parts["the judge"] = size * params_of(k.judge)[0] + cache
+    if k.asked:
+        parts["the other player"] = size * N + k.asked.slots * slot
+    for name in k.comets:  # a process of its own; what a batch needs is guessed
+        parts[f"COMET ({Path(name).name})"] = 1e9 * (size * COMETS.get(name, 0.6) + 2.5 * k.cuda)
+    if k.cuda:
+        parts["CUDA and its libraries"] = 1.5e9
+
+    # Kept of a token in a block for the backward: norms, q, k, v with their rotated and packed
+    # copies, the attention's output, the MLP's three; and what the backward itself takes.
+    H, K, E = c.heads, c.kv_heads, c.head_dim
+    in_block = 6 * c.hidden_size + 4 * (H + 2 * K) * E + 2 * H * E + 4 * c.intermediate_size
+    between = c.layers * c.hidden_size if k.cuda else (c.layers - 1) * in_block  # checkpointing
+    kept = min(s.micro_batch_tokens, k.train_tokens) * (
+        between + in_block + 2 * c.intermediate_size
+    )
+    # Gathered weights and their gradients, then in fp32 on their way to their shards.
+    whole = (2 * block + root) * (2 * size + 4) if k.S > 1 else size * c.vocab_size * c.hidden_size
+    chunk = min(CHUNK_BYTES["cuda" if k.cuda else "cpu"], 4 * k.train_tokens * c.vocab_size)
+    parts["while training"] = size * kept + whole + 2 * chunk
+    return parts
+
+
+def peak(parts: dict[str, float]) -> float:
+    return sum(parts.values())
+
+
+def check_room(k: Work, device: torch.device, processes: int) -> None:
+    """Before anything is loaded; `processes` share what this machine has."""
+    advice = "--dry-run shows what for, and what would help"
+    refuse_without_room(peak(memory(k)), device, processes, advice)
+
+
+def refuse_without_room(needed: float, device: torch.device, processes: int, advice: str) -> None:
+    room = available_bytes(device) / processes
+    if needed > 1.1 * room:
+        raise ValueError(f"this run needs about {needed / 1e9:.1f} GB on each rank, and "
+                         f"{room / 1e9:.1f} are there: {advice}")  # fmt: skip
+
+
+def seconds(k: Work, m: Machine) -> dict[str, float]:
+    """Of a step, by stage, when every prompt and translation is as long as it may be."""
+    s, c, N, count = k.s, k.c, params_of(k.c)[0], k.sequences
+    flops = m.teraflops * 1e12 * EFFICIENCY["products"]
+    bandwidth = m.terabytes_a_second * 1e12 * EFFICIENCY["bytes"]
+    head = 2 * c.vocab_size * c.hidden_size
+
+    def forward(count: float, tokens: int) -> float:
+        """Flops, without logits."""
+        attention = 2 * c.layers * c.heads * c.head_dim * tokens**2
+        return count * ((2 * N - head) * tokens + attention)
+
+    def decode(before: int, new: int) -> float:
+        together = min(count, k.slots)
+        cached = together * (before + new / 2) * k.token_bytes(c)
+        step = max((k.itemsize * N + cached) / bandwidth, 2 * N * together / flops)
+        step += 0 if k.cuda else c.layers * BLOCK_START
+        return count / together * new * step
+
+    prefill = forward(count / s.samples_per_prompt, s.max_prompt_tokens) / flops
+    parts = {"sample": prefill + decode(s.max_prompt_tokens, s.max_new_tokens)}
+    if k.judgements:
+        each = forward(count, k.longest) / flops
+        if k.judge_tokens > 1:
+            each += decode(k.template + k.longest, k.judge_tokens)
+        parts["judge"] = s.judge_samples * k.judgements * each
+    if k.asked:
+        parts["answers"] = seconds(k.asked, m)["sample"]
+    logits = count * s.max_new_tokens * head
+    whole = forward(count, k.longest) - (2 * N - head) * (count * k.longest - k.train_tokens)
+    if s.reward in ("certainty", "confidence"):  # read from the policy: the samples once more
+        parts[s.reward] = (whole + logits) / flops
+    if s.track_kl or s.kl:
+        parts["reference"] = (whole + logits) / flops
+    passes = 4 if k.cuda else 3  # forward, backward of twice that; with checkpointing one more
+    compute = (passes * whole + 3 * logits) / flops
+    micro_batches = math.ceil(k.train_tokens / s.micro_batch_tokens)
+    traffic = micro_batches * (2 * k.itemsize + 4) * N / (m.link * 1e9) * (k.S > 1)
+    parts["train"] = s.updates_per_batch * max(compute, traffic)
+    return parts
+
+
+def evaluation_seconds(k: Work, m: Machine) -> float:
+    """Two translations of each held-out text, both judged, by the policy if by nobody else."""
+    k = k.changed(prompts_per_step=k.s.eval_prompts, samples_per_prompt=1, reward="self")
+    parts = seconds(k, m)
+    return 2 * (parts["sample"] + parts["judge"])
+
+
+def report(k: Work, m: Machine, name: str) -> str:
+    """The two tables, the verdict, and what would make it fit."""
+    parts, s = memory(k), k.s
+    evaluations = 1 + -(-s.steps // s.eval_every) if s.eval_prompts else 0  # one before training
+
+    def column(k: Work) -> dict[str, float]:
+        times = seconds(k, m)
+        times["step"], total = sum(times.values()), s.steps * sum(times.values())
+        if evaluations:
+            each = times[f"evaluation, {evaluations} of them"] = evaluation_seconds(k, m)
+            total += evaluations * each
+        return times | {f"{s.steps} steps, hours": total / 3600}
+
+    lengths = ("max_prompt_tokens", "max_new_tokens", "judge_max_new_tokens")
+    quarter = k.changed(**{name: max(1, getattr(s, name) // 4) for name in lengths})
+    longest, short = column(k), column(quarter)
+    share = f", weights shared by {k.S}" if k.G > 1 else ""
+    lines = [
+        f"{name}: {params_of(k.c)[0] / 1e9:.4g} B parameters on {k.G} × {m.name}{share}",
+        "",
+        f"{'memory of each':28}       GB",
+        *(f"{part:28} {amount / 1e9:8.2f}" for part, amount in parts.items()),
+        f"{'peak':28} {peak(parts) / 1e9:8.2f} of {m.gigabytes:,.0f}",
+        "",
+        f"{'seconds of a step':28} longest  a quarter as long",
+        *(f"{stage:28} {time:7.3g}  {short[stage]:7.3g}" for stage, time in longest.items()),
+        "",
+        f"Estimates: {EFFICIENCY['products']:.0%} of the products' and {EFFICIENCY['bytes']:.0%} "
+        f"of the memory's rate{'; COMET is not in it' * bool(k.comets)}.",
+        verdict(k, m),
+    ]
+    return "\n".join(lines)
+
+
+def missing(k: Work, m: Machine) -> float:
+    """Bytes on each GPU; negative: to spare."""
+    return peak(memory(k)) - m.gigabytes * 1e9
+
+
+def verdict(k: Work, m: Machine) -> str:
+    if missing(k, m) <= 0:
+        return f"It fits, with {-missing(k, m) / 1e9:.1f} GB to spare."
+    now = f"It does NOT fit: {missing(k, m) / 1e9:.1f} GB too much on each."
+    batch = max(k.longest, 8192)
+    tries = [  # least harmful first; each is added to those before until it fits
+        ("shard", "all", k.s.shard == "node"),
+        ("micro_batch_tokens", batch, k.s.micro_batch_tokens > batch),
+        ("slots", 64, k.slots > 64),
+        ("track_kl", False, k.s.track_kl and not k.s.kl and k.s.judge != "frozen"),
+        *(("slots", slots, k.slots > slots) for slots in (32, 16, 8)),
+    ]
+    changes, other = {}, k
+    for name, value, helps in tries:
+        if helps and missing(other, m) > 0:
+            changes[name] = value
+            other = k.changed(**changes)
+            other = other._replace(S=k.G if other.s.shard == "all" else k.S)
+    options = " ".join(
+        "--no-track-kl" if name == "track_kl" else f"--{name.replace('_', '-')} {value}"
+        for name, value in changes.items()
+    )
+    if missing(other, m) <= 0:
+        return f"{now} It would with {options}."
+    left = f"{options} would leave {missing(other, m) / 1e9:.1f} GB too much: " if options else ""
+    return f"{now} {left}use more or larger GPUs."

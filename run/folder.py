@@ -1,0 +1,146 @@
+"""The folder of a run: its logs, its lock, and what is in it about the machine and the code.
+
+Rank 0 alone writes (`mine`); on the other ranks the same calls do nothing.
+"""
+
+import dataclasses
+import fcntl
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from model import save
+from run.files import append_lines, atomic_write
+
+LOGS = ("metrics.jsonl", "evaluations.jsonl", "groups.jsonl")
+
+
+class RunFolder:
+    def __init__(self, path: Path, mine: bool):
+        self.path, self.mine = path, mine
+        self.locked = None
+
+    def begin(self, s, bytes_needed: int, step: int | None) -> None:
+        """Create the folder; or cut the logs to before `step`, which is logged again."""
+        if not self.mine:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        held = [f for x in ("checkpoints", "best", "last") for f in (self.path / x).rglob("*")]
+        held_bytes = sum(f.stat().st_size for f in held if f.is_file())
+        free = shutil.disk_usage(self.path.parent).free
+        if free < (needed := bytes_needed - held_bytes):
+            raise OSError(f"{self.path.parent}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB "
+                          "are needed for best/, last/ and the checkpoints")  # fmt: skip
+        self.path.mkdir(exist_ok=s.resume)
+        self.lock()
+        settings, about = dataclasses.asdict(s), environment()
+        if step is not None:
+            old = json.loads((self.path / "settings.json").read_text())
+            settings |= {"resumed": [*old.get("resumed", []), about | {"from_step": step}]}
+            about = old["about"]
+        self.write("settings.json", settings | {"about": about})
+        for name in LOGS:
+            self.cut(name, -1 if step is None else step)
+
+    def lock(self) -> None:
+        """Against a second run in the same folder. It is released when this process ends."""
+        if self.locked or not (self.mine and self.path.is_dir()):
+            return
+        self.locked = open(self.path / "lock", "a+")  # noqa: SIM115 (open as long as we live)
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.locked.seek(0)
+            raise ValueError(
+                f"{self.path} is being written by another run ({self.locked.read().strip()}): wait "
+                "for its end, or stop it"
+            ) from None
+        self.locked.truncate(0)
+        self.locked.write(f"process {os.getpid()} on {platform.node()}\n")
+        self.locked.flush()
+
+    def close(self) -> None:
+        if self.locked:
+            self.locked.close()
+
+    def cut(self, name: str, step: int) -> None:
+        """Keep the rows before `step`. A row that a kill left half-written comes after them."""
+        path = self.path / name
+        rows = path.read_bytes().split(b"\n") if path.exists() else []
+        kept = list(itertools.takewhile(lambda row: step_of(row) < step, rows))
+        if len(kept) < len(rows):
+            atomic_write(path, b"".join(row + b"\n" for row in kept))
+
+    def write(self, name: str, content: dict) -> None:
+        if self.mine:
+            text = json.dumps(finite(content), indent=1, ensure_ascii=False)
+            atomic_write(self.path / name, text + "\n")
+
+    def add(self, name: str, rows: list[dict]) -> None:
+        lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
+        self.append(name, "".join(lines))
+
+    def append(self, name: str, lines: str) -> None:
+        if self.mine:
+            append_lines(self.path / name, lines)
+
+
+def save_with_tokenizer(model, source: Path, folder: Path) -> None:
+    """A Hugging Face folder, with the tokenizer's files as they are in `source`."""
+    save(model, folder)
+    for file in source.iterdir():
+        if re.search(r"token|vocab|merges|chat_template|generation_config", file.name):
+            shutil.copyfile(file, folder / file.name)
+
+
+def step_of(row: bytes) -> float:
+    try:
+        return json.loads(row)["step"]
+    except ValueError:
+        return math.inf
+
+
+def environment() -> dict:
+    on_gpu = torch.cuda.is_available()
+    return {
+        "commit": commit(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "launcher": launcher(),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+    }
+
+
+def launcher() -> str:
+    """What stays the same when torchrun starts the ranks again: their parent."""
+    return f"{platform.node()} {os.getppid()}"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True)
+    except OSError:
+        return "unknown: no git here"
+    return run.stdout.strip() or "unknown: not a git checkout"
+
+
+def finite(row: dict) -> dict:
+    """JSON has no NaN: a number that is not there is null."""
+    bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    inner = {k: finite(v) for k, v in row.items() if isinstance(v, dict)}
+    return row | dict.fromkeys(bad) | inner

@@ -1,0 +1,1 @@
+"""R-Zero: a Challenger invents questions for a Solver; `python -m rzero`."""

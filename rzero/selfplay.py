@@ -1,0 +1,467 @@
+"""R-Zero: a Challenger invents questions at the edge of a Solver's ability, and both learn.
+
+    python -m rzero                            # on a laptop: small programs, two minutes
+    torchrun --nproc_per_node=8 -m rzero --preset r-zero-4b      # the paper's, on Qwen3-4B-Base
+    python -m rzero --preset r-zero-4b --dry-run 8xh100         # does it fit? how long?
+    python -m rzero --resume --folder runs/mine                  # continue where it was stopped
+
+Both start as the same model. Each iteration (arXiv 2508.05004):
+
+1. the Challenger learns against a frozen Solver: a question earns most when half of the Solver's
+   answers agree, less when the batch repeats it, nothing when it is not a question;
+2. the Challenger writes many questions. Those with an agreement near one half are kept, and the
+   majority's answer is their label. No truth is involved, so a label may be wrong;
+3. the Solver learns to give the labels.
+
+Both learn with grpo.py; rzero/challenger.py has the Challenger's reward, rzero/games.py the games.
+A run writes challenger/ and solver/, each with a metrics.jsonl whose steps count on over the
+iterations; iteration-1/ and so on with questions.jsonl and both players' weights; report.html.
+
+    paper: top-p 0.99 in all sampling / here: not for samples that are trained on / because their
+    log-probs are trained as those of the whole distribution.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import grpo
+from data import loading
+from judge import PromptCodec
+from model import load_tokenizer, read_config
+from report.draw import rows_of
+from run import driver, estimate, settings
+from run.cache import JsonlCache, map_cached
+from run.checkpoint import Checkpoints, fingerprint, fingerprint_tokenizer
+from run.distributed import Ranks, Stopping, run_with_error_reporting
+from run.folder import RunFolder, save_with_tokenizer
+from run.metrics import mean
+from run.monitor import Stopper
+from run.problem import policy_folder
+from run.settings import RunSettings
+from rzero.challenger import CHALLENGES, ChallengerReward, Player, window_size, write_questions
+from rzero.games import Mathematics, Quiz
+from sampler import Sampler
+from toy.programs import Programs, Recipe, make
+
+
+@dataclass
+class Settings(RunSettings):
+    preset: str = "toy"
+    """Defaults of the other options: "toy" (small programs) or "r-zero-4b" (mathematics)."""
+    model: str = ""
+    """Hugging Face folder or hub id. The toy ships with a model for seed 0, and is pretrained once
+    for other seeds."""
+    iterations: int = 3
+    """Turns of the Challenger, each followed by one of the Solver."""
+    challenger_steps: int = 5
+    """Challenger steps in each iteration."""
+    challenger_samples: int = 4
+    """Questions sampled for each prompt: the Challenger's group."""
+    challenger_lr: float = 0.0
+    """The Challenger's learning rate; 0: --lr."""
+    challenge: str = "paper"
+    """The Challenger's reward: "paper", "released" or "random" (see rzero/challenger.py)."""
+    repetition: float = 1.0
+    """Weight of the penalty for questions that the batch repeats."""
+    questions: int = 8000
+    """Questions that the Challenger writes in each iteration for the Solver to learn from."""
+    answers: int = 10
+    """Answers of the frozen Solver to each question, to measure its agreement with itself."""
+    band: float = 0.25
+    """The Solver learns from questions whose agreement is at most this far from one half."""
+    solver_steps: int = 15
+    """Solver steps in each iteration."""
+    solver_samples: int = 5
+    """Answers sampled for each question: the Solver's group."""
+    held_out: str = ""
+    """JSON lines with "question" and "answer" to measure accuracy with. The toy makes its own."""
+    eval_prompts: int = 256
+    """Number of held-out questions."""
+    save_every: int = 5
+    """Steps between two checkpoints."""
+
+
+PRESETS = {
+    "toy": {
+        "prompts_per_step": 32, "challenger_steps": 10, "solver_steps": 25, "solver_samples": 8,
+        "questions": 128, "lr": 4e-4, "challenger_lr": 6e-4, "warmup_steps": 2, "slots": 512,
+        "max_prompt_tokens": 21, "max_new_tokens": 41, "track_kl": False,
+    },
+    # The paper's numbers, as far as published; lengths and the prompts are our choice.
+    "r-zero-4b": {
+        "model": "Qwen/Qwen3-4B-Base", "lr": 1e-6, "weight_decay": 1e-2, "kl": 1e-2,
+        "warmup_steps": 0, "final_lr": 1.0, "max_prompt_tokens": 1024, "max_new_tokens": 4096,
+        "slots": 24, "micro_batch_tokens": 8192,
+    },
+}  # fmt: skip
+BOUNDS = [
+    *settings.BOUNDS,
+    (lambda v: v >= 1, "must be at least 1", "iterations challenger_steps solver_steps questions"),
+    (lambda v: v >= 2, "must be at least 2: a group, or a majority",
+     "challenger_samples solver_samples answers"),
+    (lambda v: 0 <= v <= 0.5, "must lie in 0 … 0.5", "band"),
+    (lambda v: 0 <= v < math.inf, "must not be negative", "repetition challenger_lr"),
+]  # fmt: skip
+CHOICES = {name: values for name, values in settings.CHOICES.items() if hasattr(Settings, name)}
+CHOICES |= {"preset": tuple(PRESETS), "challenge": CHALLENGES}
+MOVED = settings.MOVED | {
+    "steps": "each player has its own: --challenger-steps, --solver-steps",
+    "samples_per_prompt": "each player has its own: --challenger-samples, --solver-samples",
+}
+RESUME_OVERRIDABLE = (
+    "folder resume iterations save_every micro_batch_tokens slots shard patience report"
+)
+PLAYERS = ("challenger", "solver")
+SHOWN = {  # metric -> its label in the progress line
+    "reward/total": "reward", "reward/agreement": "agreement", "questions/different": "different",
+    "questions/depth": "depth", "eval/accuracy": "held-out: greedy",
+    "eval/sampled_accuracy": "sampled",
+}  # fmt: skip
+
+
+class Run:
+    """Players learn and questions are written, in turn. Finished work is found on the disk and
+    skipped; a turn that was stopped continues from its checkpoint, or from its rows."""
+
+    def __init__(self, s: Settings, game: Quiz, device: torch.device, ranks: Ranks):
+        self.s, self.game, self.device, self.ranks = s, game, device, ranks
+        self.path, self.iteration = Path(s.folder), 0
+        self.folders = {x: RunFolder(self.path / x, ranks.rank == 0) for x in (".", *PLAYERS)}
+        self.texts = PromptCodec(load_tokenizer(game.folder))
+        self.held_out = self.solver_prompts(game.held_out)
+        if (longest := max((len(p.ids) for p in self.held_out), default=0)) > s.max_prompt_tokens:
+            raise ValueError(f"--max-prompt-tokens {s.max_prompt_tokens}: a held-out question has "
+                             f"{longest}")  # fmt: skip
+
+    def begin(self) -> None:
+        for folder in self.folders.values():  # a kill may have come between two of them
+            again = (folder.path / "settings.json").is_file()
+            folder.begin(self.s, 0, math.inf if again else None)
+        print(f"R-Zero, {self.s.preset}: {self.s.iterations} iterations, writing {self.path}")
+
+    def play(self) -> None:
+        self.ranks.on_rank0("begin", self.begin)
+        try:
+            for iteration in range(1, self.s.iterations + 1):
+                self.iteration = iteration
+                if not self.weights("challenger").is_dir():
+                    self.train_challenger()
+                if not self.weights("solver").is_dir():
+                    self.train_solver(self.write_questions())
+        except Stopping:
+            if self.ranks.rank == 0:
+                self.draw_report(last=True)
+            raise
+        self.ranks.on_rank0("end", self.finish)
+
+    def weights(self, player: str, ago: int = 0) -> Path:
+        number = self.iteration - ago
+        return self.path / f"iteration-{number}" / player if number else self.game.folder
+
+    def solver_prompts(self, pairs: Sequence[tuple[str, str]]) -> list[grpo.Prompt]:
+        """Of pairs of question and answer, the prompts' tasks."""
+        ids = self.texts.encode([self.game.pose(question) for question, _ in pairs])
+        return [grpo.Prompt(*x) for x in zip(ids, pairs, strict=True)]
+
+    # -------------------------------------------------------------------------- an iteration
+
+    def train_challenger(self) -> None:
+        s = self.turn_settings(
+            self.s.challenger_steps, self.s.challenger_samples, self.s.challenger_lr
+        )
+        [ids] = self.texts.encode([[self.game.challenger_prompt]])
+        prompts = [grpo.Prompt(ids, None)] * s.prompts_per_step
+        solver = Player(self.weights("solver", 1), s, self.game, self.device)
+
+        def describe(step: grpo.Step) -> dict[str, float]:
+            questions = [text for row in step.judged for text in row.words if text]
+            if not questions:
+                return {}
+            about = self.game.describe_questions(questions)
+            about |= {"different": len(set(questions)) / len(questions)}
+            return {f"questions/{name}": value for name, value in about.items()}
+
+        reward = ChallengerReward(s, solver)
+        self.train_player("challenger", s, reward, lambda number: prompts, describe)
+
+    def write_questions(self) -> list[dict]:
+        """The Challenger's distinct questions, with the Solver's agreement and label."""
+        s, players = self.s, []
+        folders = [self.weights("challenger"), self.weights("solver", 1)]
+        names = ("preset", "questions", "answers", "temperature", "seed")
+        key = {name: getattr(s, name) for name in names}
+        key["weights"] = [fingerprint(folder) for folder in folders]
+
+        def work(numbers: Sequence[int]) -> list[dict]:
+            if not players:  # none is loaded where all rows are there
+                players.extend(Player(folder, s, self.game, self.device) for folder in folders)
+            keys = [self.iteration * s.questions + n for n in numbers]
+            return write_questions(*players, keys, numbers)
+
+        path = self.path / f"iteration-{self.iteration}" / "questions.jsonl"
+        rows = map_cached(
+            self.ranks, lambda: JsonlCache(path, key), f"iteration {self.iteration}, questions",
+            range(s.questions), work, s.slots * self.ranks.size,
+        )  # fmt: skip
+        first = {row["question"]: row for row in reversed(rows) if row["question"]}
+        return sorted(first.values(), key=lambda row: row["segment"])
+
+    def train_solver(self, rows: list[dict]) -> None:
+        s = self.turn_settings(self.s.solver_steps, self.s.solver_samples)
+        pairs = [
+            (row["question"], row["label"]) for row in rows
+            if abs(row["agreement"] - 0.5) <= s.band + 1e-9  # a share such as 0.3 has rounding
+            and self.game.is_trainable(row["question"])
+        ]  # fmt: skip
+        if not pairs:
+            raise ValueError(
+                f"iteration {self.iteration}: no question within --band {s.band} of one half is "
+                "left to learn from: more --questions, a wider --band, fewer --challenger-steps"
+            )
+        print(f"iteration {self.iteration}: of {s.questions} questions {len(rows)} different ones, "
+              f"{len(pairs)} to learn from", flush=True)  # fmt: skip
+        lessons = {"kept": len(pairs)} | self.game.describe_questions(*zip(*pairs, strict=True))
+        lessons = {f"lessons/{name}": value for name, value in lessons.items()}
+        order, P = loading.EpochShuffler(pairs, s.seed), s.prompts_per_step
+
+        def batch(number: int) -> list[grpo.Prompt]:
+            return self.solver_prompts([order.task((number - 1) * P + p) for p in range(P)])
+
+        def describe(step: grpo.Step) -> dict[str, float]:
+            return lessons if step.number == 1 else {}
+
+        self.train_player("solver", s, self.game.solver_reward(self.texts), batch, describe)
+
+    def evaluate(self, sampler: Sampler) -> dict[str, float]:
+        """Accuracy on the held-out questions: greedy, and the mean of four samples at T 1."""
+        game, texts = self.game, self.texts
+
+        def accuracy(temperature: float, n: int) -> float:
+            def work(mine: Sequence[int]) -> list[float]:
+                prompts, scores = [self.held_out[i] for i in mine], []
+                groups = sampler.generate(
+                    [prompt.ids for prompt in prompts], n, self.s.max_new_tokens, temperature,
+                    stop_ids=texts.stop_ids, seed=self.s.seed + 1, keys=list(mine),
+                )  # fmt: skip
+                for prompt, group in zip(prompts, groups, strict=True):
+                    question, truth = prompt.task
+                    answers = [game.answer(texts, sample, question) for sample in group]
+                    scores.append(mean([game.is_right(x, truth) for x in answers]))
+                return scores
+
+            return mean(self.ranks.map_over_ranks("measure", range(len(self.held_out)), work))
+
+        if not self.held_out:
+            return {}
+        return {"eval/accuracy": accuracy(0.0, 1), "eval/sampled_accuracy": accuracy(1.0, 4)}
+
+    # ------------------------------------------------------------------------- a player's turn
+
+    def turn_settings(self, steps: int, samples: int, lr: float = 0.0) -> Settings:
+        """For the loop, whose steps begin at 1 in each turn; another seed makes other draws."""
+        return dataclasses.replace(
+            self.s, steps=steps, samples_per_prompt=samples, lr=lr or self.s.lr,
+            seed=self.s.seed + 1_000_000 * self.iteration,
+        )  # fmt: skip
+
+    def train_player(
+        self, player: str, s: Settings, reward: Callable, batch: Callable, describe: Callable
+    ) -> None:
+        """From the previous iteration's weights to this one's.
+
+        `describe(step)` gives metrics beside the loop's own. The Solver is evaluated before its
+        first step and after each turn.
+        """
+        ranks, log, final = self.ranks, self.folders[player], self.weights(player)
+        source, base = self.weights(player, 1), (self.iteration - 1) * s.steps
+        ranks.set_stage(f"iteration {self.iteration}: load the {player}")
+        gc.collect()  # FSDP's models refer to themselves
+        cache = driver.Cache(window_size(s, read_config(source)), s.slots)
+        policy = driver.build_policy(source, s, self.device, ranks, cache)
+        identity = {"turn": [player, self.iteration], "weights": fingerprint(source)}
+        identity["tokenizer"] = fingerprint_tokenizer(source)
+        folder = final.with_name(f"{player}.checkpoints")
+        kept = Checkpoints(folder, 1, ranks, policy.tensors(), identity)
+        last: grpo.Step | None = None
+        if saved := kept.restore():
+            last = grpo.Step(saved["step"], saved["metrics"], [], saved["missing"])
+            policy.sync()
+        begun, first = time.perf_counter(), last.number if last else 0
+
+        def record(step: grpo.Step) -> None:
+            row = {"step": base + step.number} | step.metrics
+            if player == "solver" and step.number == s.steps:
+                row |= self.evaluate(policy.sampler)
+            log.add("metrics.jsonl", [row])
+            pace = (time.perf_counter() - begun) / max(step.number - first, 1)
+            line = [f"iteration {self.iteration}, {player:10} {step.number:>3}/{s.steps}"]
+            line += [f"{label} {row[key]:.3f}" for key, label in SHOWN.items() if key in row]
+            print("  ".join([*line, f"{pace * (s.steps - step.number):.0f} s left"]), flush=True)
+
+        def save() -> None:
+            kept.save(last.number, {"metrics": last.metrics, "missing": last.missing})
+
+        if ranks.rank == 0:  # the row of the checkpoint's step is written again
+            log.cut("metrics.jsonl", base + first + (base > 0 and not last))
+        try:
+            if last:
+                record(last)
+            elif not base:
+                start = self.evaluate(policy.sampler) if player == "solver" else {}
+                log.add("metrics.jsonl", [{"step": 0} | start])
+            for step in driver.train(policy, reward, batch, s, self.texts.stop_ids, ranks, last):
+                step.metrics |= describe(step)
+                last = step
+                if step.number % s.save_every == 0 or step.number == s.steps:
+                    save()
+                record(step)
+        except Stopping:
+            ranks.ending = True
+            if last:
+                save()
+            kept.wait()
+            if kept.error:
+                raise OSError(kept.error) from None
+            raise
+        kept.wait()
+        # Whole, on the first rank's host, in fp32: the next iteration begins with it.
+        where = torch.device("meta" if ranks.rank else "cpu")
+        model = policy.model
+        whole = model if ranks.size == 1 else driver.whole_copy(model, torch.float32, where)
+        ranks.on_rank0("keep", lambda: self.keep(whole, final))
+
+    # --------------------------------------------------------------------------- what it writes
+
+    def keep(self, model, final: Path) -> None:
+        partial = final.with_name(f"{final.name}.partial")
+        save_with_tokenizer(model, self.game.folder, partial)
+        partial.rename(final)
+        shutil.rmtree(final.with_name(f"{final.name}.checkpoints"), ignore_errors=True)
+        if final.name == "solver":
+            self.draw_report(last=self.iteration == self.s.iterations)
+
+    def draw_report(self, last: bool) -> None:
+        """In a process of its own, whose errors do not end the run."""
+        folders = [(self.path / name).resolve() for name in PLAYERS]
+        folders = [str(x) for x in folders if (x / "metrics.jsonl").is_file()]
+        if self.s.report and folders:
+            out = str((self.path / "report.html").resolve())
+            command = [sys.executable, "-m", "report", *folders, "--out", out]
+            subprocess.run(
+                command + ["--ended"] * last, cwd=Path(__file__).parent.parent,
+                stdout=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def finish(self) -> None:
+        """result.json, and the table: a column for the start, and one for each iteration."""
+        rows = [r for x in PLAYERS for r in rows_of(self.path / x / "metrics.jsonl")]
+        ends = [row for row in rows if "eval/accuracy" in row]
+        table = {key: [r[key] for r in ends] for key in ("eval/accuracy", "eval/sampled_accuracy")}
+        for key in dict.fromkeys(key for r in rows for key in r if key.startswith("lessons/")):
+            table[key] = [None, *(r[key] for r in rows if key in r)]
+        self.folders["."].write("result.json", table)
+        heads = "".join(f"{i:>9}" for i in range(self.s.iterations + 1))
+        print(f"\n{'after iteration':24}{heads}")
+        for key, values in table.items():
+            cells = ["–" if x is None else f"{x:.3f}".rstrip("0").rstrip(".") for x in values]
+            print(f"{key:24}" + "".join(f"{x:>9}" for x in cells))
+        print(f"\nweights: {self.weights('solver')}")
+        for left in self.path.glob("iteration-*/*.checkpoints"):  # by a kill at the wrong moment
+            shutil.rmtree(left)
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def parse(argv: list[str]) -> Settings:
+    given = settings.parse_fields(argv, Settings, PRESETS, "-m rzero", __doc__, MOVED)
+    given |= {"resume": True} if settings.is_restart() else {}
+    preset, saved = given.get("preset", "toy"), {}
+    if given.get("resume"):
+        folder = settings.run_folder(f"rzero-{preset}", given.get("folder", ""), True)
+        saved = settings.load_saved_settings(folder, given, Settings, RESUME_OVERRIDABLE)
+    elif given.get("folder") and Path(given["folder"]).exists():
+        raise ValueError(f"--folder {given['folder']} exists already: --resume, or name another")
+    preset = given.get("preset") or saved.get("preset") or preset
+    s = Settings(**PRESETS.get(preset, {}) | saved | given | {"preset": preset})
+    if s.folder:
+        settings.check_writable(s.folder)
+    settings.check_fields(s, BOUNDS, CHOICES)
+    return s
+
+
+def build_game(s: Settings, ranks: Ranks) -> Quiz:
+    if s.preset != "toy":
+        return Mathematics(policy_folder(s, ranks), s.held_out, s.eval_prompts)
+    folder = Path(s.model) if s.model else None
+    folder = folder or ranks.rank0_then_all("make the toy", lambda: make(Recipe(seed=s.seed)))
+    return Programs(s.seed, s.eval_prompts, folder)
+
+
+class TurnEstimate(estimate.Work):
+    """A player has all its slots, needed or not."""
+
+    slots = property(lambda self: self.s.slots)
+
+
+def dry_run(s: Settings) -> None:
+    """As ssr.py's, for each player's turn."""
+    if s.preset == "toy":
+        raise ValueError("--dry-run needs another --preset: the toy fits anywhere")
+    machine, count = estimate.machines(s.dry_run, any_gpu=True)
+    shared = min(count, 8) if s.shard == "node" else count
+    config, names = estimate.shape_of(s.model), [f.name for f in dataclasses.fields(grpo.Settings)]
+    same = {name: getattr(s, name) for name in (*names, "slots", "shard")}
+    same |= {"reward": "oracle", "reading": "expected", "eval_prompts": 0}  # not estimated
+
+    def estimate_turn(steps: int, prompts: int, samples: int, asked=None) -> TurnEstimate:
+        turn = {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": samples}
+        run = settings.Settings(**same | turn)
+        return TurnEstimate(run, config, count, shared, 0, machine.is_gpu, asked=asked)
+
+    hours, missing, P, n = 0.0, 0.0, s.prompts_per_step, s.challenger_samples
+    answers = estimate_turn(1, P * n, s.answers)
+    challenger = estimate_turn(s.challenger_steps, P, n, answers)
+    solver = estimate_turn(s.solver_steps, P, s.solver_samples)
+    for name, turn in (("Challenger", challenger), ("Solver", solver)):
+        print(f"The {name}'s turn. {estimate.report(turn, machine, s.model)}\n")
+        hours += turn.s.steps * sum(estimate.seconds(turn, machine).values()) / 3600
+        missing = max(missing, estimate.missing(turn, machine))
+    both = estimate_turn(1, s.questions, 1), estimate_turn(1, s.questions, s.answers)
+    writing = sum(estimate.seconds(turn, machine)["sample"] for turn in both) / 3600
+    print(f"Between them {s.questions} questions, {s.answers} answers to each: {writing:.3g} hours."
+          f"\n{s.iterations} iterations: {s.iterations * (hours + writing):.3g} hours if all are "
+          "as long as they may be, without evaluations.")  # fmt: skip
+    if missing > 0:
+        sys.exit(1)
+
+
+def start(argv: list[str]) -> None:
+    s = parse(argv)
+    if s.dry_run:
+        return dry_run(s)
+    device, ranks = driver.init_device_and_ranks(s)
+    values = {settings.option(name): value for name, value in dataclasses.asdict(s).items()}
+    driver.assert_same_on_all_ranks(ranks, values)
+    name = f"rzero-{s.preset}"
+    s.folder = str(ranks.on_rank0("name", lambda: settings.run_folder(name, s.folder, s.resume)))
+    with contextlib.closing(build_game(s, ranks)) as game, Stopper(ranks):
+        try:
+            Run(s, game, device, ranks).play()
+        except Stopping:
+            print(f"stopped; continue with --resume --folder {s.folder}", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    run_with_error_reporting("rzero", lambda: start(argv))

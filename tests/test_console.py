@@ -1,0 +1,219 @@
+"""What a person sees while a run goes on: in a terminal, in the log, on dashboards."""
+
+import contextlib
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import ssr
+from run import console
+from run.console import ALARM, Console, format_seconds
+from tests.processes import ROOT
+from tests.runs import rows_of
+
+SMALL = [
+    *("--preset=toy", "--prompts-per-step=2", "--samples-per-prompt=4", "--eval-prompts=4"),
+    "--eval-every=2",
+]
+METRICS = {"reward/total": 0.71234, "policy/entropy": 0.5, "tokens_per_second": 8926.8}
+LATEST = {"eval/chrf": 0.5, "step": 25}
+
+
+class Folder:
+    mine, text = True, ""
+
+    def append(self, name, lines):
+        assert name == "log.txt"
+        self.text += lines
+
+
+def make_console(path, report=False):
+    return Console(SimpleNamespace(steps=100, report=report, log_to=""), path, "chrf", Folder())
+
+
+def test_the_line_has_the_most_important_first(tmp_path):
+    line = make_console(tmp_path).format_step
+    assert line(30, METRICS, LATEST, 3725.0) == (
+        "step 30/100  held-out chrf 0.500 (step 25)  reward 0.712  1:02:05 left  entropy 0.50  "
+        "8,927 tokens/s"
+    )
+    alarm = line(30, METRICS, LATEST | {"eval/alarm": 1.0}, 5.0)
+    assert alarm.startswith("step 30/100  ALARM  held-out chrf 0.500 (step 25)  reward 0.712")
+    assert "chrf – (step 0)" in line(1, METRICS, {"eval/chrf": math.nan, "step": 0}, 5.0)
+    times = [format_seconds(x) for x in (0, 59.9, 61, 600, 36061)]
+    assert times == ["0:00", "0:59", "1:01", "10:00", "10:01:01"]
+
+
+def test_long_work_shows_its_progress_and_the_time_left(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    fake = SimpleNamespace(monotonic=lambda: now[0], strftime=lambda _: "")
+    monkeypatch.setattr(console, "time", fake)
+    shown = make_console(tmp_path)
+    for work, second, share in (
+        ("translate", 0, 0.0), ("translate", 5, 0.25), ("translate", 12, 0.5),
+        ("translate", 15, 0.6), ("judge", 16, 0.1), ("judge", 36, 0.25), ("judge", 38, 0.01),
+        ("judge", 47, 0.1),
+    ):  # fmt: skip
+        now[0] = second
+        shown.print_progress(work, share)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["translate  50%, 0:12 left", "judge  25%, 1:00 left"]
+    now[0] = 58
+    for step in (3, 4):  # the second comes too soon for another line
+        shown.log_step(step, METRICS, LATEST, 1.0, False)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert shown.folder.text.count("tokens/s") == 2
+
+
+def test_the_alarm_is_printed_when_it_begins_to_ring(tmp_path, capsys):
+    shown = make_console(tmp_path)
+    for step, why in ((25, ""), (50, "because"), (75, "because"), (100, ""), (125, "again")):
+        shown.print_alarm(step, why)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 50", "step 125"]
+    assert "because. Compare best/ with last/" in lines[0] and shown.folder.text.count(ALARM) == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_live_line_stays_one_line_in_a_narrow_terminal(toy, tmp_path, monkeypatch):
+    """Each line overwrites the last, and none is longer than the terminal is wide."""
+    monkeypatch.setenv("COLUMNS", "60")
+    with contextlib.redirect_stdout(Terminal()) as out:
+        ssr.main([*SMALL, "--steps=4", "--no-report", f"--model={toy}",
+                  f"--folder={tmp_path / 'run'}"])  # fmt: skip
+    lines = re.findall(r"\r\x1b\[K([^\r]*)", out.getvalue())
+    assert [x for x in lines if x.startswith("step 0  evaluating 4 held-out texts …")]
+    steps = [x.split("\n")[0] for x in lines if re.match(r"step [1-4]/4  held-out", x)]
+    assert len(steps) == 4 and all(len(x) == 59 for x in steps)
+    log = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert len(log) == 5 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step", x) for x in log)
+    assert "\x1b" not in "".join(log)
+
+
+def test_the_report_of_a_run_says_how_it_ended(toy, tmp_path, capsys, monkeypatch):
+    """At its end; stopped by an error; and where the report fails, the run does not."""
+    real = ssr.grpo.train
+
+    def train(*args):
+        for step in real(*args):
+            yield step
+            if step.number == 2:
+                change()
+
+    def fail():
+        raise OSError("the disk is gone")
+
+    def spoil():
+        with open(tmp_path / "spoilt" / "metrics.jsonl", "a") as file:
+            file.write("{\n")
+
+    def go(name, steps):
+        ssr.main([*SMALL, f"--steps={steps}", f"--model={toy}", f"--folder={tmp_path / name}"])
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(ssr.grpo, "train", train)
+    change = bool
+    out = go("whole", 2)
+    text = (tmp_path / "whole" / "report.html").read_text()
+    assert "2 steps: held-out" in text and '"running": false' in text
+    assert re.search(r"(?m)^step 2/2  held-out", out)  # the last step is printed in any case
+    change = fail
+    with pytest.raises(SystemExit, match="the disk is gone"):
+        go("lr=1 failed", 5)
+    text = (tmp_path / "lr=1 failed" / "report.html").read_text()
+    assert '"running": false' in text and "stopped at step 2 of 5" in text.lower()
+    change = spoil
+    assert re.search(r"no report: report: .*metrics\.jsonl, line \d is not JSON", go("spoilt", 2))
+    assert (tmp_path / "spoilt" / "result.json").exists()
+
+
+def test_one_report_is_drawn_at_a_time_and_the_last_is_waited_for(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    shown = make_console(tmp_path, report=True)
+    shown.draw_report(last=True)
+    assert not (tmp_path / "report.html").exists()  # the folder may be another run's
+    shown.open({}, 0)
+    shown.draw_report()
+    first = shown.drawing
+    assert first.poll() is None  # at work
+    shown.draw_report()
+    assert shown.drawing is first
+    assert first.wait(60) == 0 and (tmp_path / "report.html").exists()
+    shown.draw_report()
+    second = shown.drawing
+    assert second is not first
+    shown.draw_report(last=True)
+    assert second.returncode == 0 and shown.drawing is None
+
+
+def test_a_dashboard_that_fails_is_dropped_and_the_run_goes_on(tmp_path, capsys):
+    class Dashboard:
+        rows = 0
+
+        def log(self, numbers, step):
+            self.rows += 1
+            raise ConnectionError("no network")
+
+    shown = make_console(tmp_path)
+    shown.dashboards = [dashboard := Dashboard()]
+    for step in (1, 2):
+        shown.log_metrics({"step": step, "x": 1.0})
+    out = capsys.readouterr().out
+    assert out.count("Dashboard gets no more rows: no network") == 1 and dashboard.rows == 1
+
+
+def test_dashboards_that_are_unknown_or_missing_are_refused(monkeypatch):
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--log-to comet is unknown; known: tensorboard, wandb"):
+        console.check_dashboards("comet")
+    with pytest.raises(ValueError, match="tensorboard is not installed: pip install tensorboard"):
+        console.check_dashboards("tensorboard, wandb")
+
+
+# --------------------------------------------------------------------------------- slow proofs
+
+
+@pytest.mark.slow
+def test_tensorboard_and_wandb_hold_what_metrics_jsonl_holds(toy, tmp_path):
+    """The real ones, W&B offline; a run that is stopped and goes on is one run there."""
+    packages = tmp_path / "packages"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(packages)]
+    pins = tmp_path / "pins.txt"
+    pins.write_text(re.sub(r"(?m)^(torch|triton).*\n", "", (ROOT / "requirements.txt").read_text()))
+    subprocess.run([*pip, "-c", str(pins), "tensorboard", "wandb"], check=True)
+    run = tmp_path / "run"
+    options = [*SMALL, f"--model={toy}", f"--folder={run}", "--log-to=tensorboard,wandb"]
+    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(packages)}
+
+    def go(*more):
+        command = [sys.executable, str(ROOT / "ssr.py"), *options, "--no-report", *more]
+        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+
+    go("--steps=2", "--save-every=1")
+    go("--steps=4", "--resume")
+    rows = [x for x in rows_of(run / "metrics.jsonl") if "policy/entropy" in x]
+    check = f"""
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+expected = {dict((x["step"], x["policy/entropy"]) for x in rows)}
+events = EventAccumulator({str(run / "tensorboard")!r})
+events.Reload()
+logged = {{e.step: e.value for e in events.Scalars("policy/entropy")}}
+assert logged.keys() == expected.keys() == {{1, 2, 3, 4}}, (logged, expected)
+assert all(abs(logged[k] - expected[k]) < 1e-5 for k in expected)
+"""
+    subprocess.run([sys.executable, "-c", check], check=True, env=environment)
+    files = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    name = (run / "wandb-id").read_text()
+    assert len(files) == 2 and all(file.stem == f"run-{name}" for file in files)
+    # Protocol buffers, in which names can be read.
+    assert all(b"policy/entropy" in file.read_bytes() for file in files)

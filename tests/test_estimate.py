@@ -1,0 +1,189 @@
+"""--dry-run: what lives all the time is counted to the byte; the rest is an estimate that must err
+on neither side by much."""
+
+import pytest
+
+import grpo
+import ssr
+from model import load
+from rewards import build
+from run import driver, estimate, settings
+from run.checkpoint import tensors_of
+from run.estimate import MACHINES, Work, memory, seconds, shape_of
+from sampler import Sampler
+from tests.runs import refuses
+from tests.tiny import make_model, make_tokenizer
+
+H100, DRY = MACHINES["h100"], "--dry-run=8xh100"
+
+
+def work(name, G, S=None, **changes):
+    k = Work(settings.parse(["--preset=ssr-zero-7b"]), shape_of(name), G, S or G, 250, True)
+    return k.changed(**changes)
+
+
+def number_of(out: str, label: str) -> float:
+    return float(next(x for x in out.splitlines() if x.startswith(label))[28:].split()[0])
+
+
+def test_known_shapes_have_the_published_number_of_parameters():
+    published = {
+        "Qwen/Qwen2.5-0.5B": 494_032_768,
+        "Qwen/Qwen2.5-7B": 7_615_616_512,
+        "Qwen/Qwen2.5-32B": 32_763_876_352,
+        "Qwen/Qwen3-4B-Base": 4_022_468_096,
+    }
+    assert {name: estimate.params_of(shape_of(name))[0] for name in published} == published
+
+
+def test_what_lives_all_the_time_is_counted_to_the_byte(tmp_path):
+    make_model(tmp_path)
+    model = load(tmp_path)
+    s = settings.parse(["--preset=toy", "--slots=7", "--max-new-tokens=20", "--no-track-kl"])
+    k = Work(s, model.config, 1, 1, 10, False)
+    parts = memory(k)
+    tensors = tensors_of(model, grpo.make_optimizer(model, s))
+    size = sum(x.nbytes for n, x in tensors.items() if n.startswith("model"))
+    assert parts["weights, fp32"] == parts["gradients, fp32"] == size
+    assert parts["AdamW"] == sum(x.nbytes for n, x in tensors.items() if "exp_avg" in n)
+    assert "the starting weights" not in parts and "the sampler's copy" not in parts
+
+    def sampler_bytes(template):
+        sampler = Sampler(model, 7, template + 32 + 20 + 1 + 64)
+        return sampler.kv.nbytes + sum(x.nbytes for x in sampler.state)
+
+    assert parts["its KV cache"] == pytest.approx(sampler_bytes(10), rel=0.02)
+    # R-Zero's Solver, which answers the Challenger: no judge, so another window.
+    answers = k.changed(reward="oracle")._replace(template=0)
+    answering = answers._replace(asked=answers)
+    other_player = memory(answering)["the other player"]
+    assert other_player == pytest.approx(sampler_bytes(0) + size, rel=0.02)
+    assert answering.changed(slots=3).asked.s.slots == 3
+    assert seconds(answering, H100)["answers"] == seconds(answers, H100)["sample"]
+
+
+def test_a_prompt_is_read_once_for_the_samples_that_fit():
+    sizes = {"max_prompt_tokens": 80, "max_new_tokens": 100, "samples_per_prompt": 8}
+    k = work("Qwen/Qwen2.5-0.5B", 1, prompts_per_step=6, micro_batch_tokens=900, **sizes)
+    assert k.train_tokens == 6 * 880
+    assert k.changed(micro_batch_tokens=500).train_tokens == 12 * 480  # half a group fits
+
+
+def test_a_judge_that_only_reads_keeps_one_slot():
+    k = work("Qwen/Qwen2.5-0.5B", 1, slots=64, judge="frozen")
+    written, read = (memory(k.changed(reading=x)) for x in ("written", "expected"))
+    saved = written["the starting weights"] - read["the starting weights"]
+    assert saved == pytest.approx(written["its KV cache"], rel=0.02)
+
+
+def test_weights_are_sharded_and_copies_are_not():
+    one, eight, node = (memory(work("Qwen/Qwen2.5-7B", G, S)) for G, S in ((1, 1), (8, 8), (64, 8)))
+    assert one["AdamW"] == 8 * eight["AdamW"] == 8 * node["AdamW"]
+    assert one["the sampler's copy"] == eight["the sampler's copy"]
+
+
+def test_time_grows_with_the_work_and_shrinks_with_the_gpus():
+    k = work("Qwen/Qwen2.5-7B", 8, slots=512, eval_prompts=512)
+    runs = (k, k._replace(G=16), k.changed(prompts_per_step=256))
+    step, more_gpus, twice = (sum(seconds(run, H100).values()) for run in runs)
+    assert 1.3 < step / more_gpus < 2.1 and 1.5 < twice / step <= 2
+    once = estimate.evaluation_seconds(k, H100)
+    assert 1.2 < estimate.evaluation_seconds(k.changed(eval_prompts=1024), H100) / once <= 2
+    assert estimate.evaluation_seconds(k.changed(reward="certainty"), H100) == once
+
+
+def test_a_judge_takes_time_where_one_is_asked():
+    rewards = (*build.REWARDS, "random", "oracle", "external", "self+external")
+    stages = {name: seconds(work("Qwen/Qwen2.5-7B", 8, reward=name), H100) for name in rewards}
+    judged = {name for name, times in stages.items() if "judge" in times}
+    assert judged == {"self", "self+comet", "self+external", "pairs", "group", "cream"}
+    for name in ("certainty", "confidence"):  # they read the samples once more
+        assert stages[name][name] == pytest.approx(stages[name]["reference"])
+
+
+def test_the_papers_run_fits_on_eight_gpus_of_80_gb_and_32b_does_not(capsys):
+    ssr.main([DRY, "--preset=ssr-zero-7b", "--steps=50"])
+    out = capsys.readouterr().out
+    assert "7.616 B parameters on 8 × H100 (80 GB), weights shared by 8" in out
+    assert "It fits, with" in out
+    each, step = number_of(out, "evaluation, 3 of them"), number_of(out, "step ")
+    hours = number_of(out, "50 steps, hours")
+    assert hours * 3600 == pytest.approx(3 * each + 50 * step, rel=0.02)
+    large = ["--preset=ssr-zero-7b", "--model=Qwen/Qwen2.5-32B"]
+    for words in (["--dry-run=64xh100"],
+                  ["--dry-run=64xh200", "--shard=node", "--micro-batch-tokens=16384"]):  # fmt: skip
+        with pytest.raises(SystemExit) as error:
+            ssr.main([*large, *words])
+        assert error.value.code == 1
+    out = capsys.readouterr().out
+    assert "would leave" in out and "use more or larger GPUs" in out
+    assert "It would with --shard all --micro-batch-tokens 8192 --no-track-kl." in out
+
+
+def test_the_advice_fits():
+    k = work("Qwen/Qwen2.5-7B", 8, slots=256, micro_batch_tokens=16384)
+    advice = estimate.verdict(k, H100).split("It would with ")[1].rstrip(".").split()
+    s = settings.parse(["--preset=ssr-zero-7b", "--slots=256", *advice])
+    assert estimate.verdict(k._replace(s=s), H100).startswith("It fits")
+    large = work("Qwen/Qwen2.5-72B", 8, slots=8, track_kl=False)
+    large = large.changed(micro_batch_tokens=large.longest)
+    assert estimate.verdict(large, H100).endswith("on each. use more or larger GPUs.")
+
+
+def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
+    from rzero import selfplay
+
+    words = ["--preset=r-zero-4b", DRY]
+    selfplay.main(words)
+    out = capsys.readouterr().out
+    assert out.count("It fits, with") == 2 and "Between them 8000 questions, 10 answers" in out
+    assert number_of(out, "answers") == pytest.approx(10 * number_of(out, "sample"), rel=0.02)
+    with pytest.raises(SystemExit) as error:
+        selfplay.main([*words, "--slots=32"])
+    assert error.value.code == 1
+    words += capsys.readouterr().out.split("It would with ")[1].split(".")[0].split()
+    selfplay.main(words)  # the advice fits
+
+
+def test_a_dry_run_warns_of_prompts_that_cannot_work(tmp_path, capsys):
+    make_model(tmp_path, vocab=400)
+    make_tokenizer(tmp_path)
+    words = [DRY, "--preset=ssr-zero-0.5b", f"--model={tmp_path}", "--max-new-tokens=64"]
+    ssr.main(words)
+    out = capsys.readouterr().out
+    assert "with --max-new-tokens 64 many samples will be cut off; --prompts plain" in out
+    assert "has a chat template: if it is an instruct model, ask it with --chat --prompts pl" in out
+    ssr.main([*words, "--chat", "--prompts=plain"])
+    out = capsys.readouterr().out
+    assert "cut off" not in out and "chat template" not in out
+
+
+def test_a_dry_run_of_the_toy_measures_this_machine_and_writes_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    ssr.main(["--dry-run", "--preset=toy"])
+    out = capsys.readouterr().out
+    assert "measured" in out and "It fits" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dry-run=h9000"], r"--dry-run h9000: use a number and a GPU, such as 8xh100, of a100"),
+        (["--dry-run=0xh100"], r"--dry-run 0xh100: use a number and a GPU"),
+        ([DRY, "--model=nobody/nothing"], "nobody/nothing: no folder with a config.json, none of"),
+    ],
+)
+def test_a_dry_run_that_is_not_possible_says_why(words, message):
+    refuses(["--preset=ssr-zero-7b", *words], message)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 1e7)
+    monkeypatch.setattr(driver, "load", None)
+    run = tmp_path / "run"
+    refuses(["--preset=toy", f"--model={toy}", f"--folder={run}"],
+            r"needs about 0.1 GB on each rank, and 0.0 are there: --")  # fmt: skip
+    assert not run.exists()
