@@ -23,8 +23,8 @@ def copy(heading, folder):
     """Files keep their folders. -> what was copied."""
     for name in heading.split(", "):
         if name.endswith("/"):
-            abort = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, folder / name, ignore=abort)
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
         else:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
