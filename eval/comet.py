@@ -116,7 +116,8 @@ class Comet:
         worker = f"{self.checkpoint} on {self.device} (worker {self.process.pid})"
         try:
             self.socket.settimeout(max(limit, 0.1))
-            self.socket.sendall(request.encode())
+            if request:  # to send nothing would fail, too, once the worker has replied and ended
+                self.socket.sendall(request.encode())
             line = self.replies.readline()
             if not line.endswith("\n"):
                 raise ConnectionResetError

@@ -102,6 +102,10 @@ def test_a_python_with_no_or_another_comet_is_reported(version, tmp_path, monkey
         about.write_text("Metadata-Version: 2.1\nName: unbabel-comet\nVersion: 1.0\n")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert message in loading_error(RuntimeError, "comet22", sys.executable)
+    with Comet("comet22", python=sys.executable) as comet:
+        comet.process.wait()  # its reply is read though it has ended
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            comet.ready()
 
 
 def test_a_worker_that_hangs_is_named_and_killed(stub):
