@@ -9,6 +9,7 @@ with RunMonitor(…) as monitor:     # what ends the run is handled at its end
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import time
@@ -245,6 +246,11 @@ class RunMonitor:
         self.folder.write("result.json", content)
         self.print_table()
         print(self.summarize_trend())
+        evaluations = self.first_evaluation, self.latest
+        then, now = (x.get("eval/judge_correlation", math.nan) for x in evaluations)
+        if now < then and not self.alarms:
+            print("The judge's correlation falls as samples grow alike: where all are good, little "
+                  "is left to tell apart.")  # fmt: skip
         if not self.had_signal:
             print("No group of samples ever differed in its reward: nothing was learned. See "
                   "groups.jsonl, and reward/format and judge/invalid in metrics.jsonl")  # fmt: skip
