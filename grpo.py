@@ -326,23 +326,29 @@ def pack(which: Sequence[int], rows: list[TrainSample], most: int, size: int) ->
         prompt = len(rows[group[0]].prompt)
         return prompt + sum(len(rows[i].ids) - 1 for i in group) + (len(group) - 1) * (prompt // 8)
 
-    groups = [list(g) for _, g in itertools.groupby(which, key=lambda i: rows[i].prompt)]
-    while several := [g for g in groups if len(g) > 1]:
+    def halves(group: list[int]) -> list[list[int]]:
+        half = len(group) // 2
+        if half == 0 or length(group) <= most:
+            return [group]
+        return halves(group[:half]) + halves(group[half:])
+
+    by_prompt = itertools.groupby(which, key=lambda i: rows[i].prompt)
+    groups = [part for _, group in by_prompt for part in halves(list(group))]
+    while len(groups) < size and (several := [g for g in groups if len(g) > 1]):  # no rank is idle
         longest = max(several, key=length)
-        if length(longest) <= most and len(groups) >= size:  # all fit, and no rank is idle
-            break
         at, half = groups.index(longest), len(longest) // 2
         groups[at : at + 1] = [longest[:half], longest[half:]]
     groups.sort(key=length, reverse=True)
-    count = min(sum(map(length, groups)) / most, len(groups))
+    lengths = [length(group) for group in groups]
+    count = min(sum(lengths) / most, len(groups))
     count = size * max(1, math.ceil(count / size))
     while True:
         parts: list[list[list[int]]] = [[] for _ in range(count)]
         tokens = [0] * count
-        for group in groups:
+        for group, added in zip(groups, lengths, strict=True):
             emptiest = tokens.index(min(tokens))
             parts[emptiest].append(group)
-            tokens[emptiest] += length(group)
+            tokens[emptiest] += added
         if all(n <= most or len(part) == 1 for n, part in zip(tokens, parts, strict=True)):
             break
         count += size

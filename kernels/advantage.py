@@ -74,7 +74,7 @@ def advantage_torch(
     advantage = deviation * n / others if leave_one_out else deviation
     if by_std:
         advantage = advantage / ((squares / others).sqrt() + EPSILON)
-    return advantage.where(n > 1, 0.0), squares[:, 0], n[:, 0]
+    return advantage, squares[:, 0], n[:, 0]  # of one reward or none: 0 by itself
 
 
 # ---------------------------------------------------------------------------------- kernel
@@ -103,7 +103,6 @@ if triton is not None:
             advantage = deviation * n / others
         if BY_STD:
             advantage = advantage / (tl.sqrt(square / others) + EPSILON)
-        advantage = tl.where(n > 1.0, advantage, 0.0)
         tl.store(advantages + group * N + column, advantage, mask=inside)
         tl.store(squares + group, square)
         tl.store(counts + group, n)
