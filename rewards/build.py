@@ -91,7 +91,7 @@ def load_scorer(part: str) -> Scorer:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever that file raises: it is a program
         raise ValueError(f"--reward {part}: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
+    if not callable(getattr(module, name, None)):
         raise ValueError(f"--reward {part}: {file} has no function {name}")
     if name in ("self", "comet", "format", "total", "weight"):
         raise ValueError(f"--reward {part}: reward/{name} exists already: choose another name")

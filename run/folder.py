@@ -57,9 +57,14 @@ class RunFolder:
         if self.locked or not (self.mine and self.path.is_dir()):
             return
         self.locked = open(self.path / "lock", "a+")  # noqa: SIM115 (open as long as we live)
-        try:
-            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for last in (False, True):  # a report that looks whether the run goes on holds it briefly
+            try:
+                fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not last:
+                    time.sleep(0.3)
+                    continue
             self.locked.seek(0)
             raise ValueError(
                 f"{self.path} is being written by another run ({self.locked.read().strip()}): wait "
