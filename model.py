@@ -446,19 +446,6 @@ def hub_pieces(c: Config) -> dict[str, dict[str, tuple[int, ...]]]:
     return pieces
 
 
-def load_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # its parsers raise many kinds, some with pages of text
-        reason = str(error)[:300] or type(error).__name__
-        raise ValueError(f"{folder}: no tokenizer could be read there ({reason})") from None
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer names no eos_token to end a translation")
-    return tokenizer
-
-
 # ----------------------------------------------------------------------------- to Hugging Face
 
 

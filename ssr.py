@@ -26,9 +26,10 @@ if __name__ == "__main__":  # read when torch loads: spinning threads stall each
 import torch
 
 import grpo
+from data.codec import PromptCodec, load_tokenizer
 from data.languages import is_plausible_translation
-from judge import PromptCodec, Reward, Task
-from model import Config, find_folder, load_tokenizer, read_config
+from judge import Reward, Task
+from model import Config, find_folder, read_config
 from rewards import family
 from rewards.build import (
     CometWorkers,

@@ -27,9 +27,10 @@ import torch
 
 import grpo
 from bench.measure import DEVICE, call_in_new_process, resident
+from data.codec import PromptCodec, load_tokenizer
 from data.languages import is_plausible_translation
-from judge import PLAIN, TOY, Judge, Judged, PromptCodec, Reward, Task
-from model import Config, Transformer, load_tokenizer, save
+from judge import PLAIN, TOY, Judge, Judged, Reward, Task
+from model import Config, Transformer, save
 from run import driver
 from run.distributed import Ranks
 from toy.languages import Languages, quality

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from data.codec import PromptCodec
 from eval.comet import Comet, rows_of, where
-from judge import Judge, PromptCodec, Prompts, Scorer
+from judge import Judge, Prompts, Scorer
 from rewards import family, toy
 from rewards.external import ExternalScorer
 from rewards.remote import RemoteJudge

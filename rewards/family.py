@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import grpo
+from data.codec import PromptCodec
 from judge import (
     FULL_WIDTH,
     GEMBA,
@@ -34,7 +35,6 @@ from judge import (
     WRAPPER,
     Judge,
     Judgement,
-    PromptCodec,
     Prompts,
     Score,
     Task,

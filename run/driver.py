@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import grpo
-from judge import PromptCodec
-from model import Transformer, load, load_tokenizer
+from data.codec import PromptCodec, load_tokenizer
+from model import Transformer, load
 from run.checkpoint import tensors_of
 from run.distributed import Ranks, init_distributed, sync_weights
 from sampler import Sampler

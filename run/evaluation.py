@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import grpo
+from data.codec import PromptCodec
 from data.languages import is_plausible_translation
-from judge import PromptCodec, Scorer, shown_translation
+from judge import Scorer, shown_translation
 from run.distributed import Ranks
 from run.metrics import mean
 from run.problem import Problem

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from data import loading
+from data.codec import PromptCodec, load_tokenizer
 from eval import sets
-from judge import PromptCodec, Prompts, Task
-from model import check_folder, find_folder, load_tokenizer
+from judge import Prompts, Task
+from model import check_folder, find_folder
 from rewards import family
 from rewards.build import CometWorkers, custom_parts, load_scorer, toy_skills
 from run.distributed import Ranks

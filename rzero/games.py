@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from judge import Judged, PromptCodec, UntrustedText
+from data.codec import PromptCodec
+from judge import Judged, UntrustedText
 from rzero.answers import Answers, boxed, strip_answer
 
 

@@ -37,8 +37,8 @@ import torch
 
 import grpo
 from data import loading
-from judge import PromptCodec
-from model import load_tokenizer, read_config
+from data.codec import PromptCodec, load_tokenizer
+from model import read_config
 from report.draw import rows_of
 from run import driver, estimate, settings
 from run.cache import JsonlCache, map_cached

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 import grpo
+from data.codec import PromptCodec
 from data.languages import is_plausible_translation
-from judge import TOY, Judge, PromptCodec, Reward
+from judge import TOY, Judge, Reward
 from model import Config, Transformer
 from sampler import Sampler
 from toy.languages import KASU, Languages

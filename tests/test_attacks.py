@@ -7,20 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from data.codec import PromptCodec, load_tokenizer
 from data.languages import is_plausible_translation
-from judge import (
-    PAPER,
-    PLAIN,
-    TAGS,
-    TOY,
-    Judge,
-    PromptCodec,
-    Reward,
-    Task,
-    UntrustedText,
-    translation_in,
-)
-from model import load, load_tokenizer
+from judge import PAPER, PLAIN, TAGS, TOY, Judge, Reward, Task, UntrustedText, translation_in
+from model import load
 from rewards.family import Group, Pairs, ask_group, ask_pair
 from sampler import Sampler
 from tests.attacks import ATTACKS

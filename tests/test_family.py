@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from judge import PAPER, PLAIN, TOY, Judge, PromptCodec, Reward, Score, Task, UntrustedText
-from model import load, load_tokenizer
+from data.codec import PromptCodec, load_tokenizer
+from judge import PAPER, PLAIN, TOY, Judge, Reward, Score, Task, UntrustedText
+from model import load
 from rewards import family
 from rewards.family import ask_group, ask_pair
 from run import driver, estimate, problem, settings

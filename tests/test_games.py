@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from judge import PromptCodec, UntrustedText
-from model import load_tokenizer
+from data.codec import PromptCodec, load_tokenizer
+from judge import UntrustedText
 from rzero.games import Mathematics, Quiz, load_held_out
 from sampler import Sample
 from toy.programs import (

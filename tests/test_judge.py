@@ -9,13 +9,13 @@ from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data.codec import PromptCodec
 from data.languages import is_plausible_translation
 from judge import (
     PAPER,
     PLAIN,
     TOY,
     Judge,
-    PromptCodec,
     Prompts,
     Reward,
     Score,

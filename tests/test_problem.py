@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 from sacrebleu import sentence_chrf
 
-from judge import PAPER, PLAIN, PromptCodec, Reward, Score, Task, translation_in
-from model import load_tokenizer
+from data.codec import PromptCodec, load_tokenizer
+from judge import PAPER, PLAIN, Reward, Score, Task, translation_in
 from rewards import build
 from run import estimate, problem, settings
 from tests import corpora, runs

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from judge import TOY, PromptCodec
-from model import load, load_tokenizer
+from data.codec import PromptCodec, load_tokenizer
+from judge import TOY
+from model import load
 from rewards import toy as rewards
 from toy import pretrain, programs
 from toy.languages import BEVO, KASU, Languages, quality

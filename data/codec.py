@@ -1,0 +1,119 @@
+"""Prompts as token ids: the tokenizer, its chat template, and control tokens kept out of text.
+
+    texts = PromptCodec(load_tokenizer(folder), chat=True)
+    ids = texts.encode([PLAIN.ask(task)])          # what the model continues
+    texts.decode(ids[0])                           # control tokens are written out
+
+A prompt is a list of strings. Those of a template are tokenised as they are; an `UntrustedText`,
+from data or from a model, is tokenised apart from them, with its control tokens spelled out.
+"""
+
+import datetime
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from judge import UntrustedText, nfkc
+
+
+def load_tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # its parsers raise many kinds, some with pages of text
+        reason = str(error)[:300] or type(error).__name__
+        raise ValueError(f"{folder}: no tokenizer could be read there ({reason})") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer names no eos_token to end a translation")
+    return tokenizer
+
+
+class PromptCodec:
+    """Converts between text and token ids. Control tokens come from templates alone."""
+
+    def __init__(self, tokenizer, chat: bool = False, thinking: bool = True):
+        """`chat`: a prompt is a user's turn in the tokenizer's chat template. `thinking=False`
+        turns thinking off where that template has a switch."""
+        self.tokenizer = tokenizer
+        # Not control tokens: runs of spaces and line ends, and what unknown text becomes.
+        added = {t: i for t, i in tokenizer.get_added_vocab().items() if len(t.strip()) > 1}
+        self.control_ids = {*added.values()} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
+        self.control = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+        first = tokenizer("a").input_ids[:1]
+        self.begin = first if first == [tokenizer.bos_token_id] else []  # as in Llama 3
+        self.stop_ids = [tokenizer.eos_token_id]
+        self.turn, self.notes = ("", ""), []  # around a prompt; changes to the chat template
+        if chat:
+            self.begin = []  # the template has it
+            self.turn, end, self.notes = chat_turn(tokenizer, thinking)
+            self.stop_ids += [i for i in self.pieces([end])[0][:1] if i in self.control_ids]
+
+    def encode(self, prompts: Sequence[list[str]]) -> list[list[int]]:
+        before, after = self.turn
+        rows = [
+            [piece for part in (before, *prompt, after) for piece in self.spell_out(part) if piece]
+            for prompt in prompts
+        ]
+        distinct = list(dict.fromkeys(piece for row in rows for piece in row))
+        ids = dict(zip(distinct, self.pieces(distinct), strict=True))
+        for piece in (x for row in rows for x in row if isinstance(x, UntrustedText)):
+            if forged := self.control_ids.intersection(ids[piece]):
+                tokens = self.tokenizer.convert_ids_to_tokens(sorted(forged))
+                raise ValueError(f"control tokens {tokens} cannot be kept out of {piece[:60]!r}")
+        return [[*self.begin, *(i for piece in row for i in ids[piece])] for row in rows]
+
+    def spell_out(self, part: str) -> list[str]:
+        """Pieces to be tokenised apart: each letter of a control token in untrusted text is one."""
+        if not isinstance(part, UntrustedText):
+            return [part]
+        text = self.control.sub(lambda m: "\0".join(["", *m[0], ""]), self.plain(part))
+        return [UntrustedText(piece) for piece in text.split("\0")]
+
+    def plain(self, text: str) -> str:
+        """Without NUL, and normalised where that uncovers a control token."""
+        text = text.replace("\0", "")
+        return nfkc(text) if self.control.search(nfkc(text)) else text
+
+    def pieces(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """With control tokens written out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def one_token(self, text: str) -> int:
+        ids = self.pieces([text])[0]
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            raise ValueError(f"{text!r} is {len(ids)} or unknown here: use reading='written'")
+        return ids[0]
+
+
+TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template takes where it has no clock
+
+
+def chat_turn(tokenizer, thinking: bool = True) -> tuple[tuple[str, str], str, list[str]]:
+    """(What a chat template writes before and after a user's text), what ends an answer, and notes
+    on changes: a fixed date in place of today's, and no thinking where it can be turned off."""
+    name, mark, notes = tokenizer.name_or_path, "THE-TEXT", []
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name}: the tokenizer has no chat template: leave the chat option out")
+    own = tokenizer.get_chat_template()
+    clock = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+    template = re.sub(clock, lambda call: repr(TODAY.strftime(call[2])), own)
+    options = {"chat_template": template, "tokenize": False}
+    if "strftime_now(" in template:
+        raise ValueError(f"{name}: the chat template reads the clock: write a fixed date into it")
+    if template != own:
+        notes.append(f"The chat template writes today's date; {TODAY} is used instead, so that "
+                     "prompts do not change from day to day")  # fmt: skip
+    if not thinking and "enable_thinking" in template:
+        options["enable_thinking"] = False
+        notes.append("Thinking is disabled in the chat template: the prompts have no place for it")
+    user, assistant = ({"role": role, "content": mark} for role in ("user", "assistant"))
+    prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template([user, assistant], **options)
+    if prompt.count(mark) != 1 or whole.count(mark) != 2:
+        raise ValueError(f"{name}: the chat template does not set down a user's words as they are")
+    before, after = prompt.split(mark)
+    return (before, after), whole.rsplit(mark)[-1].strip(), notes
