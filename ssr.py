@@ -76,7 +76,7 @@ def train(s: Settings) -> None:
         # The model and its sampler; the judge is the same model, unless another one is named.
         ranks.set_stage("load the model")
         per_node, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
-        load_work = workload(s, read_config(problem.folder), ranks.size, per_node, cuda)
+        load_work = workload(s, read_config(problem.folder), ranks.size, cuda)
         estimate.check_room(load_work, device, 1 if cuda else per_node)
         window = window_of(s, problem, texts, load_work.c.max_length)
         cache = driver.Cache(window, load_work.slots, load_work.judge_slots)
@@ -169,10 +169,9 @@ def run_identity(s: Settings, problem: Problem, policy: driver.Policy, comets) -
     return identity
 
 
-def workload(s: Settings, config: Config, size: int, per_node: int, cuda: bool) -> estimate.Work:
-    shared = min(size, per_node) if s.shard == "node" else size
+def workload(s: Settings, config: Config, size: int, cuda: bool) -> estimate.Work:
     other = estimate.shape_of(s.judge_model) if s.judge_model and not s.judge_url else None
-    return estimate.Work(s, config, size, shared, judge_template(s), cuda, other)
+    return estimate.Work(s, config, size, judge_template(s), cuda, other)
 
 
 def dry_run(s: Settings) -> None:
@@ -184,7 +183,7 @@ def dry_run(s: Settings) -> None:
     else:
         recipe = Recipe(seed=s.seed, skills=toy_skills(s))
         config = shape_of(recipe, make_tokenizer(Languages(s.seed), recipe.skills))
-    work = workload(s, config, count, 8, machine.is_gpu)
+    work = workload(s, config, count, machine.is_gpu)
     print(estimate.report(work, machine, s.model or "the toy"))
     if estimate.missing(work, machine) > 0:
         sys.exit(1)

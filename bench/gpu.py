@@ -127,7 +127,7 @@ def step(rehearse: bool) -> dict:
         f"--samples-per-prompt={N}", f"--max-new-tokens={new}", f"--slots={P * N}",
         f"--max-prompt-tokens={ours.sampler.max_length - new}", "--judge-max-new-tokens=8",
     ])  # fmt: skip
-    parts = estimate.memory(estimate.Work(s, config, 1, 1, 0, CUDA))
+    parts = estimate.memory(estimate.Work(s, config, 1, 0, CUDA))
     parts.pop("CUDA and its libraries", None)
     peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
     return {"seconds": stages, "GB": {"peak": peak, "estimate": estimate.peak(parts) / 1e9}}

@@ -188,11 +188,8 @@ class Ranks:
             abort("\n".join([message, *lines[:8]]))
 
 
-def init_distributed(device: str, patience: float = 1800.0, within_nodes: bool = False) -> Ranks:
-    """The ranks that torchrun started, or one alone. Collective.
-
-    `within_nodes`: every node holds all weights, sharded over its ranks (hybrid sharding).
-    """
+def init_distributed(device: str, patience: float = 1800.0) -> Ranks:
+    """The ranks that torchrun started, or one alone. Collective."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Ranks()
@@ -217,13 +214,7 @@ def init_distributed(device: str, patience: float = 1800.0, within_nodes: bool =
     dist.init_process_group(both, store=store, rank=rank, world_size=size, timeout=limit)
     group = dist.new_group(backend="gloo", timeout=limit)  # for objects, even beside NCCL
     ranks = Ranks(rank, size, None, group, store)
-    nodes = set(ranks.gather(per_node))
-    if within_nodes and (nodes != {per_node} or size % per_node):
-        raise ValueError(f"--shard node needs the same number of ranks on every node, not {nodes}")
-    shape, names = (size,), ("shard",)
-    if within_nodes and size > per_node:
-        shape, names = (size // per_node, per_node), ("copies", "shard")
-    ranks.mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    ranks.mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
     ranks.set_stage("start")
     store.set(f"alive {rank}", "")
     ranks.gather(None)  # all keys are there before a watchdog looks

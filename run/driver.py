@@ -68,7 +68,7 @@ class Policy:
 
 def init_device_and_ranks(s) -> tuple[torch.device, Ranks]:
     cuda = torch.cuda.is_available()
-    ranks = init_distributed("cuda" if cuda else "cpu", s.patience, s.shard == "node")
+    ranks = init_distributed("cuda" if cuda else "cpu", s.patience)
     if s.preset.startswith("toy"):  # enough for so small a model, and the same numbers everywhere
         torch.set_num_threads(1)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), ranks

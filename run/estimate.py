@@ -1,14 +1,14 @@
 """Will it fit, and how long is a step? An estimate from shapes and settings, without a GPU.
 
     python ssr.py --preset ssr-zero-7b --dry-run 8xh100
-    python ssr.py --preset ssr-zero-7b --model Qwen/Qwen2.5-32B --shard node --dry-run 64xh200
+    python ssr.py --preset ssr-zero-7b --model Qwen/Qwen2.5-32B --dry-run 64xh200
 
 Memory: what lives all the time, tensor by tensor, and what training needs for a while; sampling
 needs less. Time: the larger of matrix products and memory traffic, at the share of the peak
 that good code reaches (`EFFICIENCY`: a guess until it is measured on a GPU), for the longest
 prompts and translations that the settings allow.
 
-Letters: G GPUs, S of them share one set of weights, N parameters.
+Letters: G GPUs, which share one set of fp32 weights, N parameters.
 """
 
 import dataclasses
@@ -136,7 +136,6 @@ class Work(NamedTuple):
     s: object  # the settings
     c: Config
     G: int  # GPUs
-    S: int  # of them share one set of weights
     template: int  # tokens of the judge's prompt without source and translation
     cuda: bool
     judge: Config | None = None  # of another model that judges here
@@ -217,14 +216,14 @@ def memory(k: Work) -> dict[str, float]:
     N, block, root = params_of(c)
     window = min(k.template + k.longest + k.judge_tokens + 64, c.max_length)
     slot = window * k.token_bytes(c)
-    parts = {"weights, fp32": 4 * N / k.S, "gradients, fp32": 4 * N / k.S, "AdamW": 8 * N / k.S}
+    parts = {"weights, fp32": 4 * N / k.G, "gradients, fp32": 4 * N / k.G, "AdamW": 8 * N / k.G}
     if k.cuda or k.G > 1:
         parts["the sampler's copy"] = size * N
     parts["its KV cache"] = k.slots * slot
     if s.track_kl or s.kl or s.judge == "frozen":
         parts["the starting weights"] = size * N + (s.judge == "frozen") * k.judge_slots * slot
     if s.judge in ("ema", "previous"):
-        parts[f"--judge {s.judge}"] = 4 * N / k.S + size * N + k.judge_slots * slot
+        parts[f"--judge {s.judge}"] = 4 * N / k.G + size * N + k.judge_slots * slot
     if k.judge:
         cache = k.slots * window * k.token_bytes(k.judge)
         parts["the judge"] = size * params_of(k.judge)[0] + cache
@@ -244,7 +243,7 @@ def memory(k: Work) -> dict[str, float]:
         between + in_block + 2 * c.intermediate_size
     )
     # Gathered weights and their gradients, then in fp32 on their way to their shards.
-    whole = (2 * block + root) * (2 * size + 4) if k.S > 1 else size * c.vocab_size * c.hidden_size
+    whole = (2 * block + root) * (2 * size + 4) if k.G > 1 else size * c.vocab_size * c.hidden_size
     chunk = min(CHUNK_BYTES["cuda" if k.cuda else "cpu"], 4 * k.train_tokens * c.vocab_size)
     parts["while training"] = size * kept + whole + 2 * chunk
     return parts
@@ -304,7 +303,7 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
     passes = 4 if k.cuda else 3  # forward, backward of twice that; with checkpointing one more
     compute = (passes * whole + 3 * logits) / flops
     micro_batches = math.ceil(k.train_tokens / s.micro_batch_tokens)
-    traffic = micro_batches * (2 * k.itemsize + 4) * N / (m.link * 1e9) * (k.S > 1)
+    traffic = micro_batches * (2 * k.itemsize + 4) * N / (m.link * 1e9) * (k.G > 1)
     parts["train"] = s.updates_per_batch * max(compute, traffic)
     return parts
 
@@ -332,9 +331,8 @@ def report(k: Work, m: Machine, name: str) -> str:
     lengths = ("max_prompt_tokens", "max_new_tokens", "judge_max_new_tokens")
     quarter = k.changed(**{name: max(1, getattr(s, name) // 4) for name in lengths})
     longest, short = column(k), column(quarter)
-    share = f", weights shared by {k.S}" if k.G > 1 else ""
     lines = [
-        f"{name}: {params_of(k.c)[0] / 1e9:.4g} B parameters on {k.G} × {m.name}{share}",
+        f"{name}: {params_of(k.c)[0] / 1e9:.4g} B parameters on {k.G} × {m.name}",
         "",
         f"{'memory of each':28}       GB",
         *(f"{part:28} {amount / 1e9:8.2f}" for part, amount in parts.items()),
@@ -361,7 +359,6 @@ def verdict(k: Work, m: Machine) -> str:
     now = f"It does NOT fit: {missing(k, m) / 1e9:.1f} GB too much on each."
     batch = max(k.longest, 8192)
     tries = [  # least harmful first; each is added to those before until it fits
-        ("shard", "all", k.s.shard == "node"),
         ("micro_batch_tokens", batch, k.s.micro_batch_tokens > batch),
         ("slots", 64, k.slots > 64),
         ("track_kl", False, k.s.track_kl and not k.s.kl and k.s.judge != "frozen"),
@@ -372,7 +369,6 @@ def verdict(k: Work, m: Machine) -> str:
         if helps and missing(other, m) > 0:
             changes[name] = value
             other = k.changed(**changes)
-            other = other._replace(S=k.G if other.s.shard == "all" else k.S)
     options = " ".join(
         "--no-track-kl" if name == "track_kl" else f"--{name.replace('_', '-')} {value}"
         for name, value in changes.items()

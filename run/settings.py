@@ -53,9 +53,6 @@ class RunSettings(grpo.Settings):
     """Draw report.html in the background during the run and at its end."""
     slots: int = 256
     """Maximum number of sequences decoded at the same time."""
-    shard: str = "all"
-    """Shard weights and optimizer over "all" ranks, or within each "node" (less communication
-    between nodes, more memory)."""
     patience: float = 1800.0
     """Seconds to wait for a rank that makes no progress before the run is aborted."""
     dry_run: str = ""
@@ -139,7 +136,6 @@ CHOICES = {
     "prompts": tuple(TEMPLATES),
     "reading": ("written", "expected"),
     "gate": GATES,
-    "shard": ("all", "node"),
 }
 # The paper's texts, very likely; WMT22 for evaluation, which the paper uses for neither.
 TEXTS = {"data": "wmt17-20", "source": "en", "target": "zh", "held_out": "wmt22"}
@@ -177,7 +173,7 @@ BOUNDS = [  # (condition, how its violation is worded, settings)
 ]  # fmt: skip
 # These may change when a run is resumed: they affect no past step.
 RESUME_OVERRIDABLE = (
-    "folder resume save_every eval_every slots micro_batch_tokens shard patience steps judge_url "
+    "folder resume save_every eval_every slots micro_batch_tokens patience steps judge_url "
     "report log_to dry_run"
 )
 COMMON = (  # in this order in front of all others in --help

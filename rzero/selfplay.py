@@ -119,9 +119,7 @@ MOVED = settings.MOVED | {
     "steps": "each player has its own: --challenger-steps, --solver-steps",
     "samples_per_prompt": "each player has its own: --challenger-samples, --solver-samples",
 }
-RESUME_OVERRIDABLE = (
-    "folder resume iterations save_every micro_batch_tokens slots shard patience report"
-)
+RESUME_OVERRIDABLE = "folder resume iterations save_every micro_batch_tokens slots patience report"
 PLAYERS = ("challenger", "solver")
 SHOWN = {  # metric -> its label in the progress line
     "reward/total": "reward", "reward/agreement": "agreement", "questions/different": "different",
@@ -420,15 +418,14 @@ def dry_run(s: Settings) -> None:
     if s.preset == "toy":
         raise ValueError("--dry-run needs another --preset: the toy fits anywhere")
     machine, count = estimate.machines(s.dry_run, any_gpu=True)
-    shared = min(count, 8) if s.shard == "node" else count
     config, names = estimate.shape_of(s.model), [f.name for f in dataclasses.fields(grpo.Settings)]
-    same = {name: getattr(s, name) for name in (*names, "slots", "shard")}
+    same = {name: getattr(s, name) for name in (*names, "slots")}
     same |= {"reward": "oracle", "reading": "expected", "eval_prompts": 0}  # not estimated
 
     def estimate_turn(steps: int, prompts: int, samples: int, asked=None) -> TurnEstimate:
         turn = {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": samples}
         run = settings.Settings(**same | turn)
-        return TurnEstimate(run, config, count, shared, 0, machine.is_gpu, asked=asked)
+        return TurnEstimate(run, config, count, 0, machine.is_gpu, asked=asked)
 
     hours, missing, P, n = 0.0, 0.0, s.prompts_per_step, s.challenger_samples
     answers = estimate_turn(1, P * n, s.answers)

@@ -24,7 +24,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(folder: Path, size: int, work, *args, per_node: int | None = None, env=None) -> list:
+def start(folder: Path, size: int, work, *args, env=None) -> list:
     """`work(rank, *args)` in `size` processes that find each other as torchrun's would.
 
     Their output goes to folder/out-RANK and folder/err-RANK.
@@ -33,12 +33,11 @@ def start(folder: Path, size: int, work, *args, per_node: int | None = None, env
     context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    per_node = per_node or size
     processes = []
     for rank in range(size):
         variables = {
-            "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % per_node,
-            "LOCAL_WORLD_SIZE": per_node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
+            "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank,
+            "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
             "TORCHELASTIC_USE_AGENT_STORE": True,
         }  # fmt: skip
         variables = {} if size == 1 else {k: str(v) for k, v in variables.items()}

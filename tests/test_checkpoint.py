@@ -345,13 +345,13 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_resumes_by_itself(toy, 
 
 @pytest.mark.slow
 def test_two_nodes_with_an_agent_each(toy, tmp_path):
-    """On loopback: weights sharded within a node, copied across."""
+    """On loopback."""
     words = [f"--model={toy}", "--steps=3"]
     go_ranks(tmp_path / "one", 1, *words)
     port = free_port()
     agents = [
         torchrun("--nnodes=2", f"--node-rank={node}", "--nproc_per_node=2", f"--master-port={port}",
-                 "--master-addr=127.0.0.1", "ssr.py", *RANKS, *words, "--shard=node",
+                 "--master-addr=127.0.0.1", "ssr.py", *RANKS, *words,
                  f"--folder={tmp_path / 'two'}")
         for node in range(2)
     ]  # fmt: skip

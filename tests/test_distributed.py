@@ -34,8 +34,8 @@ from tests.runs import (
 # ---------------------------------------------------------------------------- the same learning
 
 
-def golden_steps(rank, per_node, changes):
-    ranks = init_distributed("cpu", 600, within_nodes=per_node)
+def golden_steps(rank, changes):
+    ranks = init_distributed("cpu", 600)
     print(json.dumps(few(golden.steps(ranks, **changes))), file=sys.stderr)
 
 
@@ -49,16 +49,16 @@ ONE_PROMPT = {"prompts_per_step": 1, "samples_per_prompt": 2, "kl": 0.1, "steps"
 
 
 @pytest.mark.parametrize(
-    ("size", "per_node", "changes"),
+    ("size", "changes"),
     [
-        (4, 2, {}),  # weights sharded within a node
-        (3, None, CLIPPED),  # gradients scaled down; groups of few rows for three ranks
-        (3, None, ONE_PROMPT),  # a rank without a row takes part, in the KL, too
+        (4, {}),
+        (3, CLIPPED),  # gradients scaled down; groups of few rows for three ranks
+        (3, ONE_PROMPT),  # a rank without a row takes part, in the KL, too
     ],
 )
-def test_any_number_of_ranks_makes_the_steps_of_one_process(tmp_path, size, per_node, changes):
+def test_any_number_of_ranks_makes_the_steps_of_one_process(tmp_path, size, changes):
     """In float64, and all ranks report the same numbers."""
-    done = processes.run(tmp_path, size, golden_steps, bool(per_node), changes, per_node=per_node)
+    done = processes.run(tmp_path, size, golden_steps, changes)
     assert done.codes == [0] * size, done.err
     assert len(set(done.err)) == 1
     rows = json.loads(done.err[0])
@@ -131,18 +131,16 @@ def disagreeing(rank, words):
 
 
 @pytest.mark.parametrize(
-    ("size", "work", "words", "per_node", "message"),
+    ("size", "work", "words", "message"),
     [
-        (2, failing, [], None, "rank 1: invalid literal for int()"),
-        (2, disagreeing, ["--kl=0.5"], None, "disagree on --kl: rank 0 has 0.0, rank 1 0.5"),
-        (2, train, ["--step=4"], None, "did you mean --steps?"),
-        (3, train, ["--shard=node"], 2, "--shard node needs the same number of ranks on every"),
+        (2, failing, [], "rank 1: invalid literal for int()"),
+        (2, disagreeing, ["--kl=0.5"], "disagree on --kl: rank 0 has 0.0, rank 1 0.5"),
+        (2, train, ["--step=4"], "did you mean --steps?"),
     ],
 )
-def test_an_error_ends_all_ranks_and_is_printed_once(toy, tmp_path, size, work, words, per_node,
-                                                     message):  # fmt: skip
+def test_an_error_ends_all_ranks_and_is_printed_once(toy, tmp_path, size, work, words, message):
     words = [*RANKS, f"--model={toy}", f"--folder={tmp_path / 'run'}", *words]
-    done = processes.run(tmp_path / "said", size, work, words, per_node=per_node)
+    done = processes.run(tmp_path / "said", size, work, words)
     assert done.codes == [1] * size and not (tmp_path / "run" / "metrics.jsonl").exists()
     err = "".join(done.err)
     assert err.count(message) == 1 and "Traceback" not in err

@@ -17,8 +17,8 @@ from tests.tiny import make_model, make_tokenizer
 H100, DRY = MACHINES["h100"], "--dry-run=8xh100"
 
 
-def work(name, G, S=None, **changes):
-    k = Work(settings.parse(["--preset=ssr-zero-7b"]), shape_of(name), G, S or G, 250, True)
+def work(name, G, **changes):
+    k = Work(settings.parse(["--preset=ssr-zero-7b"]), shape_of(name), G, 250, True)
     return k.changed(**changes)
 
 
@@ -40,7 +40,7 @@ def test_what_lives_all_the_time_is_counted_to_the_byte(tmp_path):
     make_model(tmp_path)
     model = load(tmp_path)
     s = settings.parse(["--preset=toy", "--slots=7", "--max-new-tokens=20", "--no-track-kl"])
-    k = Work(s, model.config, 1, 1, 10, False)
+    k = Work(s, model.config, 1, 10, False)
     parts = memory(k)
     tensors = tensors_of(model, grpo.make_optimizer(model, s))
     size = sum(x.nbytes for n, x in tensors.items() if n.startswith("model"))
@@ -77,8 +77,8 @@ def test_a_judge_that_only_reads_keeps_one_slot():
 
 
 def test_weights_are_sharded_and_copies_are_not():
-    one, eight, node = (memory(work("Qwen/Qwen2.5-7B", G, S)) for G, S in ((1, 1), (8, 8), (64, 8)))
-    assert one["AdamW"] == 8 * eight["AdamW"] == 8 * node["AdamW"]
+    one, eight = (memory(work("Qwen/Qwen2.5-7B", G)) for G in (1, 8))
+    assert one["AdamW"] == 8 * eight["AdamW"]
     assert one["the sampler's copy"] == eight["the sampler's copy"]
 
 
@@ -104,20 +104,20 @@ def test_a_judge_takes_time_where_one_is_asked():
 def test_the_papers_run_fits_on_eight_gpus_of_80_gb_and_32b_does_not(capsys):
     ssr.main([DRY, "--preset=ssr-zero-7b", "--steps=50"])
     out = capsys.readouterr().out
-    assert "7.616 B parameters on 8 × H100 (80 GB), weights shared by 8" in out
+    assert "7.616 B parameters on 8 × H100 (80 GB)" in out
     assert "It fits, with" in out
     each, step = number_of(out, "evaluation, 3 of them"), number_of(out, "step ")
     hours = number_of(out, "50 steps, hours")
     assert hours * 3600 == pytest.approx(3 * each + 50 * step, rel=0.02)
     large = ["--preset=ssr-zero-7b", "--model=Qwen/Qwen2.5-32B"]
     for words in (["--dry-run=64xh100"],
-                  ["--dry-run=64xh200", "--shard=node", "--micro-batch-tokens=16384"]):  # fmt: skip
+                  ["--dry-run=64xh200", "--micro-batch-tokens=16384"]):  # fmt: skip
         with pytest.raises(SystemExit) as error:
             ssr.main([*large, *words])
         assert error.value.code == 1
     out = capsys.readouterr().out
     assert "would leave" in out and "use more or larger GPUs" in out
-    assert "It would with --shard all --micro-batch-tokens 8192 --no-track-kl." in out
+    assert "It would with --micro-batch-tokens 8192 --no-track-kl." in out
 
 
 def test_the_advice_fits():

@@ -381,7 +381,7 @@ def test_the_estimate_counts_candidates_and_questions():
         s = settings.parse(["--preset=ssr-zero-0.5b", "--dry-run"])
         s = dataclasses.replace(s, **changes)
         shape, template = estimate.shape_of("Qwen/Qwen2.5-0.5B"), problem.judge_template(s)
-        work = estimate.Work(s, shape, 1, 1, template, True)
+        work = estimate.Work(s, shape, 1, template, True)
         return estimate.memory(work), estimate.seconds(work, estimate.MACHINES["h100"])
 
     (live, time), (ema, _) = parts(), parts(judge="ema")

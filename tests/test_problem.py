@@ -342,7 +342,7 @@ def test_a_reward_of_your_own_is_known_by_its_whole_name(tmp_path):
         s = settings.parse(["--preset=ssr-zero-7b", "--data=x.jsonl", f"--reward={reward}"])
         comets = build.CometWorkers(s, None)
         assert list(build.build_scorers(s, "the judge", comets)) == names and not comets.started
-        work = estimate.Work(s, None, 1, 1, 0, False)
+        work = estimate.Work(s, None, 1, 0, False)
         assert work.comets == [] and work.judgements == len(names) - 1
     for reward, message, *more in (
         (f"{file}:external", "no other model judges", "--judge=x/y"),
