@@ -48,7 +48,6 @@ from run.folder import commit
 from run.monitor import RunMonitor
 from run.problem import Problem, data_problem, judge_template, toy_problem, window_of
 from run.settings import (
-    RESUME_OVERRIDABLE,
     Settings,
     describe,
     option,
@@ -98,9 +97,7 @@ def train(s: Settings) -> None:
         path = ranks.on_rank0("name the run", lambda: run_folder(s.preset, s.folder, s.resume))
         identity = run_identity(s, problem, policy, comets)
         driver.assert_same_on_all_ranks(ranks, {f"the {k}": v for k, v in identity.items()})
-        identity["settings"] = dataclasses.asdict(s)
-        checkpoints = Checkpoints(path / "checkpoints", 2, ranks, policy.tensors(), identity,
-                                  RESUME_OVERRIDABLE)  # fmt: skip
+        checkpoints = Checkpoints(path / "checkpoints", 2, ranks, policy.tensors(), identity)
         held_out = encode_prompts(s, problem, texts, problem.held_out)
         evaluation = Evaluation(problem, held_out, texts, policy.sampler, judge, s, ranks)
         monitor = RunMonitor(s, path, problem.folder, evaluation, checkpoints, ranks)

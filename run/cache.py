@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from run.console import format_seconds
 from run.distributed import Ranks
 from run.files import append_lines
 
@@ -107,9 +108,5 @@ class Progress:
             return
         self.last, spent = now, now - self.started
         left = spent * (self.total - done) / (done - self.first)
-        timing = f"{minutes(left)} left" if left else f"in {minutes(spent)}"
+        timing = f"{format_seconds(left)} left" if left else f"in {format_seconds(spent)}"
         print(f"{self.what}: {done}/{self.total} segments, {timing}", flush=True)
-
-
-def minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

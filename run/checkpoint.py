@@ -1,6 +1,6 @@
 """Checkpoints: all that a run needs to resume, written while it trains, whole or not there at all.
 
-    kept = Checkpoints(run / "checkpoints", 2, ranks, tensors_of(model, optimizer), identity, free)
+    kept = Checkpoints(run / "checkpoints", 2, ranks, tensors_of(model, optimizer), identity)
     kept.save(step, about)        # copies the tensors and returns; a thread writes the copy
     kept.wait()                   # until that is on the disk
     about = kept.restore()        # of the newest that is whole; the tensors are filled in place
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from run.distributed import Ranks
 
-VERSION = 4  # of state.json and of the names in `tensors_of`
+VERSION = 5  # of state.json and of the names in `tensors_of`
 
 
 def tensors_of(model, optimizer, average: Iterable[Tensor] = ()) -> dict[str, Tensor]:
@@ -46,12 +46,11 @@ def tensors_of(model, optimizer, average: Iterable[Tensor] = ()) -> dict[str, Te
 
 class Checkpoints:
     def __init__(
-        self, folder: Path, keep: int, ranks: Ranks, tensors: dict[str, Tensor], identity: dict,
-        free: str = "",
-    ):  # fmt: skip
-        """`identity`: what must be equal to resume, except the "settings" named in `free`."""
+        self, folder: Path, keep: int, ranks: Ranks, tensors: dict[str, Tensor], identity: dict
+    ):
+        """`identity`: what must be equal to resume."""
         self.folder, self.keep, self.ranks, self.tensors = folder, keep, ranks, tensors
-        self.identity, self.free = json.loads(json.dumps(identity)), free.split()
+        self.identity = json.loads(json.dumps(identity))
         self.writing: threading.Thread | None = None
         self.error = ""  # of the last save
         # PyTorch warns that it assumes a single process: true wherever it does.
@@ -60,11 +59,6 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if ranks.size > 1 else None
 
     # ---------------------------------------------------------------------------------- writing
-
-    @property
-    def bytes(self) -> int:
-        """Of one checkpoint, all ranks together."""
-        return sum(x.numel() * x.element_size() for x in self.tensors.values())
 
     def save(self, step: int, about: dict) -> None:
         """Returns when the tensors may change again. Collective."""
@@ -143,13 +137,12 @@ class Checkpoints:
                 f"{folder} has format {about['version']}, and this code reads format {VERSION}: "
                 "resume with the code that wrote it"
             )
-        for name in self.identity.keys() - {"settings"}:
+        for name in self.identity:
             if about.get(name) != self.identity[name]:
                 raise ValueError(
                     f"{folder} is of another run: the {name} it began with: {about.get(name)}, "
                     f"now: {self.identity[name]}"
                 )
-        self.compare(about.get("settings", {}), folder)
         try:
             dcp.load(self.tensors, checkpoint_id=folder, process_group=self.group)
         except dcp.api.CheckpointException as error:  # is no Exception
@@ -158,23 +151,6 @@ class Checkpoints:
                 "is damaged, delete it to resume from the one before"
             ) from None
         return about
-
-    def compare(self, saved: dict, folder: Path) -> None:
-        """Refuse other settings than the `saved` ones, and print those that are free to differ."""
-        now = self.identity.get("settings", {})
-        changes = {
-            name: f"--{name.replace('_', '-')} was {saved.get(name)!r} and is {now[name]!r}"
-            for name in now
-            if saved.get(name) != now[name] and name not in ("folder", "resume")
-        }
-        refused = [change for name, change in changes.items() if name not in self.free]
-        if refused:
-            raise ValueError(
-                f"{folder} was made with other settings: {'; '.join(refused)}. Give the same, or "
-                "start another --folder"
-            )
-        if changes:
-            print(f"Going on with other settings: {'; '.join(changes.values())}")
 
 
 def read(folder: Path) -> tuple[dict, str]:

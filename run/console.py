@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a line, a log, dashboards, the report.
+"""What a person sees while a run goes on: a line, dashboards, the report.
 
 What fails here is printed once, and the run goes on.
 """
@@ -31,19 +31,18 @@ def check_dashboards(names: str) -> list[str]:
 
 
 class Console:
-    def __init__(self, s, path: Path, measure: str | None, folder):
-        """`measure`: the first one of held-out texts; `folder`: the run's, written by one rank."""
-        self.s, self.path, self.measure, self.folder = s, path, measure, folder
+    def __init__(self, s, path: Path, measure: str | None, mine: bool):
+        """`measure`: the first of held-out texts. `mine`: rank 0 has dashboards and report."""
+        self.s, self.path, self.measure, self.mine = s, path, measure, mine
         self.dashboards: list = []
         self.has_report = False
-        self.drawing: subprocess.Popen | None = None  # of report.html
-        self.alarmed = self.is_live = False  # is_live: the next line overwrites the last one
+        self.is_live = False  # the next line overwrites the last one
         self.work, self.share = "", 0.0  # of the latest `print_progress`
         self.work_began = self.printed = time.monotonic()
 
     def open(self, settings: dict, first_step: int) -> None:
         """Call it when the folder exists and is locked."""
-        if not self.folder.mine:
+        if not self.mine:
             return
         self.has_report = self.s.report
         for name in check_dashboards(self.s.log_to):
@@ -55,39 +54,31 @@ class Console:
     def log_metrics(self, row: dict) -> None:
         """Numbers go to the dashboards, but not histograms."""
         numbers = {k: v for k, v in row.items() if isinstance(v, float | int) and math.isfinite(v)}
-        self.call_dashboards("log", numbers, row["step"])
-
-    def call_dashboards(self, method: str, *args) -> None:
         for dashboard in list(self.dashboards):
             try:
-                getattr(dashboard, method)(*args)
+                dashboard.log(numbers, row["step"])
             except Exception as error:  # whatever they raise
                 self.dashboards.remove(dashboard)
                 self.print_line(f"{type(dashboard).__name__} gets no more rows: {error}")
 
-    def log_step(self, number: int, metrics: dict, latest: dict, left: float, last: bool) -> None:
-        line = self.format_step(number, metrics, latest, left)
-        self.log(line)
-        if sys.stdout.isatty():
-            self.print_live(line, "\n" if last else "")
-        elif last or number % 10 == 0 or time.monotonic() - self.printed > QUIET:
-            self.printed = time.monotonic()
-            print(line, flush=True)
-
-    def format_step(self, number: int, metrics: dict, latest: dict, left: float) -> str:
+    def print_step(self, number: int, metrics: dict, latest: dict, left: float) -> None:
         """The most important first: a terminal cuts off the rest."""
-        name = self.measure or "self"
-        value = f"{latest[f'eval/{name}']:.3f}".replace("nan", "–")
+        name, last = self.measure or "self", number == self.s.steps
         parts = [
             f"step {number}/{self.s.steps}",
             *["ALARM"] * bool(latest.get("eval/alarm")),
-            f"held-out {name} {value} (step {latest['step']})",
+            f"held-out {name} {latest[f'eval/{name}']:.3f} (step {latest['step']})",
             f"reward {metrics['reward/total']:.3f}",
             f"{format_seconds(left)} left",
             f"entropy {metrics['policy/entropy']:.2f}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
         ]
-        return "  ".join(parts)
+        line = "  ".join(parts)
+        if sys.stdout.isatty():
+            self.print_live(line, "\n" if last else "")
+        elif last or number % 10 == 0 or time.monotonic() - self.printed > QUIET:
+            self.printed = time.monotonic()
+            print(line, flush=True)
 
     def print_progress(self, work: str, share: float) -> None:
         """Prints the share of the work that is done and the time left, if it takes long."""
@@ -110,48 +101,26 @@ class Console:
             print(f"\r\033[K{line[:width]}", end=end, flush=True)
             self.is_live = not end
 
-    def print_alarm(self, number: int, why: str) -> None:
-        """Printed when it begins to ring, not while it goes on."""
-        if why and not self.alarmed:
-            advice = "Compare best/ with last/ in report.html"
-            self.print_line(f"step {number}: {ALARM}: {why}. {advice}")
-        self.alarmed = bool(why)
-
     def print_line(self, line: str) -> None:
         print(("\r\033[K" if self.is_live else "") + line, flush=True)
         self.is_live = False
-        self.log(line)
 
-    def log(self, line: str) -> None:
-        self.folder.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-
-    def draw_report(self, last: bool = False) -> None:
-        """Draws report.html in a process of its own, so that the run does not wait for it, unless
-        one is being drawn. `last`: however the run ended, its report says so."""
-        is_busy = self.drawing and self.drawing.poll() is None
-        if not self.has_report or (is_busy and not last):
-            return
-        if self.drawing:
-            self.wait_for_report()
-        self.drawing = subprocess.Popen(
-            [sys.executable, "-m", "report", str(self.path.resolve()), *["--ended"] * last],
-            cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, errors="replace",
-            start_new_session=True,  # Ctrl-C is for the run
-        )  # fmt: skip
-        if last:
-            self.wait_for_report()
-
-    def wait_for_report(self) -> None:
-        process, self.drawing = self.drawing, None
-        _, errors = process.communicate()
-        if process.returncode:
-            lines = errors.strip().splitlines() or [f"it ended with {process.returncode}"]
-            self.print_line(f"no report: {lines[-1]}")
+    def draw_report(self, *options: str) -> None:
+        """In a process of its own, whose errors do not end the run."""
+        if self.has_report:
+            run = subprocess.run(
+                [sys.executable, "-m", "report", str(self.path.resolve()), *options],
+                cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                start_new_session=True,  # Ctrl-C is for the run
+            )  # fmt: skip
+            if run.returncode:
+                lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+                self.print_line(f"no report: {lines[-1]}")
 
     def close(self) -> None:
-        self.call_dashboards("close")
-        self.draw_report(last=True)
+        for dashboard in self.dashboards:
+            dashboard.close()
+        self.draw_report("--ended")
 
 
 def format_seconds(seconds: float) -> str:

@@ -54,7 +54,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, mesh=None, group=None, store=None):
         self.rank, self.size, self.mesh, self.group, self.store = rank, size, mesh, group, store
-        self.step, self.stage = 0, ""
+        self.step, self.stage, self.stage_began = 0, "", time.monotonic()
         self.stop = False  # set by a signal's handler; `map_over_ranks` acts on it
         self.stoppable = False  # while the handler may raise Stopping itself: see `attempt`
         self.ending = False  # while the last things are saved: no signal interrupts that
@@ -151,41 +151,23 @@ class Ranks:
 
     def set_stage(self, what: str) -> None:
         """For the watchdog and the progress line."""
-        self.stage = what
+        self.stage, self.stage_began = what, time.monotonic()
         if self.store is not None:
             self.store.set(f"at {self.rank}", f"step {self.step}, {what}")
 
     def watch(self, patience: float) -> None:
-        """A thread of each rank: without a new stage for `patience` seconds it ends the process.
-
-        It names the ranks without a sign of life, or else those at another stage than most.
-        """
+        """A thread of each rank: without a new stage for `patience` seconds it ends the process,
+        and shows the stages of all ranks. The one that hangs is at another stage than most."""
         store = self.store.clone()  # its own connection: a call that waits would stall the loop
-        changed: dict[str, tuple[bytes, float]] = {}
-        names = [f"{x} {rank}" for rank in range(self.size) for x in ("at", "alive")]
-        every = min(10.0, patience / 5)
-        while not self.over.wait(every):
-            try:
-                store.set(f"alive {self.rank}", str(time.monotonic()))
-                values = store.multi_get(names)
-            except dist.DistError:
-                if self.ending:
-                    return  # the host of the store has ended
-                abort("ssr.py: torchrun does not answer: it, or the machine of rank 0, is gone")
-            now = time.monotonic()
-            for name, value in zip(names, values, strict=True):
-                if changed.get(name, (None,))[0] != value:
-                    changed[name] = value, now
-            if now - changed[f"at {self.rank}"][1] < patience:
+        while not self.over.wait(min(10.0, patience / 5)):
+            if time.monotonic() - self.stage_began < patience:
                 continue
-            silent = {r for r in range(self.size) if now - changed[f"alive {r}"][1] > 3 * every}
-            stages = [changed[f"at {r}"][0].decode() for r in range(self.size)]
-            most = max(set(stages), key=stages.count)
-            lines = [f"  rank {r} gives no sign of life, last at: {stages[r]}" for r in silent]
-            lines = lines or [f"  rank {r}, at: {x}" for r, x in enumerate(stages) if x != most]
-            lines = lines or [f"  all of them are at: {most}"]
-            message = f"ssr.py: no progress for {patience:.0f} s (--patience). Who is waited for:"
-            abort("\n".join([message, *lines[:8]]))
+            stages = [x.decode() for x in store.multi_get([f"at {r}" for r in range(self.size)])]
+            lines = [f"ssr.py: no progress for {patience:.0f} s (--patience). The ranks are at:"]
+            for stage in sorted(set(stages), key=stages.count):
+                where = [rank for rank, at in enumerate(stages) if at == stage]
+                lines.append(f"  {stage}: rank {', '.join(map(str, where))}")
+            abort("\n".join(lines))
 
 
 def init_distributed(device: str, patience: float = 1800.0) -> Ranks:
@@ -216,7 +198,6 @@ def init_distributed(device: str, patience: float = 1800.0) -> Ranks:
     ranks = Ranks(rank, size, None, group, store)
     ranks.mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
     ranks.set_stage("start")
-    store.set(f"alive {rank}", "")
     ranks.gather(None)  # all keys are there before a watchdog looks
     watchdog = threading.Thread(target=ranks.watch, args=(patience,), daemon=True)
     watchdog.start()

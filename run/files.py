@@ -11,15 +11,15 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Readers find the old content or the new one, never a part of it."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(to_bytes(content))
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except OSError as error:
         raise cannot_write(path, error) from None
 
 
-def append_lines(path: Path, lines: str | bytes) -> None:
+def append_lines(path: Path, lines: str) -> None:
     """Append all of `lines` or, when an error occurs, none of them."""
-    left = to_bytes(lines)
+    left = lines.encode()
     try:
         with open(path, "ab", buffering=0) as file:  # a buffer would be written again when closed
             size = file.tell()
@@ -31,10 +31,6 @@ def append_lines(path: Path, lines: str | bytes) -> None:
                 raise
     except OSError as error:
         raise cannot_write(path, error) from None
-
-
-def to_bytes(content: str | bytes) -> bytes:
-    return content.encode() if isinstance(content, str) else content
 
 
 def cannot_write(path: Path, error: OSError) -> OSError:

@@ -30,18 +30,11 @@ class RunFolder:
         self.path, self.mine = path, mine
         self.locked = None
 
-    def begin(self, s, bytes_needed: int, step: int | None) -> None:
+    def begin(self, s, step: float | None) -> None:
         """Create the folder; or cut the logs to before `step`, which is logged again."""
         if not self.mine:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        held = [f for x in ("checkpoints", "best", "last") for f in (self.path / x).rglob("*")]
-        held_bytes = sum(f.stat().st_size for f in held if f.is_file())
-        free = shutil.disk_usage(self.path.parent).free
-        if free < (needed := bytes_needed - held_bytes):
-            raise OSError(f"{self.path.parent}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB "
-                          "are needed for best/, last/ and the checkpoints")  # fmt: skip
-        self.path.mkdir(exist_ok=s.resume)
+        self.path.mkdir(parents=True, exist_ok=s.resume)
         self.lock()
         settings, about = dataclasses.asdict(s), environment()
         if step is not None:
@@ -57,19 +50,13 @@ class RunFolder:
         if self.locked or not (self.mine and self.path.is_dir()):
             return
         self.locked = open(self.path / "lock", "a+")  # noqa: SIM115 (open as long as we live)
-        for last in (False, True):  # a report that looks whether the run goes on holds it briefly
-            try:
-                fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not last:
-                    time.sleep(0.3)
-                    continue
-            self.locked.seek(0)
-            raise ValueError(
-                f"{self.path} is being written by another run ({self.locked.read().strip()}): wait "
-                "for its end, or stop it"
-            ) from None
+        if not try_lock(self.locked):
+            time.sleep(0.3)  # a report that looks whether the run goes on holds it briefly
+            if not try_lock(self.locked):
+                self.locked.seek(0)
+                owner = self.locked.read().strip()
+                raise ValueError(f"{self.path} is being written by another run ({owner}): wait for "
+                                 "its end, or stop it")  # fmt: skip
         self.locked.truncate(0)
         self.locked.write(f"process {os.getpid()} on {platform.node()}\n")
         self.locked.flush()
@@ -92,12 +79,17 @@ class RunFolder:
             atomic_write(self.path / name, text + "\n")
 
     def add(self, name: str, rows: list[dict]) -> None:
-        lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
-        self.append(name, "".join(lines))
-
-    def append(self, name: str, lines: str) -> None:
         if self.mine:
-            append_lines(self.path / name, lines)
+            lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
+            append_lines(self.path / name, "".join(lines))
+
+
+def try_lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def save_with_tokenizer(model, source: Path, folder: Path) -> None:
@@ -116,7 +108,6 @@ def step_of(row: bytes) -> float:
 
 
 def environment() -> dict:
-    on_gpu = torch.cuda.is_available()
     return {
         "commit": commit(),
         "command": sys.argv,
@@ -126,7 +117,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
 
 

@@ -8,8 +8,6 @@ with RunMonitor(…) as monitor:     # what ends the run is handled at its end
 
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import signal
 import time
@@ -22,16 +20,6 @@ from run.distributed import Ranks, Stopping
 from run.evaluation import Evaluation
 from run.folder import RunFolder, finite, save_with_tokenizer
 
-SHOWN = {  # in the table at the end
-    "eval/exact_match": "exact match with the truth, greedy",
-    "eval/quality": "quality (1 - word error), greedy",
-    "eval/self": "the judge's score, greedy",
-    "eval/sampled_exact_match": "exact match, sampled at T 1",
-    "eval/judge_correlation": "judge's correlation with quality, T 1",
-    "eval/format": "share in the right form, greedy",
-    "eval/invalid": "share the judge gave no score",
-}
-UNREMARKABLE = {"eval/format": 1.0, "eval/invalid": 0.0}  # not worth a line
 STATE = ("first_evaluation", "latest", "alarms", "had_signal")
 
 
@@ -43,7 +31,6 @@ class RunMonitor:
         self.checkpoints, self.ranks = checkpoints, ranks
         self.folder = RunFolder(path, ranks.rank == 0)
         self.started, self.finished = time.perf_counter(), False
-        self.earlier_seconds = 0.0  # of the processes before this one
         self.first_evaluation: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.alarms: list[int] = []
@@ -53,7 +40,7 @@ class RunMonitor:
         self.state: dict = {}  # as it was before `step` was recorded
         self.groups: list[dict] = []  # rows of groups.jsonl
         measure = next(iter(evaluation.problem.measures), None)
-        self.console = Console(s, path, measure, self.folder)
+        self.console = Console(s, path, measure, ranks.rank == 0)
         for sampler in (evaluation.sampler, getattr(evaluation.judge, "sampler", None)):
             if sampler:  # a judge behind an endpoint has none
                 sampler.progress = self.report_progress
@@ -78,43 +65,20 @@ class RunMonitor:
             self.signals.__exit__()
         return kind is Stopping
 
-    def restore(self) -> grpo.Step | None:
-        """Weights, optimizer and state as they were after the step that is returned."""
-        self.ranks.on_rank0("lock the folder", self.folder.lock)
-        about = self.checkpoints.restore()
-        if about is None:
-            return None
-        number, state = about["step"], about["monitor"]
-        if number > self.s.steps:
-            raise ValueError(f"{self.folder.path} is at step {number} already, beyond --steps "
-                             f"{self.s.steps}")  # fmt: skip
-        self.evaluation.restore(state.pop("evaluation"))
-        self.groups = about["groups"]
-        vars(self).update(state)
-        self.console.alarmed = bool(self.latest.get("eval/alarm"))
-        self.resumed_at = number
-        # Then this step was evaluated as the last one, and its weights may be those in best/.
-        self.extends_finished_run = about["settings"]["steps"] == number
-        return grpo.Step(number, about["metrics"], [], about["missing"])
-
     def begin(self, policy, announce: str) -> grpo.Step | None:
         """Restore a run that is resumed, or evaluate the starting weights."""
         step = self.restore() if self.s.resume else None
         policy.sync()
-        model = self.evaluation.sampler.model
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        # The new checkpoint before the old one goes; best/, last/, the next of them; the logs.
-        needed = (self.checkpoints.keep + 1) * self.checkpoints.bytes + 3 * weights + 2**24
-        number = step and step.number
 
         def open_folder() -> None:
-            if step is None:
-                self.check_unfinished()
-            self.folder.begin(self.s, needed, number)
-            self.console.open(dataclasses.asdict(self.s), number or 0)
+            if step is None and (self.folder.path / "result.json").is_file():
+                raise ValueError(f"{self.folder.path} has come to its end, and has no checkpoint "
+                                 "to go on from: name another --folder")  # fmt: skip
+            self.folder.begin(self.s, step and step.number)
+            self.console.open(dataclasses.asdict(self.s), self.resumed_at)
 
         self.ranks.on_rank0("begin", open_folder)
-        after = f", after step {number}" if step else ""
+        after = f", after step {step.number}" if step else ""
         if self.s.resume and not step:
             after = ", from the beginning: there is no checkpoint to go on from"
         print(f"{announce}\nwriting {self.folder.path}{after}")
@@ -124,54 +88,43 @@ class RunMonitor:
             self.after(step)
         return step
 
-    def check_unfinished(self) -> None:
-        """A run that starts anew in its folder must be the same, and not finished."""
-        path = self.folder.path
-        if (path / "result.json").is_file():
-            raise ValueError(f"{path} has come to its end, and has no checkpoint to go on from: "
-                             "name another --folder")  # fmt: skip
-        if (path / "settings.json").is_file():
-            self.checkpoints.compare(json.loads((path / "settings.json").read_text()), path)
+    def restore(self) -> grpo.Step | None:
+        """Weights, optimizer and state as they were after the step that is returned."""
+        self.ranks.on_rank0("lock the folder", self.folder.lock)
+        saved = self.checkpoints.restore()
+        if saved is None:
+            return None
+        number, state = saved["step"], saved["monitor"]
+        if number > self.s.steps:
+            raise ValueError(f"{self.folder.path} is at step {number} already, beyond --steps "
+                             f"{self.s.steps}")  # fmt: skip
+        self.evaluation.restore(state.pop("evaluation"))
+        self.groups, self.resumed_at = saved["groups"], number
+        self.started -= state.pop("seconds")
+        vars(self).update(state)
+        # Then this step was evaluated as the last one, and its weights may be those in best/.
+        self.extends_finished_run = saved["steps"] == number
+        return grpo.Step(number, saved["metrics"], [], saved["missing"])
 
-    def stop(self) -> None:
-        if self.step is None:
-            print("stopped before the first step was done: nothing to keep")
-            return
-        self.ranks.ending = True
-        self.save()
-        self.keep("last")
-        self.wait_for_save()
-        number, path = self.step.number, self.folder.path
-        self.console.print_line(f"stopped after step {number}; go on with --resume --folder {path}")
-
-    def give_up(self) -> None:
-        """Keep the weights, before the error that ends the run is raised again."""
-        self.ranks.ending = True
-        self.keep("last")
-        self.checkpoints.wait()
-        self.ranks.gather(None)  # no rank leaves before
-
-    def wait_for_save(self) -> None:
-        """Until the last checkpoint is on the disk; no rank leaves before."""
-        self.checkpoints.wait()
-        if error := self.ranks.on_rank0("end", lambda: self.checkpoints.error):
-            raise OSError(error)
+    # --------------------------------------------------------------------------- after a step
 
     def after(self, step: grpo.Step) -> None:
         """The checkpoint comes before the row: a run that is resumed writes the row again."""
-        seconds = self.earlier_seconds + time.perf_counter() - self.started
         if step.prompts:  # a restored step has none; its rows are in self.groups
             self.groups = self.group_rows(step)
         self.step, self.state = step, {name: getattr(self, name) for name in STATE}
-        self.state |= {"earlier_seconds": seconds, "evaluation": self.evaluation.state()}
+        self.state["seconds"] = time.perf_counter() - self.started
+        self.state["evaluation"] = self.evaluation.state()
         if step.number % self.s.save_every == 0 or step.number == self.s.steps:
             self.save()
         self.had_signal |= step.metrics["groups/zero_variance"] < 1
         self.record(step)
 
     def save(self) -> None:
-        about = {"metrics": self.step.metrics, "missing": self.step.missing, "monitor": self.state}
-        self.checkpoints.save(self.step.number, about | {"groups": self.groups})
+        step = self.step
+        state = {"metrics": step.metrics, "missing": step.missing, "groups": self.groups}
+        state |= {"steps": self.s.steps, "monitor": self.state}
+        self.checkpoints.save(step.number, state)
 
     def record(self, step: grpo.Step) -> None:
         last = step.number == self.s.steps
@@ -185,10 +138,9 @@ class RunMonitor:
             self.evaluate(step.number, step.metrics)
         else:
             self.log({"step": step.number} | step.metrics)
-        if last or step.number > self.resumed_at:
-            elapsed, done = time.perf_counter() - self.started, step.number - self.resumed_at
-            left = elapsed / max(done, 1) * (self.s.steps - step.number)
-            self.console.log_step(step.number, step.metrics, self.latest, left, last)
+        seconds = (time.perf_counter() - self.started) / step.number  # of a step, on average
+        left = seconds * (self.s.steps - step.number)
+        self.console.print_step(step.number, step.metrics, self.latest, left)
 
     def group_rows(self, step: grpo.Step) -> list[dict]:
         """The step's first prompt with its samples, rewards and advantages."""
@@ -219,9 +171,9 @@ class RunMonitor:
         self.latest, self.first_evaluation = evaluated, self.first_evaluation or evaluated
         if best and number:  # the starting weights are where they came from
             self.keep("best")
-        if evaluated.get("eval/alarm"):
+        if why := self.evaluation.alarm:
             self.alarms = [*self.alarms, number]
-        self.console.print_alarm(number, self.evaluation.alarm)
+            self.console.print_line(f"step {number}: {ALARM}: {why}. Compare best/ with last/")
         self.console.draw_report()
 
     def log(self, row: dict) -> None:
@@ -236,19 +188,47 @@ class RunMonitor:
     def report_progress(self, share: float) -> None:
         self.console.print_progress(f"step {self.ranks.step}: {self.ranks.stage}", share)
 
+    # ----------------------------------------------------------------------------- how it ends
+
+    def stop(self) -> None:
+        if self.step is None:
+            print("stopped before the first step was done: nothing to keep")
+            return
+        self.ranks.ending = True
+        self.save()
+        self.keep("last")
+        self.wait_for_save()
+        number, path = self.step.number, self.folder.path
+        self.console.print_line(f"stopped after step {number}; go on with --resume --folder {path}")
+
+    def give_up(self) -> None:
+        """Keep the weights, before the error that ends the run is raised again."""
+        self.ranks.ending = True
+        self.keep("last")
+        self.checkpoints.wait()
+        self.ranks.gather(None)  # no rank leaves before
+
+    def wait_for_save(self) -> None:
+        """Until the last checkpoint is on the disk; no rank leaves before."""
+        self.checkpoints.wait()
+        if error := self.ranks.on_rank0("end", lambda: self.checkpoints.error):
+            raise OSError(error)
+
     def finish(self) -> None:
         self.ranks.ending = self.finished = True
         self.keep("last")
-        seconds = self.earlier_seconds + time.perf_counter() - self.started
-        best, path = self.evaluation.best.step, self.folder.path
+        seconds, path = time.perf_counter() - self.started, self.folder.path
+        best, first, latest = self.evaluation.best.step, self.first_evaluation, self.latest
         content = {"steps": self.s.steps, "seconds": seconds, "best_step": best}
-        content |= {"alarms": self.alarms, "before": self.first_evaluation, "after": self.latest}
+        content |= {"alarms": self.alarms, "before": first, "after": latest}
         self.folder.write("result.json", content)
-        self.print_table()
+        print(f"\n{len(self.evaluation.prompts)} held-out texts       before   after")
+        for key in latest:
+            if key.startswith("eval/"):
+                print(f"{key:26}  {first[key]:6.3f}  {latest[key]:6.3f}")
         print(self.summarize_trend())
-        evaluations = self.first_evaluation, self.latest
-        then, now = (x.get("eval/judge_correlation", math.nan) for x in evaluations)
-        if now < then and not self.alarms:
+        correlation = "eval/judge_correlation"
+        if correlation in latest and latest[correlation] < first[correlation] and not self.alarms:
             print("The judge's correlation falls as samples grow alike: where all are good, little "
                   "is left to tell apart.")  # fmt: skip
         if not self.had_signal:
@@ -262,29 +242,15 @@ class RunMonitor:
               + f"\nreport:  {path / 'report.html'}" * self.s.report)  # fmt: skip
         self.wait_for_save()
 
-    def print_table(self) -> None:
-        print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
-        others = {f"eval/{n}": f"{n}, greedy" for n in self.evaluation.problem.measures}
-        for key, label in (others | SHOWN).items():
-            values = [x.get(key) for x in (self.first_evaluation, self.latest)]
-            if key in self.latest and values != [UNREMARKABLE.get(key)] * 2:
-                line = f"{label:38}  {values[0]:6.3f}  {values[1]:6.3f}"
-                print(line.replace("   nan", "     –"))
-
     def summarize_trend(self) -> str:
-        """Whether judge and measure rose together, and whether an alarm rang."""
+        """Whether judge and measure rose, and whether an alarm rang."""
         measures = list(self.evaluation.problem.measures)
         if not measures:
             return "Nothing independent was measured: best/ goes by the judge, no alarm can ring"
-        pairs = zip(self.evaluation.past[0], self.evaluation.past[-1], strict=True)
-        truth, judge = (end.significantly_above(start) for start, end in pairs)
-        names = [measures[0].replace("_", " "), "the judge's score"]
-        summary = f"Neither {names[0]} nor {names[1]} rose beyond chance"
-        if judge and truth:
-            summary = f"The judge's score and {names[0]} rose together"
-        elif judge or truth:
-            rose, flat = reversed(names) if judge else names
-            summary = f"{rose} rose, {flat} did not".capitalize()
+        (truth, judge), (last_truth, last_judge) = self.evaluation.past[0], self.evaluation.past[-1]
+        outcomes = {True: "rose", False: "did not rise"}
+        summary = f"Beyond chance, {measures[0]} {outcomes[last_truth.significantly_above(truth)]}"
+        summary += f" and the judge's score {outcomes[last_judge.significantly_above(judge)]}"
         if not self.alarms:
             return f"{summary}; no alarm rang."
         steps = ", ".join(map(str, self.alarms))

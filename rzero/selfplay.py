@@ -145,7 +145,7 @@ class Run:
     def begin(self) -> None:
         for folder in self.folders.values():  # a kill may have come between two of them
             again = (folder.path / "settings.json").is_file()
-            folder.begin(self.s, 0, math.inf if again else None)
+            folder.begin(self.s, math.inf if again else None)
         print(f"R-Zero, {self.s.preset}: {self.s.iterations} iterations, writing {self.path}")
 
     def play(self) -> None:

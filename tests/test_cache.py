@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_whole_files_and_whole_lines(tmp_path):
         resource.setrlimit(limits, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert old.read_text() == "before\n" and new.read_text() == "one\n"
-    append_lines(new, b"two\n")
+    append_lines(new, "two\n")
     assert new.read_text() == "one\ntwo\n"
     with pytest.raises(OSError, match=r"No such file or directory$"):
         atomic_write(tmp_path / "nowhere" / "x", "")

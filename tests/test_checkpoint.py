@@ -31,7 +31,7 @@ from tests.runs import (
     wait_for,
 )
 
-IDENTITY = {"settings": {"lr": 0.1, "steps": 3}, "model": {"layers": 1}, "texts": "a"}
+IDENTITY = {"model": {"layers": 1}, "texts": "a"}
 
 
 def tiny_model():
@@ -47,7 +47,7 @@ def state():
 
 
 def opened(folder, state, identity=IDENTITY, keep=2):
-    return Checkpoints(folder, keep, Ranks(), state, identity, "steps keep")
+    return Checkpoints(folder, keep, Ranks(), state, identity)
 
 
 def saved(folder, state, *steps):
@@ -133,20 +133,10 @@ def test_wrong_bytes_are_an_error_with_the_folders_name(tmp_path, state):
         opened(tmp_path, state).restore()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"settings": {"lr": 0.2, "steps": 3}}, "other settings: --lr was 0.1 and is 0.2"),
-        ({"settings": {"lr": 0.1, "new_one": 1}}, "--new-one was None and is 1"),
-        ({"texts": "b"}, "another run: the texts it began with: a, now: b"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
-    tmp_path, state, change, message
-):
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, state):
     saved(tmp_path, state, 3)
-    with pytest.raises(ValueError, match=message):
-        opened(tmp_path, state, IDENTITY | change).restore()
+    with pytest.raises(ValueError, match="another run: the texts it began with: a, now: b"):
+        opened(tmp_path, state, IDENTITY | {"texts": "b"}).restore()
     assert (tmp_path / "step-000003").exists()
 
 
@@ -225,7 +215,6 @@ def test_resume_takes_the_newest_run_with_its_own_settings(toy, tmp_path, monkey
     ssr.main(["--preset=toy", "--steps=3", "--save-every=7", "--resume"])
     out, run = capsys.readouterr().out, tmp_path / "runs/toy-20260101-000000"
     assert "writing runs/toy-20260101-000000, after step 2" in out
-    assert "with other settings: --steps was 2 and is 3; --save-every was 25 and is 7" in out
     changed = json.loads((run / "settings.json").read_text())
     assert changed["kl"] == 0.1 and changed["prompts_per_step"] == 5
     assert [r["step"] for r in rows_of(run / "metrics.jsonl")] == [0, 1, 2, 3]

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 
 import ssr
 from run import console
-from run.console import ALARM, Console, format_seconds
+from run.console import Console, format_seconds
 from tests.processes import ROOT
 from tests.runs import rows_of
 
@@ -25,34 +24,27 @@ METRICS = {"reward/total": 0.71234, "policy/entropy": 0.5, "tokens_per_second": 
 LATEST = {"eval/chrf": 0.5, "step": 25}
 
 
-class Folder:
-    mine, text = True, ""
-
-    def append(self, name, lines):
-        assert name == "log.txt"
-        self.text += lines
+def make_console(path):
+    return Console(SimpleNamespace(steps=100, report=False, log_to=""), path, "chrf", True)
 
 
-def make_console(path, report=False):
-    return Console(SimpleNamespace(steps=100, report=report, log_to=""), path, "chrf", Folder())
-
-
-def test_the_line_has_the_most_important_first(tmp_path):
-    line = make_console(tmp_path).format_step
-    assert line(30, METRICS, LATEST, 3725.0) == (
+def test_the_line_has_the_most_important_first(tmp_path, capsys):
+    shown = make_console(tmp_path)
+    shown.print_step(30, METRICS, LATEST, 3725.0)
+    shown.print_step(40, METRICS, LATEST | {"eval/alarm": 1.0}, 5.0)
+    line, alarm = capsys.readouterr().out.splitlines()
+    assert line == (
         "step 30/100  held-out chrf 0.500 (step 25)  reward 0.712  1:02:05 left  entropy 0.50  "
         "8,927 tokens/s"
     )
-    alarm = line(30, METRICS, LATEST | {"eval/alarm": 1.0}, 5.0)
-    assert alarm.startswith("step 30/100  ALARM  held-out chrf 0.500 (step 25)  reward 0.712")
-    assert "chrf – (step 0)" in line(1, METRICS, {"eval/chrf": math.nan, "step": 0}, 5.0)
+    assert alarm.startswith("step 40/100  ALARM  held-out chrf 0.500 (step 25)  reward 0.712")
     times = [format_seconds(x) for x in (0, 59.9, 61, 600, 36061)]
     assert times == ["0:00", "0:59", "1:01", "10:00", "10:01:01"]
 
 
 def test_long_work_shows_its_progress_and_the_time_left(tmp_path, monkeypatch, capsys):
     now = [0.0]
-    fake = SimpleNamespace(monotonic=lambda: now[0], strftime=lambda _: "")
+    fake = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr(console, "time", fake)
     shown = make_console(tmp_path)
     for work, second, share in (
@@ -66,18 +58,8 @@ def test_long_work_shows_its_progress_and_the_time_left(tmp_path, monkeypatch, c
     assert lines == ["translate  50%, 0:12 left", "judge  25%, 1:00 left"]
     now[0] = 58
     for step in (3, 4):  # the second comes too soon for another line
-        shown.log_step(step, METRICS, LATEST, 1.0, False)
+        shown.print_step(step, METRICS, LATEST, 1.0)
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert shown.folder.text.count("tokens/s") == 2
-
-
-def test_the_alarm_is_printed_when_it_begins_to_ring(tmp_path, capsys):
-    shown = make_console(tmp_path)
-    for step, why in ((25, ""), (50, "because"), (75, "because"), (100, ""), (125, "again")):
-        shown.print_alarm(step, why)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["step 50", "step 125"]
-    assert "because. Compare best/ with last/" in lines[0] and shown.folder.text.count(ALARM) == 2
 
 
 class Terminal(io.StringIO):
@@ -95,9 +77,6 @@ def test_the_live_line_stays_one_line_in_a_narrow_terminal(toy, tmp_path, monkey
     assert [x for x in lines if x.startswith("step 0  evaluating 4 held-out texts …")]
     steps = [x.split("\n")[0] for x in lines if re.match(r"step [1-4]/4  held-out", x)]
     assert len(steps) == 4 and all(len(x) == 59 for x in steps)
-    log = (tmp_path / "run" / "log.txt").read_text().splitlines()
-    assert len(log) == 5 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step", x) for x in log)
-    assert "\x1b" not in "".join(log)
 
 
 def test_the_report_of_a_run_says_how_it_ended(toy, tmp_path, capsys, monkeypatch):
@@ -135,25 +114,6 @@ def test_the_report_of_a_run_says_how_it_ended(toy, tmp_path, capsys, monkeypatc
     change = spoil
     assert re.search(r"no report: report: .*metrics\.jsonl, line \d is not JSON", go("spoilt", 2))
     assert (tmp_path / "spoilt" / "result.json").exists()
-
-
-def test_one_report_is_drawn_at_a_time_and_the_last_is_waited_for(tmp_path):
-    (tmp_path / "settings.json").write_text("{}")
-    shown = make_console(tmp_path, report=True)
-    shown.draw_report(last=True)
-    assert not (tmp_path / "report.html").exists()  # the folder may be another run's
-    shown.open({}, 0)
-    shown.draw_report()
-    first = shown.drawing
-    assert first.poll() is None  # at work
-    shown.draw_report()
-    assert shown.drawing is first
-    assert first.wait(60) == 0 and (tmp_path / "report.html").exists()
-    shown.draw_report()
-    second = shown.drawing
-    assert second is not first
-    shown.draw_report(last=True)
-    assert second.returncode == 0 and shown.drawing is None
 
 
 def test_a_dashboard_that_fails_is_dropped_and_the_run_goes_on(tmp_path, capsys):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -226,8 +227,9 @@ def test_a_rank_that_hangs_is_named_with_its_stage(toy, tmp_path):
     both[1].kill()
     done = processes.finish(tmp_path / "said", both)
     assert done.codes[0] == 1
-    assert "no progress for 600 s (--patience). Who is waited for:" in done.err[0]
-    assert "rank 1 gives no sign of life, last at: step" in done.err[0]
+    assert "no progress for 600 s (--patience). The ranks are at:" in done.err[0]
+    stages = dict(re.findall(r"  (step .*): rank (\d+)", done.err[0]))
+    assert sorted(stages.values()) == ["0", "1"], done.err[0]
 
 
 def test_a_rank_that_is_killed_ends_the_others_with_a_message(toy, tmp_path):
