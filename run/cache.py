@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from run.console import format_seconds
 from run.distributed import Ranks
 from run.files import append_lines
 
@@ -108,5 +107,9 @@ class Progress:
             return
         self.last, spent = now, now - self.started
         left = spent * (self.total - done) / (done - self.first)
-        timing = f"{format_seconds(left)} left" if left else f"in {format_seconds(spent)}"
+        timing = f"{minutes(left)} left" if left else f"in {minutes(spent)}"
         print(f"{self.what}: {done}/{self.total} segments, {timing}", flush=True)
+
+
+def minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
