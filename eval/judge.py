@@ -37,12 +37,12 @@ from data.loading import parsed, tasks_of
 from eval import cli
 from eval.score import bootstrap, interval
 from eval.table import aligned
-from judge import Judge, Task, check_reading
-from model import check_folder
+from judge import Judge, PromptCodec, Task, check_reading
+from model import check_folder, load, load_tokenizer
 from rewards.build import build_judge, build_remote_judge
 from run.cache import JsonlCache, map_cached
 from run.distributed import Ranks, run_with_error_reporting
-from run.driver import load_frozen
+from run.estimate import params_of, refuse_without_room
 from run.files import atomic_write
 from run.settings import TEMPLATES
 from sampler import Sampler
@@ -127,21 +127,29 @@ def parse_translation(line: bytes) -> Translation:
 # ------------------------------------------------------------------------------------- the judge
 
 
-def load_judge(args, folder: Path, translations: list[Translation], device: torch.device) -> Judge:
+def load_judge(
+    args, folder: Path, translations: list[Translation], device: torch.device, processes: int = 1
+) -> Judge:
     """A judge whose KV cache fits the longest of the translations that the model has positions
-    for."""
-    check_folder(folder)
-    (model, texts), prompts = load_frozen(folder, device, args.chat), TEMPLATES[args.prompts]
+    for. `processes` share this machine's memory, which is checked before the model is loaded."""
+    config, _ = check_folder(folder)
+    texts, prompts = PromptCodec(load_tokenizer(folder), args.chat), TEMPLATES[args.prompts]
     questions = [prompts.ask_judge(t.task, t.text, args.reading) for t in translations]
     new_tokens = args.judge_max_new_tokens if args.reading == "written" else 1
     windows = [len(ids) + new_tokens for ids in texts.encode(questions)]
-    window = max((w for w in windows if w <= model.config.max_length), default=0)
+    window = max((w for w in windows if w <= config.max_length), default=0)
     if not window:
         raise ValueError(
-            f"no translation can be judged within the model's {model.config.max_length} positions: "
+            f"no translation can be judged within the model's {config.max_length} positions: "
             f"lower --judge-max-new-tokens {args.judge_max_new_tokens}"
         )
     slots = min(args.slots, len(windows) * args.judge_samples) if args.reading == "written" else 1
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cache = 2 * config.layers * config.kv_heads * config.head_dim * slots * window
+    advice = f"lower --slots (now {slots} of {window} tokens, the longest question and answer)"
+    needed = dtype.itemsize * (params_of(config)[0] + cache)
+    refuse_without_room(needed, device, processes, advice)
+    model = load(folder, dtype=dtype, device=device)
     return build_judge(args, Sampler(model, slots, window), texts, prompts)
 
 
@@ -300,7 +308,10 @@ def evaluate_judge(argv: list[str]) -> None:
         key["model"] = f"{args.model} {args.judge_url}"
     else:
         folder = ranks.rank0_then_all("fetch the model", lambda: cli.locate_model(args.model))
-        judge, name = load_judge(args, folder, translations, device), folder.resolve().name
+        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        processes = 1 if device.type == "cuda" else on_machine
+        judge = load_judge(args, folder, translations, device, processes)
+        name = folder.resolve().name
         key |= {"model": f"{folder} {cli.identify_weights(folder)}", "device": device.type}
     key["translations"] = cli.hash_json([(t.task[:3], t.text) for t in translations])
     path = (args.out or file.parent) / f"{file.stem}.judged-by-{cli.slug(name)}.jsonl"

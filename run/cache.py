@@ -3,7 +3,7 @@
     rows = map_cached(ranks, lambda: JsonlCache(path, key), "wmt23", range(count), work, 64)
 
 `work(indices)` returns a row for each index, with the index as its "segment". Rows are written
-after each round. All ranks share the work; rank 0 writes.
+after each round, which takes a few seconds. All ranks share the work; rank 0 writes.
 """
 
 import fcntl
@@ -69,10 +69,13 @@ class JsonlCache:
 
 def map_cached(
     ranks: Ranks, open_cache: Callable[[], JsonlCache], what: str, indices: Sequence[int],
-    work: Callable[[Sequence[int]], list[dict]], round_size: int,
+    work: Callable[[Sequence[int]], list[dict]], largest_round: int,
 ) -> list[dict]:  # fmt: skip
-    """The rows of all indices, sorted; those that are not in the cache are computed in this order,
-    `round_size` at a time."""
+    """The rows of all indices, sorted; those that are not in the cache are computed in this order.
+
+    A round begins with one row for each rank. It doubles, up to `largest_round`, while it takes
+    less than INTERVAL, and beyond that while twice the rows take little longer, as on a GPU.
+    """
     caches: list[JsonlCache] = []  # rank 0's only
 
     def read_cache() -> list[dict]:
@@ -82,10 +85,22 @@ def map_cached(
     done = {row["segment"]: row for row in ranks.on_rank0(f"open {what}", read_cache)}
     todo = [i for i in indices if i not in done]
     progress = Progress(what, len(done), len(indices))
+    size, best_rate = ranks.size, 0.0
     try:
-        for start in range(0, len(todo), round_size):
-            rows = ranks.map_over_ranks(what, todo[start : start + round_size], work)
-            ranks.on_rank0(f"write {what}", lambda rows=rows: caches[0].append(rows))
+        while todo:
+            now, todo = todo[:size], todo[size:]
+            started = time.perf_counter()
+            rows = ranks.map_over_ranks(what, now, work)
+
+            def write(rows=rows, started=started) -> float:
+                caches[0].append(rows)
+                return time.perf_counter() - started
+
+            spent = ranks.on_rank0(f"write {what}", write)  # its clock decides for all ranks
+            rate = len(rows) / max(spent, 1e-9)
+            if spent < INTERVAL or rate > 1.5 * best_rate:
+                size = min(2 * size, max(largest_round, ranks.size))
+            best_rate = max(rate, best_rate)
             done |= {row["segment"]: row for row in rows}
             progress(len(done))
     finally:

@@ -13,8 +13,16 @@ from run.distributed import Ranks
 from run.files import append_lines, atomic_write
 
 
-def test_each_round_is_on_disk_before_the_next_and_progress_is_printed(
-    tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (lambda rows: 4.0 * rows, [1, *[2] * 19, 1]),  # a slow CPU
+        (lambda rows: 8.0, [1, 2, 4, 8, 16, 9]),  # a GPU: one row takes as long as all
+        (lambda rows: 0.1 * rows, [1, 2, 4, 8, 16, 9]),
+    ],
+)
+def test_a_round_takes_seconds_and_is_on_disk_before_the_next(
+    seconds, expected, tmp_path, monkeypatch, capsys
 ):
     path, sizes = tmp_path / "x.jsonl", []
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
@@ -24,11 +32,21 @@ def test_each_round_is_on_disk_before_the_next_and_progress_is_printed(
         rows = path.read_text().splitlines()[1:] if path.stat().st_size else []
         assert len(rows) == sum(sizes)
         sizes.append(len(indices))
-        clock.now += 10.0 if len(sizes) < 3 else 1.0
+        clock.now += seconds(len(indices))
         return [{"segment": i} for i in indices]
 
-    map_cached(Ranks(), lambda: JsonlCache(path, {"v": 1}), "work", range(10), work, 4)
-    assert sizes == [4, 4, 2]
+    map_cached(Ranks(), lambda: JsonlCache(path, {"v": 1}), "work", range(40), work, 64)
+    assert sizes == expected
+    assert "work: 40/40 segments, in " in capsys.readouterr().out
+
+
+def test_progress_has_the_time_left(tmp_path, monkeypatch, capsys):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(cache, "time", clock)
+    progress = cache.Progress("work", 0, 10)
+    for done, now in ((4, 10.0), (6, 12.0), (8, 20.0), (10, 21.0)):
+        clock.now = now
+        progress(done)
     assert capsys.readouterr().out.splitlines() == [
         "work: 4/10 segments, 0:15 left", "work: 8/10 segments, 0:05 left",
         "work: 10/10 segments, in 0:21",

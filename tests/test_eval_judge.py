@@ -13,6 +13,7 @@ from eval import judge as program
 from eval.judge import Translation, compute_agreement, count_pairs, main, read_translations
 from judge import Score, Task
 from rewards import build
+from run import estimate
 from run.distributed import Ranks
 from tests.tiny import make_model, make_tokenizer
 from toy.languages import Languages, quality
@@ -250,6 +251,13 @@ def test_the_cache_has_room_for_all_rows_that_fit_and_no_more(tiny, words, slots
     assert too_long == [True, *[False] * 6]
     with pytest.raises(ValueError, match="within the model's 4096 positions: lower --judge-max"):
         judge_of(tiny, [20_000])
+
+
+def test_a_judge_without_room_is_refused_before_it_is_loaded(tiny, monkeypatch):
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 1e6)
+    monkeypatch.setattr(program, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=r"needs about .* GB .* lower --slots \(now 7 of \d+ tok"):
+        judge_of(tiny, range(5, 12))
 
 
 def test_an_endpoint_judges(toy_rows, tmp_path, monkeypatch):
