@@ -20,6 +20,15 @@ from run.distributed import Ranks, Stopping
 from run.evaluation import Evaluation
 from run.folder import RunFolder, finite, save_with_tokenizer
 
+LABELS = {  # in the table at the end
+    "eval/exact_match": "exact match with the truth, greedy",
+    "eval/quality": "quality (1 - word error), greedy",
+    "eval/self": "the judge's score, greedy",
+    "eval/sampled_exact_match": "exact match, sampled at T 1",
+    "eval/judge_correlation": "judge's correlation with quality, T 1",
+    "eval/format": "share in the right form, greedy",
+    "eval/invalid": "share the judge gave no score",
+}
 STATE = ("first_evaluation", "latest", "alarms", "had_signal")
 
 
@@ -222,10 +231,11 @@ class RunMonitor:
         content = {"steps": self.s.steps, "seconds": seconds, "best_step": best}
         content |= {"alarms": self.alarms, "before": first, "after": latest}
         self.folder.write("result.json", content)
-        print(f"\n{len(self.evaluation.prompts)} held-out texts       before   after")
-        for key in latest:
-            if key.startswith("eval/"):
-                print(f"{key:26}  {first[key]:6.3f}  {latest[key]:6.3f}")
+        print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
+        metrics = {f"eval/{name}": f"{name}, greedy" for name in self.evaluation.problem.measures}
+        for key, label in (metrics | LABELS).items():
+            if key in latest:
+                print(f"{label:38}  {first[key]:6.3f}  {latest[key]:6.3f}")
         print(self.summarize_trend())
         correlation = "eval/judge_correlation"
         if correlation in latest and latest[correlation] < first[correlation] and not self.alarms:
