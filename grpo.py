@@ -7,8 +7,9 @@ Interfaces the loop expects (it never inspects text):
 
 - `batch(number)`: the prompts of step 1, 2, …;
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards, NaN where there is none),
-  `.parts` (name -> N numbers; "format" is 1 where something was judged), `.words`, and optionally
-  `.weight` (of its advantages). Optionally `reward.finish(judged)`, given all ranks' groups;
+  `.parts` (name -> N numbers; "format" is 1 where something was judged), `.judge_text`, and
+  optionally `.weight` (of its advantages); optionally `reward.finish(judged)`, given all ranks'
+  groups;
 - `sampler`: `.model` and `.generate`, as in sampler.py;
 - `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of packed sequences, each prompt
   once before all its samples (`Transformer.forward`), and `.head_weight` (V, D).
@@ -45,7 +46,7 @@ from torch import Tensor
 from kernels.advantage import group_advantage
 from kernels.logprob import linear_logprob, linear_policy_loss
 from run.distributed import Ranks, clip_gradients, sync_weights
-from run.metrics import Clock, describe
+from run.metrics import Clock, batch_metrics
 
 MAX_BAD_STEPS = 5  # in a row without a finite gradient, a score or a well-formed sample
 
@@ -87,11 +88,11 @@ class Settings:
     """Peak learning rate of AdamW."""
     warmup_steps: int = 10
     """Steps of linear warm-up."""
-    final_lr: float = 0.1
+    min_lr_ratio: float = 0.1
     """Learning rate at the last step as a share of --lr (linear decay); 1 keeps it constant."""
     weight_decay: float = 0.0
     """Weight decay of AdamW, applied to every weight."""
-    max_norm: float = 1.0
+    max_grad_norm: float = 1.0
     """Maximum gradient norm; longer gradients are scaled down."""
 
 
@@ -144,14 +145,15 @@ def train(
     for number in range(done.number + 1 if done else 1, s.steps + 1):
         clock, ranks.step = Clock(), number
         prompts = batch(number)
-        groups, judged = roll_out(prompts, number, sampler, reward, s, stop_ids, ranks, clock)
+        groups, judged = rollout(prompts, number, sampler, reward, s, stop_ids, ranks, clock)
         if hasattr(reward, "finish"):
             judged = reward.finish(judged)
         rewards = torch.tensor([group.total for group in judged], dtype=torch.float64)  # (P, N)
-        advantages = group_advantage(rewards, s.advantage_scale)
+        device = model.head_weight.device  # on a GPU the Triton kernel computes them
+        advantages = group_advantage(rewards.to(device), s.advantage_scale).cpu()
         weights = [getattr(group, "weight", 1.0) for group in judged]
         advantages *= torch.tensor(weights, dtype=advantages.dtype)[:, None]
-        rows = distinct_rows(prompts, groups, rewards, advantages, s)
+        rows = merge_identical_samples(prompts, groups, rewards, advantages, s)
         reference = reference_logprobs(start, rows, s, ranks)
         clock.stage("reference")
         rate = learning_rate(s, number)
@@ -160,7 +162,7 @@ def train(
         trained = update(model, optimizer, rows, reference, token_loss_weights(rows, s), s, ranks)
         sync_sampler(sampler, model)
         clock.stage("train")
-        metrics = describe(groups, judged, rewards, advantages, rows, reference)
+        metrics = batch_metrics(groups, judged, rewards, advantages, rows, reference)
         num_tokens = trained["train/tokens"] * s.updates_per_batch
         metrics |= trained | clock.metrics(groups, num_tokens) | {"train/lr": rate}
         missing = update_failure_streaks(metrics, missing)
@@ -174,7 +176,7 @@ def sync_sampler(sampler, model) -> None:
         sync_weights(sampler.model.parameters(), model.parameters())
 
 
-def roll_out(
+def rollout(
     prompts: list[Prompt], number: int, sampler, reward, s: Settings, stop_ids, ranks: Ranks, clock
 ) -> tuple[tuple, tuple]:
     """The samples of each prompt and their rewards, made by one rank and gathered on all."""
@@ -198,7 +200,7 @@ def roll_out(
 # --------------------------------------------------------------------------- what is trained
 
 
-def distinct_rows(
+def merge_identical_samples(
     prompts: list[Prompt], groups: list[list], rewards: Tensor, advantages: Tensor, s: Settings
 ) -> list[TrainSample]:
     """Identical samples of a prompt become one row, though a noisy scorer may have given them
@@ -295,7 +297,7 @@ def update(
         if number == 0:
             stats["policy/sampler_gap"] = totals["sampler_gap"] / weight
             stats["policy/sampler_gap_max"] = totals["sampler_gap_max"]
-        norm = clip_gradients(parameters, s.max_norm)
+        norm = clip_gradients(parameters, s.max_grad_norm)
         if math.isfinite(norm):  # one number: the ranks cannot disagree
             optimizer.step()
         else:
@@ -433,7 +435,7 @@ def make_optimizer(model, s: Settings) -> torch.optim.AdamW:
 
 def learning_rate(s: Settings, number: int) -> float:
     rising = min(1.0, number / max(s.warmup_steps, 1))
-    return s.lr * rising * (1 - (1 - s.final_lr) * number / s.steps)
+    return s.lr * rising * (1 - (1 - s.min_lr_ratio) * number / s.steps)
 
 
 def update_failure_streaks(metrics: dict, before: dict[str, int]) -> dict[str, int]:
@@ -451,7 +453,7 @@ def check_health(missing: dict[str, int], judged) -> None:
     for what in [what for what, steps in missing.items() if steps >= MAX_BAD_STEPS]:
         advice = "the weights were left alone; lower --lr"
         if what == "valid score":
-            texts = [w for row in judged for w in row.words if w != "not judged"][:3]
+            texts = [w for row in judged for w in row.judge_text if w != "not judged"][:3]
             advice = "the judge's last words:" + "".join(f"\n  {w[-300:]!r}" for w in texts)
         elif what == "sample of the right format":
             advice = "see groups.jsonl; the prompts may not suit the model, or --max-new-tokens"

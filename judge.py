@@ -4,7 +4,7 @@
     prompt = texts.encode([PAPER.ask(task)])       # what the actor continues
     judge = Judge(sampler, texts, PAPER)           # the same sampler, the same weights
     reward = Reward(texts, PAPER, {"self": (1.0, judge)})
-    judged = reward(tasks, groups, step)           # .total (P, N), .parts, .words
+    judged = reward(tasks, groups, step)           # .total (P, N), .parts, .judge_text
 
 Text from data or from a model is `UntrustedText`: it is tokenised apart from the template, with its
 control tokens spelled out. What a translation's form can decide is decided before it is judged:
@@ -54,8 +54,8 @@ class Prompts:
     """Templates with {source_language}, {target_language}, {source} and {translation}."""
 
     actor: str
-    judge: str  # for reading="written": the judge writes its score
-    expected: str  # for reading="expected": the next token is the score
+    judge: str  # for score_mode="written": the judge writes its score
+    expected: str  # for score_mode="expected": the next token is the score
     scores: dict[str, float]  # those tokens, and their values from 0 to 1
     tags: bool  # answers stand in <think> … </think> <answer> … </answer>; else all is the answer
     fence: str = ""  # around what is judged, on lines of its own, longer than any in the text
@@ -64,8 +64,8 @@ class Prompts:
     def ask(self, task: Task) -> list[str]:
         return self.fill(self.actor, task)
 
-    def ask_judge(self, task: Task, translation: str, reading: str = "written") -> list[str]:
-        template = self.judge if reading == "written" else self.expected
+    def ask_judge(self, task: Task, translation: str, score_mode: str = "written") -> list[str]:
+        template = self.judge if score_mode == "written" else self.expected
         return self.fill(template, task, translation=translation)
 
     def fill(self, template: str, task: Task, **candidates: str) -> list[str]:
@@ -226,53 +226,54 @@ def parse_score(text: str) -> float | None:
 
 class Score(NamedTuple):
     value: float | None  # 0 … 1; None: there is no score
-    words: str
+    judge_text: str
 
 
 NOT_JUDGED, TOO_LONG = Score(0.0, "not judged"), Score(0.0, "too long to judge")
 
 
-def check_reading(reading: str, samples: int, temperature: float) -> None:
-    if reading not in ("written", "expected"):
-        raise ValueError(f"reading={reading!r} is unknown; known: written, expected")
-    if samples > 1 and (temperature == 0 or reading == "expected"):
+def check_score_mode(score_mode: str, samples: int, temperature: float) -> None:
+    if score_mode not in ("written", "expected"):
+        raise ValueError(f"score_mode={score_mode!r} is unknown; known: written, expected")
+    if samples > 1 and (temperature == 0 or score_mode == "expected"):
         raise ValueError(f"{samples} judge samples would all be the same: set a temperature above "
-                         "0 and reading 'written', or one sample")  # fmt: skip
+                         "0 and score_mode 'written', or one sample")  # fmt: skip
 
 
-def digest(step: int, ids: Sequence[int]) -> int:
+def prompt_key(step: int, ids: Sequence[int]) -> int:
     text = f"{step} {' '.join(map(str, ids))}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 class Judgement(NamedTuple):
-    words: str
+    judge_text: str
     own: bool  # the judge's own to the end: neither cut off nor an echo
 
 
-def mean_score(judgements: Sequence[Judgement], read: Callable = parse_score) -> Score:
+def average_judgements(judgements: Sequence[Judgement], read: Callable = parse_score) -> Score:
     """The mean over the judgements that `read` can read, from 0 … 100 to 0 … 1."""
-    values = [read(x.words) if x.own else None for x in judgements]
+    values = [read(x.judge_text) if x.own else None for x in judgements]
     values = [value / 100 for value in values if value is not None]
     mean = sum(values) / len(values) if values else None
-    return Score(mean, " / ".join(x.words for x in judgements))
+    return Score(mean, " / ".join(x.judge_text for x in judgements))
 
 
 class Judge:
     """Asks a sampler's model to score translations. Each distinct pair is asked once."""
 
     def __init__(
-        self, sampler, texts, prompts: Prompts, reading: str = "written",
+        self, sampler, texts, prompts: Prompts, score_mode: str = "written",
         samples: int = 1, temperature: float = 0.0, max_new_tokens: int = 1024,
         stop_ids: Sequence[int] = (), seed: int = 0,
     ):  # fmt: skip
         """`samples` judgements of each pair are averaged; more than one needs a temperature."""
-        check_reading(reading, samples, temperature)
-        self.sampler, self.texts, self.prompts, self.reading = sampler, texts, prompts, reading
+        check_score_mode(score_mode, samples, temperature)
+        self.sampler, self.texts, self.prompts = sampler, texts, prompts
+        self.score_mode = score_mode
         self.samples, self.temperature, self.seed = samples, temperature, seed
-        self.max_new_tokens = max_new_tokens if reading == "written" else 1
+        self.max_new_tokens = max_new_tokens if score_mode == "written" else 1
         self.stop_ids = list(stop_ids)
-        if reading == "expected":
+        if score_mode == "expected":
             self.score_ids = [texts.one_token(text) for text in prompts.scores]
 
     def __call__(self, tasks: Sequence[Task], answers: list[list[str | None]], step: int):
@@ -284,10 +285,10 @@ class Judge:
     def judge(self, distinct: set[tuple], step: int) -> dict[tuple, Score]:
         """By (text, source, target, translation)."""
         pairs = sorted(distinct)
-        questions = [self.prompts.ask_judge(Task(*p[:3]), p[3], self.reading) for p in pairs]
-        if self.reading == "written":
+        questions = [self.prompts.ask_judge(Task(*p[:3]), p[3], self.score_mode) for p in pairs]
+        if self.score_mode == "written":
             judgements = self.write(questions, step, self.max_new_tokens)
-            scores = {i: mean_score(group) for i, group in judgements.items()}
+            scores = {i: average_judgements(group) for i, group in judgements.items()}
         else:
             probs = self.next_probs(questions, self.score_ids)
             scores = {i: self.read_expected(row) for i, row in probs.items()}
@@ -298,7 +299,7 @@ class Judge:
     ) -> dict[int, list[Judgement]]:
         """The judgements on those questions that fit the window."""
         prompts = self.fitting(questions, max_new_tokens)
-        keys = [digest(step, ids) for ids in prompts.values()]  # whatever else is asked
+        keys = [prompt_key(step, ids) for ids in prompts.values()]  # whatever else is asked
         groups = self.sampler.generate(
             [*prompts.values()], self.samples, max_new_tokens, self.temperature,
             stop_ids=self.stop_ids, seed=self.seed, keys=keys,
@@ -332,24 +333,24 @@ class Judge:
 
 Scorer = Callable[[Sequence[Task], list[list[str | None]], int], list[list[Score]]]
 # Added to the score of a wrong and of a right format; a wrong one has no score.
-GATES = {"product": (0.0, 0.0), "zero-one": (0.0, 1.0), "plus-minus-one": (-1.0, 1.0)}
+FORMAT_REWARDS = {"product": (0.0, 0.0), "zero-one": (0.0, 1.0), "plus-minus-one": (-1.0, 1.0)}
 
 
-class Judged(NamedTuple):
+class RewardOutput(NamedTuple):
     """The rewards of one prompt's samples."""
 
     total: list[float]  # (N,); NaN where a part has no value
     # By name, (N,): "format" (1 or 0), each scorer's value (0 … 1, NaN, or 0 where the form was
     # wrong), and "weight", where groups are weighted.
     parts: dict[str, list[float]]
-    words: list[str]  # the first scorer's
+    judge_text: list[str]  # the first scorer's
     weight: float = 1.0  # of the group's advantages
 
 
 class Reward:
     """Format check and scores. `scorers`: name -> (weight, scorer); score = Σ weight · value.
 
-        gate              right format    wrong format
+        format_reward     right format    wrong format
         product           score           0
         zero-one          1 + score       0
         plus-minus-one    1 + score       -1
@@ -360,15 +361,16 @@ class Reward:
 
     def __init__(
         self, texts, prompts: Prompts, scorers: dict[str, tuple[float, Scorer]],
-        gate: str = "product", weigh: Callable | None = None,
+        format_reward: str = "product", weigh: Callable | None = None,
         is_translation: Callable[[str, Task], bool] | None = None,
     ):  # fmt: skip
         """`weigh(tasks, answers, scores, step)`: the groups' weights, from the first scorer's
         scores. `is_translation(answer, task)`: part of the format check, beyond the form."""
-        self.texts, self.prompts, self.scorers, self.gate = texts, prompts, scorers, GATES[gate]
+        self.texts, self.prompts, self.scorers = texts, prompts, scorers
+        self.format_reward = FORMAT_REWARDS[format_reward]
         self.weigh, self.is_translation = weigh, is_translation
 
-    def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> list[Judged]:
+    def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> list[RewardOutput]:
         answers = [
             [translation_in(self.texts, self.prompts, task, x, self.is_translation) for x in group]
             for task, group in zip(tasks, groups, strict=True)
@@ -386,7 +388,7 @@ class Reward:
             for name, rows in scores.items():
                 parts[name] = [math.nan if x.value is None else x.value for x in rows[p]]
             # A missing score stays NaN, but a wrong format needs none.
-            wrong, right = self.gate
+            wrong, right = self.format_reward
             weighted = [(weight, parts[name]) for name, (weight, _) in self.scorers.items()]
             total = [
                 wrong if answer is None else right + sum(w * values[n] for w, values in weighted)
@@ -394,7 +396,7 @@ class Reward:
             ]
             if self.weigh:
                 parts["weight"] = [weights[p]] * len(row)
-            judged.append(Judged(total, parts, [x.words for x in first[p]], weights[p]))
+            judged.append(RewardOutput(total, parts, [x.judge_text for x in first[p]], weights[p]))
         return judged
 
 

@@ -350,7 +350,7 @@ class Sampler:
     def start_call(self, prompts: list, n: int, max_new_tokens: int, stop_ids: Ids) -> None:
         """Copy the call's settings to the device and free all slots."""
         addresses = [p.data_ptr() for p in self.model.parameters()]
-        if addresses != self.addresses or len(self.graphs) > 64:
+        if addresses != self.addresses or len(self.graphs) > 256:
             self.graphs.clear()  # the weights were replaced, or many settings were used
             self.addresses = addresses
         self.share_prefix(prompts, min(self.slots, n * len(prompts)))
@@ -490,7 +490,8 @@ class Sampler:
             t.copy_(old)  # the warm-up's rows in the cache are overwritten
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        # Another thread, which writes a checkpoint, may synchronise during the capture.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self.step(B, width, params)
         return graph
 

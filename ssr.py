@@ -46,10 +46,10 @@ from run.distributed import Ranks, interrupt, run_with_error_reporting
 from run.evaluation import Evaluation
 from run.folder import commit
 from run.monitor import RunMonitor
-from run.problem import Problem, data_problem, judge_template, toy_problem, window_of
+from run.problem import Problem, data_problem, judge_template, judge_window, toy_problem
 from run.settings import (
     Settings,
-    describe,
+    describe_run,
     option,
     parse,
     run_folder,
@@ -57,10 +57,10 @@ from run.settings import (
 )
 from sampler import Sampler
 from toy.languages import Languages
-from toy.pretrain import Recipe, make_tokenizer, shape_of
+from toy.pretrain import Recipe, make_tokenizer, model_config
 
 
-def train(s: Settings) -> None:
+def run_training(s: Settings) -> None:
     device, ranks = driver.init_device_and_ranks(s)
     check_ranks_agree(s, ranks)
     with contextlib.closing(CometWorkers(s, device)) as comets:
@@ -77,8 +77,8 @@ def train(s: Settings) -> None:
         per_node, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
         load_work = workload(s, read_config(problem.folder), ranks.size, cuda)
         estimate.check_room(load_work, device, 1 if cuda else per_node)
-        window = window_of(s, problem, texts, load_work.c.max_length)
-        cache = driver.Cache(window, load_work.slots, load_work.judge_slots)
+        window = judge_window(s, problem, texts, load_work.c.max_length)
+        cache = driver.SamplerRoom(window, load_work.slots, load_work.judge_slots)
         policy = driver.build_policy(problem.folder, s, device, ranks, cache)
         own_judge = build_judge(s, policy.judge_sampler, texts, problem.prompts)
         judge = own_judge
@@ -91,7 +91,9 @@ def train(s: Settings) -> None:
         ranks.set_stage("load COMET")
         scorers = build_scorers(s, judge, comets)
         weigh = family.group_weigher(s, own_judge)
-        reward = Reward(texts, problem.prompts, scorers, s.gate, weigh, is_plausible_translation)
+        reward = Reward(
+            texts, problem.prompts, scorers, s.format_reward, weigh, is_plausible_translation
+        )
 
         # The loop.
         path = ranks.on_rank0("name the run", lambda: run_folder(s.preset, s.folder, s.resume))
@@ -108,8 +110,10 @@ def train(s: Settings) -> None:
             return encode_prompts(s, problem, texts, tasks)
 
         with monitor:
-            resume_from = monitor.begin(policy, describe(s))
-            for step in driver.train(policy, reward, batch, s, texts.stop_ids, ranks, resume_from):
+            resume_from = monitor.begin(policy, describe_run(s))
+            for step in driver.train_policy(
+                policy, reward, batch, s, texts.stop_ids, ranks, resume_from
+            ):
                 monitor.after(step)
     if monitor.finished and not monitor.had_signal:
         sys.exit(3)
@@ -137,7 +141,7 @@ def other_judge(
     prompts = [problem.prompts.ask(task) for task in problem.held_out]
     pairs = zip(texts.encode(prompts), policy.encode(prompts), strict=True)
     longer = max(1.0, 1.25 * max(len(theirs) / len(ours) for theirs, ours in pairs))
-    window = window_of(s, problem, texts, model.config.max_length, longer)
+    window = judge_window(s, problem, texts, model.config.max_length, longer)
     return build_judge(s, Sampler(model, slots, window), texts, problem.prompts)
 
 
@@ -166,22 +170,22 @@ def run_identity(s: Settings, problem: Problem, policy: driver.Policy, comets) -
     return identity
 
 
-def workload(s: Settings, config: Config, size: int, cuda: bool) -> estimate.Work:
-    other = estimate.shape_of(s.judge_model) if s.judge_model and not s.judge_url else None
-    return estimate.Work(s, config, size, judge_template(s), cuda, other)
+def workload(s: Settings, config: Config, size: int, cuda: bool) -> estimate.Workload:
+    other = estimate.find_config(s.judge_model) if s.judge_model and not s.judge_url else None
+    return estimate.Workload(s, config, size, judge_template(s), cuda, other)
 
 
 def dry_run(s: Settings) -> None:
     machine, count = estimate.machines(s.dry_run, any_gpu=s.preset != "toy")
     if s.model:
-        config = estimate.shape_of(s.model)
+        config = estimate.find_config(s.model)
         if (folder := Path(s.model).expanduser()).is_dir():
             warn_about_prompts(s, load_tokenizer(folder))
     else:
         recipe = Recipe(seed=s.seed, skills=toy_skills(s))
-        config = shape_of(recipe, make_tokenizer(Languages(s.seed), recipe.skills))
+        config = model_config(recipe, make_tokenizer(Languages(s.seed), recipe.skills))
     work = workload(s, config, count, machine.is_gpu)
-    print(estimate.report(work, machine, s.model or "the toy"))
+    print(estimate.format_estimate(work, machine, s.model or "the toy"))
     if estimate.missing(work, machine) > 0:
         sys.exit(1)
 
@@ -190,7 +194,7 @@ def start(argv: list[str]) -> None:
     s = parse(argv, __doc__)
     if os.environ.get("RANK", "0") == "0":
         print(f"{'SSR-X-Zero' if s.reward == 'self+comet' else 'SSR-Zero'}, preset {s.preset}")
-    dry_run(s) if s.dry_run else train(s)
+    dry_run(s) if s.dry_run else run_training(s)
 
 
 def main(argv: list[str]) -> None:

@@ -80,7 +80,7 @@ def decode(rehearse: bool) -> dict:
     rows: dict[str, dict] = {"machine": gpu._asdict()}
     dtype = torch.float32 if rehearse else torch.bfloat16
     for name in ["tiny"] if rehearse else SHAPES:
-        config = TINY if rehearse else estimate.shape_of(name)
+        config = TINY if rehearse else estimate.find_config(name)
         with torch.device("meta"):
             model = Transformer(config).to(dtype)
         model = model.to_empty(device=DEVICE).requires_grad_(False)
@@ -115,7 +115,7 @@ def decode(rehearse: bool) -> dict:
 
 def step(rehearse: bool) -> dict:
     """In a process of its own. Estimate and peak are without CUDA's own memory."""
-    config = TINY if rehearse else estimate.shape_of(SHAPES[0])
+    config = TINY if rehearse else estimate.find_config(SHAPES[0])
     P, N, new = sizes = (2, 4, 16) if rehearse else (32, 8, 512)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), config, sizes, "judged letters")
@@ -124,10 +124,10 @@ def step(rehearse: bool) -> dict:
     stages = {k: statistics.median(s["stages"][k] for s in steps) for k in steps[0]["stages"]}
     s = settings.parse([
         "--preset=ssr-zero-0.5b", "--model=.", "--data=.", f"--prompts-per-step={P}",
-        f"--samples-per-prompt={N}", f"--max-new-tokens={new}", f"--slots={P * N}",
+        f"--samples-per-prompt={N}", f"--max-new-tokens={new}", f"--max-num-seqs={P * N}",
         f"--max-prompt-tokens={ours.sampler.max_length - new}", "--judge-max-new-tokens=8",
     ])  # fmt: skip
-    parts = estimate.memory(estimate.Work(s, config, 1, 0, CUDA))
+    parts = estimate.memory(estimate.Workload(s, config, 1, 0, CUDA))
     parts.pop("CUDA and its libraries", None)
     peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
     return {"seconds": stages, "GB": {"peak": peak, "estimate": estimate.peak(parts) / 1e9}}

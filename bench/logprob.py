@@ -29,7 +29,7 @@ SHAPES = {"0.5b": (2048, 896, 151_936), "7b": (8192, 3584, 152_064)}  # M, D, V
 LENGTH = 128  # of a sequence, for peers that want (sequences, tokens)
 
 
-def policy_loss(logprob, advantages, weights):
+def plain_loss(logprob, advantages, weights):
     ratio = (logprob - logprob.detach()).exp()
     return (weights * -advantages * ratio).sum()
 
@@ -39,14 +39,14 @@ def policy_loss(logprob, advantages, weights):
 
 def recomputing(hidden, weight, targets, advantages, weights):
     logprob, entropy = linear_logprob(hidden, weight, targets)
-    return policy_loss(logprob, advantages, weights), entropy
+    return plain_loss(logprob, advantages, weights), entropy
 
 
 def plain(hidden, weight, targets, advantages, weights):
     log_p = F.linear(hidden, weight).float().log_softmax(-1)
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
-    return policy_loss(log_p.gather(1, targets[:, None])[:, 0], advantages, weights), entropy
+    return plain_loss(log_p.gather(1, targets[:, None])[:, 0], advantages, weights), entropy
 
 
 def liger():
@@ -69,7 +69,7 @@ def trl():
         logprob, entropy, *_ = ChunkedLogProbFunction.apply(
             hidden, weight, None, targets, 1.0, 8192, None, 1.0, ("entropy",)
         )
-        return policy_loss(logprob, advantages, weights), entropy
+        return plain_loss(logprob, advantages, weights), entropy
 
     return run
 

@@ -29,7 +29,7 @@ import grpo
 from bench.measure import DEVICE, call_in_new_process, resident
 from data.codec import PromptCodec, load_tokenizer
 from data.languages import is_plausible_translation
-from judge import PLAIN, TOY, Judge, Judged, Reward, Task
+from judge import PLAIN, TOY, Judge, Reward, RewardOutput, Task
 from model import Config, Transformer, save
 from run import driver
 from run.distributed import Ranks
@@ -64,7 +64,7 @@ def truth(texts: list[str], tasks: list[dict]) -> list[float]:
 SCORES = {"letters": letters, "truth": truth}
 
 
-def exact_match(texts: list[str], tasks: list[dict]) -> float:
+def share_exact(texts: list[str], tasks: list[dict]) -> float:
     return statistics.mean(
         text.split() == task["reference"].split() for text, task in zip(texts, tasks, strict=True)
     )
@@ -89,11 +89,13 @@ class Ours:
         P, N, new = work["sizes"]
         s = grpo.Settings(
             steps=10_000_000, prompts_per_step=P, samples_per_prompt=N, max_new_tokens=new, lr=LR,
-            warmup_steps=WARMUP, final_lr=1.0, track_kl=track_kl,
+            warmup_steps=WARMUP, min_lr_ratio=1.0, track_kl=track_kl,
         )  # fmt: skip
         window = max(map(len, work["ids"])) + 2 * new + 8
         window += 1500 if work["reward"] == "judged letters" else 0
-        policy = driver.build_policy(Path(folder), s, DEVICE, Ranks(), driver.Cache(window, P * N))
+        policy = driver.build_policy(
+            Path(folder), s, DEVICE, Ranks(), driver.SamplerRoom(window, P * N)
+        )
         self.sampler = policy.sampler
         if work["reward"] == "self":
             judge = Judge(self.sampler, self.texts, TOY, "expected")
@@ -101,7 +103,7 @@ class Ours:
                 self.texts, TOY, {"self": (1.0, judge)}, is_translation=is_plausible_translation
             )
         self.judge = Judge(self.sampler, self.texts, PLAIN, "written", max_new_tokens=8)
-        self.loop = driver.train(
+        self.loop = driver.train_policy(
             policy, lambda *args: self.reward(*args), self.batch, s, self.stop_ids, Ranks()
         )
 
@@ -120,7 +122,7 @@ class Ours:
         score = SCORES[self.work["reward"].split()[-1]]
         for task, texts in zip(tasks, answers, strict=True):
             values = score(texts, [task] * len(texts))
-            judged.append(Judged(values, {"reward": values}, texts))
+            judged.append(RewardOutput(values, {"reward": values}, texts))
         return judged
 
     def batch(self, number: int) -> list[grpo.Prompt]:
@@ -139,7 +141,7 @@ class Ours:
         tasks, new = self.work["held_out"], self.work["sizes"][2]
         ids = self.texts.encode([[task["prompt"]] for task in tasks])
         groups = self.sampler.generate(ids, 1, new, 0.0, stop_ids=self.stop_ids)
-        return exact_match([text for [text] in self.decode(groups)], tasks)
+        return share_exact([text for [text] in self.decode(groups)], tasks)
 
 
 def run_ours(folder: str, steps: int, until: bool) -> dict:
@@ -187,7 +189,7 @@ def run_trl(folder: str, steps: int, until: bool) -> dict:
         was, model.training = model.training, False
         out = model.generate(**inputs, generation_config=config)[:, inputs.input_ids.shape[1] :]
         model.train(was)
-        return exact_match(tokenizer.batch_decode(out, skip_special_tokens=True), tasks)
+        return share_exact(tokenizer.batch_decode(out, skip_special_tokens=True), tasks)
 
     def reward(prompts, completions, completion_ids, task, **_):
         return SCORES[work["reward"]](completions, task)
@@ -228,7 +230,7 @@ def run_trl(folder: str, steps: int, until: bool) -> dict:
 def prepare(folder: Path, config: Config | None, sizes, reward: str) -> None:
     """The model's folder and work.json: what both sides read. Without a config, the toy's."""
     from tests.tiny import make_tokenizer
-    from toy.pretrain import Recipe, make
+    from toy.pretrain import Recipe, language_model
 
     held_out: list[dict] = []
     if config:
@@ -237,7 +239,7 @@ def prepare(folder: Path, config: Config | None, sizes, reward: str) -> None:
         save(Transformer(dataclasses.replace(config, hub={"eos_token_id": 0})), folder)
         tasks = [{"prompt": f"translate: the cat sat on the mat {i}"} for i in range(64)]
     else:
-        shutil.copytree(make(Recipe()), folder, dirs_exist_ok=True)
+        shutil.copytree(language_model(Recipe()), folder, dirs_exist_ok=True)
         pair = Languages(0)
         tasks, held_out = (
             [t._asdict() | {"prompt": "".join(TOY.ask(t))} for t in sentences]

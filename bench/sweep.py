@@ -46,7 +46,9 @@ def run_sweep(sweep: Sweep, rows: list[str], seeds: int, folder: Path, more: lis
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     models = [sweep.build_model(seed) for seed in range(seeds)]
-    folders = {row: [folder / f"{slug(row)}-seed{seed}" for seed in range(seeds)] for row in rows}
+    folders = {
+        row: [folder / f"{folder_name(row)}-seed{seed}" for seed in range(seeds)] for row in rows
+    }
     run_all({
         folders[row][seed]:
         [*sweep.program, *sweep.rows[row], f"--model={model}", f"--seed={seed}", *more]
@@ -74,7 +76,7 @@ def run_all(jobs: dict[Path, list[str]]) -> None:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 folder = waiting.pop(0)
-                running[folder] = start(folder, jobs[folder])
+                running[folder] = start_run(folder, jobs[folder])
             time.sleep(0.1)
             for folder in [x for x, process in running.items() if process.poll() is not None]:
                 del running[folder]
@@ -95,14 +97,14 @@ def is_done(folder: Path) -> bool:
     return (folder / "result.json").is_file()
 
 
-def start(folder: Path, command: list[str]) -> subprocess.Popen:
+def start_run(folder: Path, command: list[str]) -> subprocess.Popen:
     command = [sys.executable, *command, f"--folder={folder}", "--no-report"]
     command += ["--resume"] * folder.exists()
     with folder.with_suffix(".log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def slug(row: str) -> str:
+def folder_name(row: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in row).split())
 
 
@@ -180,23 +182,23 @@ def rzero_cells(folders: Folders, row: str) -> dict[str, str]:
 
 def build_skilled(seed: int) -> Path:
     """One model for all rewards: SPO and group judging need skills that not every toy has."""
-    return pretrain.make(pretrain.Recipe(seed=seed, skills=pretrain.SKILLS))
+    return pretrain.language_model(pretrain.Recipe(seed=seed, skills=pretrain.SKILLS))
 
 
 def build_weak(seed: int) -> Path:
     """At the default, 3.5e6 tokens, the judge alone reaches the ceiling."""
-    return pretrain.make(pretrain.Recipe(seed=seed, tokens=2e6))
+    return pretrain.language_model(pretrain.Recipe(seed=seed, tokens=2e6))
 
 
 def build_programs(seed: int) -> Path:
-    return programs.make(programs.Recipe(seed=seed))
+    return programs.program_model(programs.ProgramRecipe(seed=seed))
 
 
 REWARDS = {
     "self, live judge": [],
     "self, frozen judge": ["--judge=frozen"],
     "self, EMA judge": ["--judge=ema"],
-    "self, written score": ["--reading=written"],
+    "self, written score": ["--score-mode=written"],
     "noisy external scorer": ["--reward=external"],
     "self + noisy external": ["--reward=self+external"],
     "truth (upper bound)": ["--reward=oracle"],

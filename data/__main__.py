@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     option("--out", help="write the tasks there, as JSON lines")
     args = parser.parse_args(argv)
     try:
-        corpus = loading.gather(args.data, args.source, args.target, args.skip_bad_lines)
+        corpus = loading.load_corpus(args.data, args.source, args.target, args.skip_bad_lines)
         print(corpus.report())
         for (source, target), n in Counter((t.source, t.target) for t in corpus.tasks).items():
             print(f"{source} to {target}: {n:,} texts")

@@ -85,7 +85,7 @@ class PromptCodec:
     def one_token(self, text: str) -> int:
         ids = self.pieces([text])[0]
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
-            raise ValueError(f"{text!r} is {len(ids)} or unknown here: use reading='written'")
+            raise ValueError(f"{text!r} is {len(ids)} or unknown here: use score_mode='written'")
         return ids[0]
 
 

@@ -71,7 +71,7 @@ def pair_of(codes: str) -> tuple[str, str]:
     return as_pair(language(source), language(target))
 
 
-def pairs_of(source: str, target: str) -> list[tuple[str, str]]:
+def parse_language_pairs(source: str, target: str) -> list[tuple[str, str]]:
     """The pairs of --source and --target: lists of the same length, or one for all of the other."""
     sources, targets = ([language(w) for w in x.split(",") if w] for x in (source, target))
     most = max(len(sources), len(targets))

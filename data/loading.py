@@ -30,7 +30,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from data.languages import as_pair, code_pair, language, pair_of, pairs_of
+from data.languages import as_pair, code_pair, language, pair_of, parse_language_pairs
 from judge import Task
 
 KEYS = ("text", "source", "target", "reference")
@@ -54,16 +54,16 @@ class Corpus(NamedTuple):
         return "\n".join(lines)
 
 
-def gather(
+def load_corpus(
     entries: str, source: str = "", target: str = "", skip_bad: bool = False, twice: bool = False
 ) -> Corpus:
     """All entries of `--data`, each text once (unless `twice`). A line that cannot be read is an
     error that names it; with `skip_bad` it is left out and counted."""
-    pairs = pairs_of(source, target)
+    pairs = parse_language_pairs(source, target)
     corpus, seen = Corpus([], {}), set()
     for entry in split_entries(entries):
         count = corpus.counts[entry] = Counter(read=0, kept=0)
-        for item in read(entry, pairs):
+        for item in read_file(entry, pairs):
             count["read"] += 1
             if isinstance(item, ValueError):
                 if not skip_bad:
@@ -95,7 +95,7 @@ def split_entry(entry: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------- files
 
 
-def read(entry: str, pairs: Pairs) -> Entries:
+def read_file(entry: str, pairs: Pairs) -> Entries:
     name, pair = split_entry(entry)
     path, pairs = Path(name).expanduser(), [pair_of(pair)] if pair else pairs
     if path.is_dir() or path.suffix in (".csv", ".tsv", ".gz", ".zip", ".xz"):
@@ -239,7 +239,7 @@ def length_of(text: str) -> int:
 # ------------------------------------------------------------------------------------ the order
 
 
-def digest(tasks: list[Task]) -> str:
+def hash_texts(tasks: list[Task]) -> str:
     lines = (json.dumps(task, ensure_ascii=False) for task in tasks)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 

@@ -23,7 +23,7 @@ from run import settings
 from run.checkpoint import fingerprint
 from sampler import Sampler, uniforms
 from toy.languages import Languages, quality
-from toy.pretrain import Recipe, make
+from toy.pretrain import Recipe, language_model
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "walkthrough.md"
@@ -49,7 +49,9 @@ class Trip:
         self.best = self.samples[self.n]
         self.hard = min(range(len(self.best.ids)), key=lambda k: self.best.logprobs[k])
         rewards = torch.tensor([x.total for x in step.judged], dtype=torch.float64)
-        self.rows = grpo.distinct_rows(step.prompts, step.groups, rewards, step.advantages, s)
+        self.rows = grpo.merge_identical_samples(
+            step.prompts, step.groups, rewards, step.advantages, s
+        )
         self.weights = grpo.token_loss_weights(self.rows, s)
         both = zip(self.rows, self.weights, strict=True)
         self.row, self.weight_of_row = next(
@@ -113,7 +115,9 @@ class Trip:
                 f"{TASK} = {key}:\n\n" + table(head, rows))  # fmt: skip
 
     def judge(self) -> str:
-        prompts = [self.templates.ask_judge(self.source, x, self.s.reading) for x in self.answers]
+        prompts = [
+            self.templates.ask_judge(self.source, x, self.s.score_mode) for x in self.answers
+        ]
         encoded, values = self.texts.encode(prompts), self.templates.scores
         score_ids = [self.texts.one_token(score) for score in values]
         shares = self.start.next_logprobs(encoded, score_ids).double().exp()
@@ -139,7 +143,7 @@ class Trip:
         a = (rewards[n] - mean) / (std + 1e-6)
         assert_agree(a, self.advantages[n], "the advantage")
         truth = [f"{quality(text, self.truth):.2f}" for text in self.answers]
-        rows = zip(self.judged.words, rewards, self.advantages, truth, strict=True)
+        rows = zip(self.judged.judge_text, rewards, self.advantages, truth, strict=True)
         head = ["sample", "the judge's likeliest", "reward", "advantage", "in truth"]
         return table(head, [[n, *row] for n, row in enumerate(rows)]) + "\n\n" + formulas(
             f"mean = {mean:.4f}, standard deviation = {std:.4f}",
@@ -181,9 +185,9 @@ class Trip:
     def update(self) -> str:
         s, norm, rate = self.s, *map(self.step.metrics.get, ("train/grad_norm", "train/lr"))
         return formulas(
-            f"length of the gradient = {norm:.4f}, at most {s.max_norm:g}: scaled by "
-            f"{min(1.0, s.max_norm / norm):.4g}",
-            f"learning rate = {s.lr:g} × 1 / {s.warmup_steps} × (1 - {1 - s.final_lr:g} × 1 / "
+            f"length of the gradient = {norm:.4f}, at most {s.max_grad_norm:g}: scaled by "
+            f"{min(1.0, s.max_grad_norm / norm):.4g}",
+            f"learning rate = {s.lr:g} × 1 / {s.warmup_steps} × (1 - {1 - s.min_lr_ratio:g} × 1 / "
             f"{s.steps}) = {rate:.4g}",
             f"the furthest that any weight moved = {self.moved:.4g}",
         )
@@ -215,7 +219,7 @@ def blocks(folder: Path, *options: str) -> dict[str, str]:
 
     with tempfile.TemporaryDirectory() as temporary, mock.patch.object(grpo, "train", watch):
         argv = ["--preset=toy", "--no-report", f"--model={folder}", f"--folder={temporary}/run"]
-        ssr.train(settings.parse([*argv, *options]))
+        ssr.run_training(settings.parse([*argv, *options]))
     token = trip.token(trip.best.ids[trip.hard])
     head = ["", f"p of {token}", f"p of all of sample {trip.n}", "greedy translation"]
     return {name: getattr(trip, name)() for name in NAMES} | {
@@ -278,7 +282,7 @@ def main(argv: list[str]) -> None:
     if argv not in ([], ["--links"]):
         sys.exit(__doc__)
     text = PAGE.read_text(encoding="utf-8")
-    text = link_lines(text) if argv else fill(text, blocks(make(Recipe())))
+    text = link_lines(text) if argv else fill(text, blocks(language_model(Recipe())))
     PAGE.write_text(text, encoding="utf-8")
 
 

@@ -37,7 +37,7 @@ import torch
 
 from data.loading import code_pair, split_entries
 from eval import cli, sets, table
-from eval.comet import DTYPES, NAMES, Comet, find_python, rows_of, where
+from eval.comet import DTYPES, NAMES, Comet, comet_rows, find_python, where
 from eval.score import SACREBLEU, Result, mean_score
 from eval.sets import TestSet
 from eval.translate import System, read_translations, translate
@@ -79,7 +79,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--prompts", choices=list(TEMPLATES), default="paper")
     option("--chat", action="store_true", help="use the tokenizer's chat template")
     option("--max-new-tokens", type=cli.positive, default=1024)
-    option("--slots", type=cli.positive, default=64, help="sequences decoded together")
+    option(
+        "--max-num-seqs",
+        "--slots",
+        type=cli.positive,
+        default=64,
+        help="sequences decoded together",
+    )
     option("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     option("--comet-dtype", choices=DTYPES, default="float32")
     args = parser.parse_args(argv)
@@ -99,7 +105,7 @@ def load_sets(args: argparse.Namespace) -> list[TestSet]:
     test_sets: dict[str, TestSet] = {}  # by file name
     for entry in split_entries(args.sets):
         segments: dict[str, list[Task]] = {}
-        for task in sets.load(entry):
+        for task in sets.load_set(entry):
             segments.setdefault(code_pair((task.source, task.target)), []).append(task)
         for direction, tasks in segments.items():
             label = cli.slug(sets.label(entry))
@@ -176,7 +182,7 @@ def parse_systems(args: argparse.Namespace, test_sets: list[TestSet]) -> list[Sy
 # --------------------------------------------------------------------------------------- scoring
 
 
-def score(
+def score_systems(
     args, device: torch.device, ranks: Ranks, metric: Metric, systems: list[System],
     test_sets: list[TestSet], translations: dict[str, dict[str, list[dict]]],
 ) -> dict[tuple[str, str], Result]:  # fmt: skip
@@ -187,7 +193,7 @@ def score(
         def comet() -> Comet:
             """Started only if something is left to score."""
             worker = Comet(metric.checkpoint, str(device), args.comet_dtype, 16,
-                           start_limit=0.9 * cli.PATIENCE)  # fmt: skip
+                           start_limit=0.9 * cli.HANG_TIMEOUT)  # fmt: skip
             stack.enter_context(worker).ready()
             return worker
 
@@ -208,7 +214,7 @@ def score_with_comet(
     args, ranks: Ranks, metric: Metric, comet, tasks: list[Task], texts: list[str], file: Path
 ) -> Result:
     with_references = all(task.reference for task in tasks)
-    pairs = rows_of(tasks, texts, with_references)
+    pairs = comet_rows(tasks, texts, with_references)
     key = {"checkpoint": checkpoint_id(metric.checkpoint), "dtype": args.comet_dtype}
     key |= {"translation, source or reference": cli.hash_json(pairs)}
     opened: list[JsonlCache] = []  # by rank 0 only
@@ -239,7 +245,9 @@ def score_with_comet(
 # ------------------------------------------------------------------------------------ the report
 
 
-def report(args, systems: list[System], test_sets: list[TestSet], results, translations) -> None:
+def print_results(
+    args, systems: list[System], test_sets: list[TestSet], results, translations
+) -> None:
     """Write and print the table; `results` by metric, system and set."""
     columns: dict[str, dict] = {}
     unreadable: dict[str, dict] = {}
@@ -291,7 +299,7 @@ def write_segments(out: Path, system: System, one: TestSet, rows: list[dict], re
 
 def evaluate(argv: list[str]) -> None:
     args = parse(argv)
-    device, ranks = cli.init_device_and_ranks()
+    device, ranks = cli.init_evaluation()
     test_sets = ranks.on_rank0("read the sets", lambda: load_sets(args))
     metrics = parse_metrics(args, test_sets)
     systems = parse_systems(args, test_sets)
@@ -305,11 +313,11 @@ def evaluate(argv: list[str]) -> None:
             gc.collect()  # the model, to make room for the next one and COMET
             torch.cuda.empty_cache()
     results = {
-        metric.name: score(args, device, ranks, metric, systems, test_sets, translations)
+        metric.name: score_systems(args, device, ranks, metric, systems, test_sets, translations)
         for metric in metrics
     }
     ranks.ending = True
-    ranks.on_rank0("report", lambda: report(args, systems, test_sets, results, translations))
+    ranks.on_rank0("report", lambda: print_results(args, systems, test_sets, results, translations))
 
 
 def main(argv: list[str]) -> None:

@@ -10,9 +10,9 @@ import torch
 from model import find_folder
 from run.checkpoint import fingerprint
 from run.distributed import Ranks, init_distributed
-from toy.pretrain import Recipe, make
+from toy.pretrain import Recipe, language_model
 
-PATIENCE = 7200.0  # seconds that one rank waits for another
+HANG_TIMEOUT = 7200.0  # seconds that one rank waits for another
 HINT = "the same command goes on"  # after an interruption
 
 
@@ -27,9 +27,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def init_device_and_ranks() -> tuple[torch.device, Ranks]:
+def init_evaluation() -> tuple[torch.device, Ranks]:
     cuda = torch.cuda.is_available()
-    ranks = init_distributed("cuda" if cuda else "cpu", PATIENCE)
+    ranks = init_distributed("cuda" if cuda else "cpu", HANG_TIMEOUT)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), ranks
 
 
@@ -37,7 +37,7 @@ def locate_model(model: str) -> Path:
     """The folder of a model: "toy", "toy1", … are pretrained here if they are missing."""
     toy = re.fullmatch(r"toy(\d*)", model)
     if toy and not (Path(model) / "config.json").exists():  # a checkout has a folder toy/, too
-        return make(Recipe(seed=int(toy[1] or 0)))
+        return language_model(Recipe(seed=int(toy[1] or 0)))
     return find_folder(model)
 
 

@@ -170,7 +170,7 @@ def where(checkpoint: str) -> str:
     return NAMES.get(checkpoint, checkpoint)
 
 
-def rows_of(tasks: list, texts: list[str], references: bool) -> list[dict[str, str]]:
+def comet_rows(tasks: list, texts: list[str], references: bool) -> list[dict[str, str]]:
     """The rows that `score` takes."""
     return [
         {"src": task.text, "mt": text} | ({"ref": task.reference} if references else {})

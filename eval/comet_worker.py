@@ -23,7 +23,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(0), "w", buffering=1, encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
-        model, about = load(json.loads(sys.argv[1]))
+        model, about = load_comet(json.loads(sys.argv[1]))
     except Exception as error:
         return print(json.dumps(explain(error)), file=replies)
     print(json.dumps({"about": about}), file=replies)
@@ -48,7 +48,7 @@ def explain(error: Exception) -> dict:
 # ------------------------------------------------------------------------------------ the model
 
 
-def load(settings: dict) -> tuple:
+def load_comet(settings: dict) -> tuple:
     """The model and its description."""
     check_version()
     file = locate(settings["checkpoint"])

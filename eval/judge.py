@@ -2,7 +2,7 @@
 
     python -m eval.judge rows.jsonl --model DIR_OR_ID
     python -m eval.judge rows.jsonl --judge-url http://host:8000/v1 --model NAME
-    python -m eval.judge toy.kasu-bevo.segments.jsonl --model toy --prompts toy --reading expected
+    python -m eval.judge kasu-bevo.jsonl --model toy --prompts toy --score-mode expected
 
     {"text": "Good night.", "source": "en", "target": "zh", "translation": "晚安。", "score": 97.5}
 
@@ -33,24 +33,25 @@ if __name__ == "__main__":  # as in ssr.py
 import numpy as np
 import torch
 
+from data.codec import PromptCodec, load_tokenizer
 from data.loading import parsed, tasks_of
 from eval import cli
 from eval.score import bootstrap, interval
 from eval.table import aligned
-from judge import Judge, PromptCodec, Task, check_reading
-from model import check_folder, load, load_tokenizer
+from judge import Judge, Task
+from model import check_folder, load
 from rewards.build import build_judge, build_remote_judge
 from run.cache import JsonlCache, map_cached
 from run.distributed import Ranks, run_with_error_reporting
 from run.estimate import params_of, refuse_without_room
 from run.files import atomic_write
-from run.settings import TEMPLATES
+from run.settings import TEMPLATES, check_scoring
 from sampler import Sampler
 
-READINGS = ("written", "expected")
+SCORE_MODES = ("written", "expected")
 TOO_LONG = "too long to judge"  # the text of judge.Judge's score
 TOO_FEW = 3  # texts, for an interval
-SETTINGS = ("model", "prompts", "reading", "judge_samples", "judge_max_new_tokens", "chat")
+SETTINGS = ("model", "prompts", "score_mode", "judge_samples", "judge_max_new_tokens", "chat")
 """The options that scores depend on."""
 
 
@@ -66,20 +67,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--judge-url", default="", help="OpenAI-compatible endpoint that serves --model")
     option("--prompts", choices=list(TEMPLATES), default="paper")
     option("--chat", action="store_true", help="use the tokenizer's chat template")
-    option("--reading", choices=READINGS, default="written", help="expected: from the logits")
+    option(
+        "--score-mode",
+        "--reading",
+        choices=SCORE_MODES,
+        default="written",
+        help="expected: from the logits",
+    )
     option("--judge-samples", type=cli.positive, default=1, help="judgements to average")
     option("--judge-max-new-tokens", type=cli.positive, default=512)
-    option("--slots", type=cli.positive, default=256, help="sequences decoded together")
+    option(
+        "--max-num-seqs",
+        "--slots",
+        type=cli.positive,
+        default=256,
+        help="sequences decoded together",
+    )
     option("--out", type=Path, help="folder to write to; default: that of the file")
     args = parser.parse_args(argv)
     args.judge_model, args.seed = args.model, 0
     args.judge_temperature = 0.0 if args.judge_samples == 1 else 1.0
-    check_reading(args.reading, args.judge_samples, args.judge_temperature)
-    if args.judge_url and args.reading == "expected":
-        raise ValueError("--reading expected needs log-probs, which --judge-url does not give")
-    if args.chat and args.reading == "expected" and args.prompts != "toy":
-        raise ValueError("--reading expected begins the judge's answer, which a chat template does "
-                         "not allow: use --reading written")  # fmt: skip
+    check_scoring(args)
     return args
 
 
@@ -93,7 +101,7 @@ class Translation(NamedTuple):
     """From elsewhere, by name."""
 
 
-def read_translations(path: Path) -> list[Translation]:
+def read_scored_translations(path: Path) -> list[Translation]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     translations = []
@@ -134,8 +142,8 @@ def load_judge(
     for. `processes` share this machine's memory, which is checked before the model is loaded."""
     config, _ = check_folder(folder)
     texts, prompts = PromptCodec(load_tokenizer(folder), args.chat), TEMPLATES[args.prompts]
-    questions = [prompts.ask_judge(t.task, t.text, args.reading) for t in translations]
-    new_tokens = args.judge_max_new_tokens if args.reading == "written" else 1
+    questions = [prompts.ask_judge(t.task, t.text, args.score_mode) for t in translations]
+    new_tokens = args.judge_max_new_tokens if args.score_mode == "written" else 1
     windows = [len(ids) + new_tokens for ids in texts.encode(questions)]
     window = max((w for w in windows if w <= config.max_length), default=0)
     if not window:
@@ -143,10 +151,16 @@ def load_judge(
             f"no translation can be judged within the model's {config.max_length} positions: "
             f"lower --judge-max-new-tokens {args.judge_max_new_tokens}"
         )
-    slots = min(args.slots, len(windows) * args.judge_samples) if args.reading == "written" else 1
+    slots = (
+        min(args.max_num_seqs, len(windows) * args.judge_samples)
+        if args.score_mode == "written"
+        else 1
+    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cache = 2 * config.layers * config.kv_heads * config.head_dim * slots * window
-    advice = f"lower --slots (now {slots} of {window} tokens, the longest question and answer)"
+    advice = (
+        f"lower --max-num-seqs (now {slots} of {window} tokens, the longest question and answer)"
+    )
     needed = dtype.itemsize * (params_of(config)[0] + cache)
     refuse_without_room(needed, device, processes, advice)
     model = load(folder, dtype=dtype, device=device)
@@ -169,7 +183,11 @@ def judge_translations(
         tasks = [translations[i].task._replace(reference=None) for i in indices]
         scores = judge(tasks, [[translations[i].text] for i in indices], 0)
         return [
-            {"segment": i, "score": None if s.words == TOO_LONG else s.value, "judge": s.words}
+            {
+                "segment": i,
+                "score": None if s.judge_text == TOO_LONG else s.value,
+                "judge": s.judge_text,
+            }
             for i, (s,) in zip(indices, scores, strict=True)
         ]
 
@@ -180,7 +198,7 @@ def judge_translations(
 # ------------------------------------------------------------------------------------- agreement
 
 
-class Pairs(NamedTuple):
+class RankAgreement(NamedTuple):
     """Counts of pairs of rows, by how the judge's score and the given one order them."""
 
     concordant: int
@@ -207,7 +225,7 @@ def divide(a: float, b: float) -> float:
     return float(a / b) if b else math.nan
 
 
-def count_pairs(rows: list[tuple[float, float]]) -> Pairs:
+def count_pairs(rows: list[tuple[float, float]]) -> RankAgreement:
     judge, given = np.array(rows, dtype=np.float64).T
     counts = Counter()
     for i in range(1, len(rows)):
@@ -216,14 +234,14 @@ def count_pairs(rows: list[tuple[float, float]]) -> Pairs:
         counts["discordant"] += int((a * b < 0).sum())
         counts["ties_judge"] += int(((a == 0) & (b != 0)).sum())
         counts["ties_given"] += int(((a != 0) & (b == 0)).sum())
-    return Pairs(*(counts[name] for name in Pairs._fields))
+    return RankAgreement(*(counts[name] for name in RankAgreement._fields))
 
 
 class Agreement(NamedTuple):
     rows: int
     pearson: float
     kendall: float
-    siblings: Pairs
+    siblings: RankAgreement
     """Pairs of translations of the same text."""
     interval: tuple[float, float]
     """95% confidence, of their accuracy."""
@@ -242,14 +260,16 @@ def compute_agreement(texts: list[list[tuple[float, float]]]) -> Agreement:
     draws = bootstrap(correct, lambda sums: divide(*sums))
     draws = draws[~np.isnan(draws)]
     ends = interval(draws) if len(texts) >= TOO_FEW and len(draws) else (math.nan, math.nan)
-    siblings = Pairs(*np.sum(pairs, axis=0).tolist())
+    siblings = RankAgreement(*np.sum(pairs, axis=0).tolist())
     return Agreement(len(rows), pearson, count_pairs(rows).tau_b(), siblings, ends)
 
 
 # ------------------------------------------------------------------------------------ the report
 
 
-def report(translations: list[Translation], rows: list[dict], path: Path, judge: str) -> None:
+def print_agreement(
+    translations: list[Translation], rows: list[dict], path: Path, judge: str
+) -> None:
     """Print the table, and write it beside the rows."""
     scored: dict[str, dict] = {}  # name -> text -> both scores of its translations
     for t, row in zip(translations, rows, strict=True):
@@ -299,9 +319,9 @@ def to_markdown(agreements: dict[str, Agreement]) -> str:
 
 def evaluate_judge(argv: list[str]) -> None:
     args = parse(argv)
-    device, ranks = cli.init_device_and_ranks()
+    device, ranks = cli.init_evaluation()
     file = args.file.expanduser()
-    translations = ranks.on_rank0("read the translations", lambda: read_translations(file))
+    translations = ranks.on_rank0("read the translations", lambda: read_scored_translations(file))
     key, name = {name: getattr(args, name) for name in SETTINGS}, args.model
     if args.judge_url:
         judge = build_remote_judge(args, ranks, TEMPLATES[args.prompts])
@@ -315,10 +335,10 @@ def evaluate_judge(argv: list[str]) -> None:
         key |= {"model": f"{folder} {cli.identify_weights(folder)}", "device": device.type}
     key["translations"] = cli.hash_json([(t.task[:3], t.text) for t in translations])
     path = (args.out or file.parent) / f"{file.stem}.judged-by-{cli.slug(name)}.jsonl"
-    print(f"judged by {name}, score {args.reading}; writing {path}", flush=True)
-    round_size = args.slots * ranks.size
+    print(f"judged by {name}, score {args.score_mode}; writing {path}", flush=True)
+    round_size = args.max_num_seqs * ranks.size
     rows = judge_translations(translations, judge, ranks, path, key, round_size)
-    ranks.on_rank0("report", lambda: report(translations, rows, path, name))
+    ranks.on_rank0("report", lambda: print_agreement(translations, rows, path, name))
 
 
 def main(argv: list[str]) -> None:

@@ -36,11 +36,11 @@ class TestSet(NamedTuple):
     """Begins the names of its files."""
 
 
-def load(entry: str) -> list[Task]:
+def load_set(entry: str) -> list[Task]:
     """The segments of a file, or of a set and direction such as wmt23:zh-en."""
     name, pair = loading.split_entry(entry)
     if is_own_file(name):
-        return loading.gather(entry, twice=True).tasks
+        return loading.load_corpus(entry, twice=True).tasks
     if not pair:
         raise ValueError(f"{entry}: no such file, and a set needs a direction, like {name}:zh-en")
     if toy := re.fullmatch(r"toy(\d*)", name):
@@ -54,7 +54,7 @@ def held_out(entries: str, pairs: list[tuple[str, str]]) -> list[Task]:
     for entry in loading.split_entries(entries):
         name, pair = loading.split_entry(entry)
         if pair or is_own_file(name):
-            tasks += load(entry)
+            tasks += load_set(entry)
             continue
         if not pairs:
             raise ValueError(f"{entry}: of which languages? Write it like {name}:en-zh, or give "

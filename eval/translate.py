@@ -49,7 +49,7 @@ def translate(
                 f"longest prompt: --max-new-tokens {args.max_new_tokens} does not fit, at most "
                 f"{room} does (--prompts {args.prompts})"
             )
-        return Sampler(model, args.slots, longest + args.max_new_tokens)
+        return Sampler(model, args.max_num_seqs, longest + args.max_new_tokens)
 
     def translate_set(one: TestSet) -> list[dict]:
         def work(indices) -> list[dict]:
@@ -72,7 +72,9 @@ def translate(
             return JsonlCache(path, key | {"set or tokenizer": hash_json(encoded[one.file])})
 
         what, count = f"{system.name} {one.entry}", len(one.tasks)
-        return map_cached(ranks, open_cache, what, range(count), work, args.slots * ranks.size)
+        return map_cached(
+            ranks, open_cache, what, range(count), work, args.max_num_seqs * ranks.size
+        )
 
     return {one.file: translate_set(one) for one in test_sets}
 

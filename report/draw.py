@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from report import charts
-from report.runs import Run, rows_of  # noqa: F401 (rows_of is part of this module's interface)
+from report.runs import RunData
 
 COLUMNS = 12  # evaluations of each run whose sentences are in the page
 GROUPS = 40  # training groups of each run in the page
@@ -69,7 +69,7 @@ PANELS = {
 }  # fmt: skip
 
 
-def panels_for(runs: list[Run]) -> dict[str, Panel]:
+def panels_for(runs: list[RunData]) -> dict[str, Panel]:
     """PANELS, with every component of the reward that the runs have."""
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
     parts = {key: key.removeprefix("reward/") for key in keys if key.startswith("reward/")}
@@ -77,9 +77,9 @@ def panels_for(runs: list[Run]) -> dict[str, Panel]:
     return PANELS | {"reward": reward._replace(keys=reward.keys | parts)}
 
 
-def draw_panel(panel: Panel, runs: list[Run]) -> charts.Axes | None:
+def draw_panel(panel: Panel, runs: list[RunData]) -> charts.Axes | None:
     """None if no run has anything to draw."""
-    lines: list[tuple[Run, str, str, list[float], list[float]]] = []
+    lines: list[tuple[RunData, str, str, list[float], list[float]]] = []
     for run in runs:
         drawn: list = []
         for (key, name), dash in zip(panel.keys.items(), charts.DASHES * 4, strict=False):
@@ -98,7 +98,7 @@ def draw_panel(panel: Panel, runs: list[Run]) -> charts.Axes | None:
         axes.legend[name] = dash
     for run in runs if "eval/{measure}" in panel.keys else []:
         for step in run.alarms:
-            axes.add_ring(step, run.eval_at(step, f"eval/{run.measures[0]}"))
+            axes.add_ring(step, run.eval_at(step, f"eval/{run.eval_metrics[0]}"))
     return axes
 
 
@@ -114,7 +114,7 @@ def panel_html(panel: Panel, axes: charts.Axes) -> str:
     )
 
 
-def histogram_html(run: Run) -> str:
+def histogram_html(run: RunData) -> str:
     """The scores of each step's samples: the more of them, the darker."""
     names = (key for row in run.rows for key in row if key.startswith("histogram/"))
     key = next((name for name in names if name != "histogram/label"), "")  # labels are 0 or 1
@@ -129,7 +129,7 @@ def histogram_html(run: Run) -> str:
     return f"<figure>{title}{charts.svg(axes.content)}</figure>"
 
 
-def picture(runs: list[Run], names: list[str]) -> str:
+def picture(runs: list[RunData], names: list[str]) -> str:
     """Some panels side by side, as an SVG file for light and dark pages."""
     labels, panels, content = number_runs(runs), panels_for(runs), ""
     for i, name in enumerate(names):
@@ -157,7 +157,7 @@ def fixed(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def verdict(run: Run) -> tuple[str, str]:
+def assess_run(run: RunData) -> tuple[str, str]:
     """What to read first: good, unsure or bad; how the run went and which weights to take."""
     if not run.eval_rows:
         return "unsure", f"{run.state().capitalize()}: nothing was measured on held-out texts."
@@ -165,7 +165,7 @@ def verdict(run: Run) -> tuple[str, str]:
         return "unsure", "Nothing was learned: all samples of each group had the same reward."
     changes = [
         f"{name} {fixed(run.eval_at(0, key))} → {fixed(run.eval_at(run.last_eval, key))}"
-        for name in [*run.measures[:1], "self"]
+        for name in [*run.eval_metrics[:1], "self"]
         if (key := f"eval/{name}") in run.eval_rows[0]
     ]
     text = f"{run.state().capitalize()}: held-out {', '.join(changes)}. "
@@ -174,9 +174,9 @@ def verdict(run: Run) -> tuple[str, str]:
     weights = f"Take best/, of step {run.best}. "
     if not run.best:
         weights = "No step was better than the start: keep the model the run began with. "
-    if not run.measures:
+    if not run.eval_metrics:
         text += "Nothing independent was measured, so no alarm can ring. Give --held-out a set "
-        return "unsure", f"{text}with references, or --measures cometkiwi. {weights}"
+        return "unsure", f"{text}with references, or --eval-metrics cometkiwi. {weights}"
     if not run.alarms:
         return "good", f"{text}{weights}No alarm."
     why = next((row["alarm"] for row in reversed(run.evaluations) if row.get("alarm")), "")
@@ -185,15 +185,15 @@ def verdict(run: Run) -> tuple[str, str]:
     return "bad", text + weights + ("" if run.best == run.last_eval else "Do not take last/.")
 
 
-def verdict_html(run: Run) -> str:
-    kind, text = verdict(run)
+def verdict_html(run: RunData) -> str:
+    kind, text = assess_run(run)
     return f'<p class="verdict {kind}"><b>{escape(run.title)}</b>: {escape(text)}</p>'
 
 
-def overview_row(run: Run) -> str:
+def overview_row(run: RunData) -> str:
     """Where the run is, and the metrics at its start, best and last evaluation."""
     metrics = []
-    for name in [run.measures[0] if run.measures else "–", "self"]:
+    for name in [run.eval_metrics[0] if run.eval_metrics else "–", "self"]:
         values = [run.eval_at(step, f"eval/{name}") for step in (0, run.best, run.last_eval)]
         metrics += [escape(name), *map(fixed, values)]
     alarms = f'<b class="bad">{len(run.alarms)}</b>' if run.alarms else "none"
@@ -203,13 +203,13 @@ def overview_row(run: Run) -> str:
         escape(run.state()) + (", running" if run.running else ""),
         *metrics,
         "–" if run.best is None else str(run.best),
-        alarms if run.measures and run.best is not None else "cannot ring",
+        alarms if run.eval_metrics and run.best is not None else "cannot ring",
         str(timedelta(seconds=round(seconds))),
     ]
     return f"<tr><td>{'</td><td>'.join(cells)}</td></tr>"
 
 
-def settings_html(runs: list[Run]) -> str:
+def settings_html(runs: list[RunData]) -> str:
     """Settings that differ are marked and come first, after where the runs come from."""
 
     def as_text(value) -> str:
@@ -234,7 +234,7 @@ def spread_out(values: list, most: int, always: tuple = ()) -> list:
     return [v for i, v in enumerate(values) if i % every == 0 or v in always]
 
 
-def sentences(runs: list[Run]) -> dict:
+def sentences(runs: list[RunData]) -> dict:
     """Held-out texts, and how each run translated them greedily at some steps."""
     fields, texts, columns, cells = ("source", "to", "from", "reference"), {}, [], []
     for run in [run for run in runs if run.evaluations]:
@@ -243,10 +243,10 @@ def sentences(runs: list[Run]) -> dict:
         steps = [row["step"] for row in run.evaluations]
         kept = spread_out(steps, COLUMNS, (run.best, steps[-1], *run.alarms[:1]))
         for row in [row for row in run.evaluations if row["step"] in kept]:
-            step, names = row["step"], ["text", "judge", "format", "self", *run.measures]
+            step, names = row["step"], ["text", "judge", "format", "self", *run.eval_metrics]
             marks = ["best"] * (step == run.best) + ["alarm"] * (step in run.alarms)
             column = {"run": run.title, "number": run.number, "step": step, "marks": marks}
-            column |= {"measures": run.measures, "shown": step in (0, run.best, steps[-1])}
+            column |= {"eval_metrics": run.eval_metrics, "shown": step in (0, run.best, steps[-1])}
             columns.append(column)
             values = zip(*(row["greedy"][name] for name in names), strict=True)
             values = [dict(zip(names, x, strict=True)) for x in values]
@@ -261,7 +261,7 @@ def sentences(runs: list[Run]) -> dict:
 # ---------------------------------------------------------------------------------------- the page
 
 
-def number_runs(runs: list[Run]) -> list[str]:
+def number_runs(runs: list[RunData]) -> list[str]:
     """Gives the runs of one label one number, which is their colour. Returns the labels."""
     labels = list(dict.fromkeys(run.label for run in runs))
     for run in runs:
@@ -269,7 +269,7 @@ def number_runs(runs: list[Run]) -> list[str]:
     return labels
 
 
-def page(runs: list[Run]) -> str:
+def page(runs: list[RunData]) -> str:
     labels = number_runs(runs)
     panels = panels_for(runs).values()
     dots = [f'<span><i class="dot run{i}"></i>{escape(x)}</span>' for i, x in enumerate(labels)]
@@ -321,7 +321,7 @@ def main(argv: list[str]) -> None:
         is_folder = Path(argument).is_dir()  # its name may have a = in it
         label, _, folder = ("", "", argument) if is_folder else argument.rpartition("=")
         name = folder if len(args.runs) > 1 else Path(folder).resolve().name
-        runs.append(Run(Path(folder), label or name, args.ended))
+        runs.append(RunData(Path(folder), label or name, args.ended))
     labels = [run.label for run in runs]
     for run in runs:
         run.title = run.label if labels.count(run.label) == 1 else f"{run.label}: {run.path}"

@@ -8,7 +8,7 @@ from pathlib import Path
 POINTS = 400  # of a curve at most: longer ones are averaged over neighbouring steps
 
 
-class Run:
+class RunData:
     def __init__(self, path: Path, label: str, ended: bool = False):
         """`ended`: the run is over, though its process still holds the lock of the folder."""
         if not (path / "settings.json").is_file():
@@ -20,13 +20,13 @@ class Run:
         turn = self.settings.get(f"{path.resolve().name}_steps")  # of a player of R-Zero
         if turn:
             self.total_steps = turn * self.settings["iterations"]
-        self.rows = rows_of(path / "metrics.jsonl")
-        self.evaluations = rows_of(path / "evaluations.jsonl")
-        self.groups = rows_of(path / "groups.jsonl")
+        self.rows = read_rows(path / "metrics.jsonl")
+        self.evaluations = read_rows(path / "evaluations.jsonl")
+        self.groups = read_rows(path / "groups.jsonl")
         self.eval_rows = [row for row in self.rows if {"eval/self", "eval/accuracy"} & row.keys()]
         first = self.eval_rows[0] if self.eval_rows else {}
         names = [key[13:] for key in first if key.startswith("eval/sampled_")]
-        self.measures = [name for name in names if name != "self"]
+        self.eval_metrics = [name for name in names if name != "self"]
         self.running = not ended and is_locked(path / "lock")
         self.step = self.rows[-1]["step"] if self.rows else 0
         self.last_eval = self.eval_rows[-1]["step"] if self.eval_rows else 0
@@ -38,7 +38,7 @@ class Run:
 
     def series(self, key: str, points: int = POINTS) -> tuple[list[float], list[float]]:
         """Steps and values of a metric; {measure} in its name is the run's first measure."""
-        key = key.replace("{measure}", (self.measures or ["none"])[0])
+        key = key.replace("{measure}", (self.eval_metrics or ["none"])[0])
         rows = [row for row in self.rows if row.get(key) is not None]
         size = -(-len(rows) // points) or 1
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -65,7 +65,7 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def rows_of(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:
     """Rows of JSON lines. A last line without a newline is still being written: it is left out."""
     rows = []
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data.codec import PromptCodec
-from eval.comet import Comet, rows_of, where
+from eval.comet import Comet, comet_rows, where
 from judge import Judge, Prompts, Scorer
 from rewards import family, toy
 from rewards.external import ExternalScorer
@@ -30,7 +30,7 @@ def toy_skills(s) -> tuple[str, ...]:
     return (family.SKILLS[s.reward],) if s.reward in family.SKILLS else ()
 
 
-def check(s) -> None:
+def check_reward(s) -> None:
     own = custom_parts(s.reward)
     others = "+".join(part for part in s.reward.split("+") if part not in own)
     combines = own and others in ("", "self", "comet", "self+comet")
@@ -42,10 +42,10 @@ def check(s) -> None:
         raise ValueError(f"--reward {s.reward}: two of its parts have the same name")
     if s.preset != "toy" and s.reward in toy.REWARDS:
         raise ValueError(f"--reward {s.reward} needs the truth, which only --preset toy has")
-    family.check(s)
+    family.check_self_reward(s)
 
 
-def describe(s) -> str:
+def describe_reward(s) -> str:
     text = f"{s.reward}, judge {s.judge}" + f" at {s.judge_url}" * bool(s.judge_url)
     comet = f", COMET {s.comet} with weight {s.comet_weight:g}"
     return text + comet * ("comet" in s.reward.split("+"))
@@ -53,9 +53,9 @@ def describe(s) -> str:
 
 def build_scorers(s, judge, comets: "CometWorkers") -> dict:
     if s.reward in family.REWARDS:
-        return family.scorers(s, judge)
+        return family.self_scorers(s, judge)
     if s.reward in toy.REWARDS:
-        return toy.scorers(s.reward, judge, s.seed, TOY_NOISE)
+        return toy.toy_scorers(s.reward, judge, s.seed, TOY_NOISE)
     parts = s.reward.split("+")
     scorers = {"self": (1.0, judge)} if "self" in parts else {}
     if "comet" in parts:
@@ -104,7 +104,7 @@ def load_scorer(part: str) -> Scorer:
 
 def build_judge(s, sampler: Sampler, texts: PromptCodec, prompts: Prompts) -> Judge:
     return Judge(
-        sampler, texts, prompts, s.reading, s.judge_samples, s.judge_temperature,
+        sampler, texts, prompts, s.score_mode, s.judge_samples, s.judge_temperature,
         s.judge_max_new_tokens, texts.stop_ids, s.seed,
     )  # fmt: skip
 
@@ -130,7 +130,7 @@ class CometWorkers:
 
     def start(self, checkpoint: str) -> Comet:
         if checkpoint not in self.started:
-            limit = 0.9 * self.s.patience  # less than the other ranks wait for this one
+            limit = 0.9 * self.s.hang_timeout  # less than the other ranks wait for this one
             dtype = "float16" if self.device.type == "cuda" else "float32"
             self.started[checkpoint] = Comet(
                 checkpoint, str(self.device), dtype, 32,
@@ -143,7 +143,7 @@ class CometWorkers:
         comet = self.start(checkpoint)
 
         return lambda tasks, texts: comet.score(
-            rows_of(tasks, texts, comet.ready()["takes_reference"] and referenced)
+            comet_rows(tasks, texts, comet.ready()["takes_reference"] and referenced)
         )
 
     def close(self) -> None:

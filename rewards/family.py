@@ -39,7 +39,7 @@ from judge import (
     Score,
     Task,
     answer_text,
-    mean_score,
+    average_judgements,
     parse_score,
 )
 
@@ -52,7 +52,7 @@ TOO_LONG = Score(None, "too long to judge")  # no reward, unlike a single transl
 EQUAL = Score(0.5, "equal")
 
 
-def check(s) -> None:
+def check_self_reward(s) -> None:
     """Refuse settings that this reward cannot use."""
     if s.reward in ("certainty", "confidence") and s.judge != "live":
         raise ValueError(f"--reward {s.reward} is read from the policy's own probabilities: leave "
@@ -64,16 +64,16 @@ def check(s) -> None:
 
 def largest_question(s, prompts: Prompts, task: Task) -> tuple[list[str], int, int]:
     """The judge's question with blank candidates, their number, and the tokens it generates."""
-    new_tokens = s.judge_max_new_tokens if s.reading == "written" else 1
+    new_tokens = s.judge_max_new_tokens if s.score_mode == "written" else 1
     if s.reward == "pairs":
-        return ask_pair(prompts, task, "", "", s.reading), 2, new_tokens
+        return ask_pair(prompts, task, "", "", s.score_mode), 2, new_tokens
     if s.reward == "group":  # it needs room for a score of each, and for the stop
         size = min(COMPARISONS[prompts.name].most, s.samples_per_prompt)
         return ask_group(prompts, task, [""] * size), size, max(s.judge_max_new_tokens, size + 1)
-    return prompts.ask_judge(task, "", s.reading), 1, new_tokens
+    return prompts.ask_judge(task, "", s.score_mode), 1, new_tokens
 
 
-def scorers(s, judge: Judge) -> dict:
+def self_scorers(s, judge: Judge) -> dict:
     """name -> (weight, scorer) for judge.Reward; `judge` is the policy."""
     texts, prompts = judge.texts, judge.prompts
     policy = judge.sampler.model, texts, prompts, s.temperature, s.micro_batch_tokens
@@ -83,10 +83,10 @@ def scorers(s, judge: Judge) -> dict:
         answer = partial(answer_span, texts) if prompts.tags else lambda ids: range(len(ids) - 1)
         scorer = Confidence(top_gap, answer, *policy)
     elif s.reward == "pairs":
-        scorer = Pairs(judge)
+        scorer = PairwiseJudge(judge)
     elif s.reward == "group":
         _, size, new_tokens = largest_question(s, prompts, Task("", "English", "Chinese"))
-        scorer = Group(judge, size, new_tokens)
+        scorer = GroupJudge(judge, size, new_tokens)
     else:
         scorer = judge if s.reward == "cream" else majority
     return {"self" if s.reward == "cream" else s.reward: (1.0, scorer)}
@@ -241,9 +241,11 @@ COMPARISONS = {
 COMPARISONS["plain"] = COMPARISONS["paper"]
 
 
-def ask_pair(prompts: Prompts, task: Task, first: str, second: str, reading="written") -> list[str]:
+def ask_pair(
+    prompts: Prompts, task: Task, first: str, second: str, score_mode="written"
+) -> list[str]:
     templates = COMPARISONS[prompts.name]
-    template = templates.pair + (templates.opening if reading == "expected" else "")
+    template = templates.pair + (templates.opening if score_mode == "expected" else "")
     return prompts.fill(template, task, first=first, second=second)
 
 
@@ -257,7 +259,7 @@ def ask_group(prompts: Prompts, task: Task, candidates: Sequence[str]) -> list[s
     return prompts.fill(templates.group.replace("{candidates}", each), task, **texts)
 
 
-class Pairs:
+class PairwiseJudge:
     """The mean over the other candidates of P(this one is better), each pair asked in both orders:
 
         P(a beats b) = ½ (P("first" | a, b) + 1 - P("first" | b, a))
@@ -268,7 +270,7 @@ class Pairs:
 
     def __init__(self, judge: Judge):
         self.judge = judge
-        if judge.reading == "expected":
+        if judge.score_mode == "expected":
             self.first, self.second = (word_ids(judge.texts, x) for x in ("first", "second"))
 
     def __call__(self, tasks: Sequence[Task], answers: Answers, step: int) -> list[list[Score]]:
@@ -290,10 +292,10 @@ class Pairs:
     def ask(self, pairs: list[tuple], step: int) -> dict[tuple, Score]:
         """(text, source, target, a, b) -> P(a, which stands first, is better)."""
         judge = self.judge
-        questions = [ask_pair(judge.prompts, Task(*p[:3]), *p[3:], judge.reading) for p in pairs]
-        if judge.reading == "written":
+        questions = [ask_pair(judge.prompts, Task(*p[:3]), *p[3:], judge.score_mode) for p in pairs]
+        if judge.score_mode == "written":
             written = judge.write(questions, step, judge.max_new_tokens)
-            scores = {i: mean_score(x, parse_preference) for i, x in written.items()}
+            scores = {i: average_judgements(x, parse_preference) for i, x in written.items()}
         else:
             probs = judge.next_probs(questions, [*self.first, *self.second])
             scores = {i: self.read_expected(row) for i, row in probs.items()}
@@ -327,12 +329,12 @@ def word_ids(texts: PromptCodec, word: str) -> list[int]:
     return sorted(ids) or [texts.one_token(word)]  # its error names the word
 
 
-class Group:
+class GroupJudge:
     """All candidates of a text in one prompt, which is answered with a score of each, in order.
 
     Equal candidates appear once. Their order is drawn anew at each step, as a judge favours some
     positions. More than `most` are split over several prompts. The answer is always written,
-    whatever the judge's reading; unless it has one readable score for each, none is scored.
+    whatever the judge's score mode; unless it has one readable score for each, none is scored.
     """
 
     def __init__(self, judge: Judge, most: int, max_new_tokens: int):

@@ -4,7 +4,7 @@
     judge.check()                                  # a wrong address, key or model fails now
     reward = Reward(texts, PAPER, {"external": (1.0, judge)})
 
-It asks, reads and averages as `judge.Judge` with reading="written" does. Our own sampler guarantees
+It asks, reads and averages as `judge.Judge` with written scores does. Our own sampler guarantees
 three things that an endpoint does not: text cannot become a control token, the same seed gives the
 same output, and the weights are known.
 """
@@ -24,10 +24,10 @@ from judge import (
     Prompts,
     Score,
     Task,
-    check_reading,
-    digest,
+    average_judgements,
+    check_score_mode,
     is_echo,
-    mean_score,
+    prompt_key,
 )
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before another attempt; doubled in between
@@ -62,7 +62,7 @@ class RemoteJudge:
         limit: float = 120.0,
     ):  # fmt: skip
         """`limit`: seconds that the server may be silent in each of a request's `attempts`."""
-        check_reading("written", samples, temperature)
+        check_score_mode("written", samples, temperature)
         if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", url):
             raise ValueError(
                 "the judge's address must be like http://host:8000/v1, without ?, # or a password; "
@@ -115,14 +115,16 @@ class RemoteJudge:
         finally:
             stopped.set()
         judged = {pair: [judgements[pair, i] for i in range(self.samples)] for pair in distinct}
-        return {pair: TOO_LONG if None in x else mean_score(x) for pair, x in judged.items()}
+        return {
+            pair: TOO_LONG if None in x else average_judgements(x) for pair, x in judged.items()
+        }
 
     def ask(self, pair: tuple, number: int, step: int, stopped: threading.Event):
         """One judgement; None where the pair is too long for the model."""
         question = self.prompts.ask_judge(Task(*pair[:3]), pair[3])
         message = {"role": "user", "content": "".join(question).replace("\0", "")}
         # 31 bits, whatever else is judged.
-        seed = digest(step, json.dumps([self.seed, number, *pair]).encode()) >> 33
+        seed = prompt_key(step, json.dumps([self.seed, number, *pair]).encode()) >> 33
         request = {"model": self.model, "messages": [message], "seed": seed} | self.options
         body, pause = json.dumps(request).encode(), FIRST_PAUSE
         for attempt in range(1, self.attempts + 1):

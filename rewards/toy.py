@@ -49,7 +49,7 @@ def external(seed: int, noise: float):
     return score
 
 
-def scorers(reward: str, judge, seed: int, noise: float) -> dict:
+def toy_scorers(reward: str, judge, seed: int, noise: float) -> dict:
     """name -> (weight, scorer) for judge.Reward."""
     return {
         "random": {"random": (1.0, random_scores(seed))},

@@ -119,7 +119,7 @@ class Checkpoints:
 
         def find() -> tuple[Path, dict] | None:
             for folder in self.all():
-                about, trouble = read(folder)
+                about, trouble = read_state(folder)
                 if not trouble:
                     return folder, about
                 aside = folder.with_suffix(".damaged")
@@ -153,7 +153,7 @@ class Checkpoints:
         return about
 
 
-def read(folder: Path) -> tuple[dict, str]:
+def read_state(folder: Path) -> tuple[dict, str]:
     """state.json, and what is wrong with the folder, if anything."""
     try:
         about = json.loads((folder / "state.json").read_text())

@@ -31,9 +31,9 @@ def check_dashboards(names: str) -> list[str]:
 
 
 class Console:
-    def __init__(self, s, path: Path, measure: str | None, mine: bool):
+    def __init__(self, s, path: Path, measure: str | None, is_writer: bool):
         """`measure`: the first of held-out texts. `mine`: rank 0 has dashboards and report."""
-        self.s, self.path, self.measure, self.mine = s, path, measure, mine
+        self.s, self.path, self.measure, self.is_writer = s, path, measure, is_writer
         self.dashboards: list = []
         self.has_report = False
         self.is_live = False  # the next line overwrites the last one
@@ -42,7 +42,7 @@ class Console:
 
     def open(self, settings: dict, first_step: int) -> None:
         """Call it when the folder exists and is locked."""
-        if not self.mine:
+        if not self.is_writer:
             return
         self.has_report = self.s.report
         for name in check_dashboards(self.s.log_to):

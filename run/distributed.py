@@ -155,23 +155,27 @@ class Ranks:
         if self.store is not None:
             self.store.set(f"at {self.rank}", f"step {self.step}, {what}")
 
-    def watch(self, patience: float) -> None:
+    def watch(self, hang_timeout: float) -> None:
         """A thread of each rank: without a new stage for `patience` seconds it ends the process,
         and shows the stages of all ranks. The one that hangs is at another stage than most."""
         store = self.store.clone()  # its own connection: a call that waits would stall the loop
-        while not self.over.wait(min(10.0, patience / 5)):
-            if time.monotonic() - self.stage_began < patience:
+        while not self.over.wait(min(10.0, hang_timeout / 5)):
+            if time.monotonic() - self.stage_began < hang_timeout:
                 continue
             stages = [x.decode() for x in store.multi_get([f"at {r}" for r in range(self.size)])]
-            lines = [f"ssr.py: no progress for {patience:.0f} s (--patience). The ranks are at:"]
+            lines = [
+                f"ssr.py: no progress for {hang_timeout:.0f} s (--hang-timeout). The ranks are at:"
+            ]
             for stage in sorted(set(stages), key=stages.count):
                 where = [rank for rank, at in enumerate(stages) if at == stage]
                 lines.append(f"  {stage}: rank {', '.join(map(str, where))}")
             abort("\n".join(lines))
 
 
-def init_distributed(device: str, patience: float = 1800.0) -> Ranks:
+def init_distributed(device: str, hang_timeout: float = 1800.0) -> Ranks:
     """The ranks that torchrun started, or one alone. Collective."""
+    # cuDNN's attention plans anew for each shape, and packed batches bring new shapes at every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Ranks()
@@ -183,7 +187,7 @@ def init_distributed(device: str, patience: float = 1800.0) -> Ranks:
                              f"--nproc_per_node={count}")  # fmt: skip
         torch.cuda.set_device(local)
     # The watchdog reports first: it knows more than a collective that timed out.
-    limit = datetime.timedelta(seconds=2 * patience + 60)
+    limit = datetime.timedelta(seconds=2 * hang_timeout + 60)
     host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = connect(300, host)
     # torchrun may keep its store when it restarts ranks, with the addresses of the dead in it. So
@@ -199,7 +203,7 @@ def init_distributed(device: str, patience: float = 1800.0) -> Ranks:
     ranks.mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
     ranks.set_stage("start")
     ranks.gather(None)  # all keys are there before a watchdog looks
-    watchdog = threading.Thread(target=ranks.watch, args=(patience,), daemon=True)
+    watchdog = threading.Thread(target=ranks.watch, args=(hang_timeout,), daemon=True)
     watchdog.start()
 
     def part() -> None:
@@ -255,7 +259,7 @@ def run_with_error_reporting(
     except KeyboardInterrupt:
         abort(f"\n{program}: stopped")
     except torch.OutOfMemoryError as error:
-        abort(f"{program}: {error}; lower --slots or --micro-batch-tokens (see --dry-run)")
+        abort(f"{program}: {error}; lower --max-num-seqs or --micro-batch-tokens (see --dry-run)")
     except FloatingPointError as error:
         abort(f"{program}: {error}: the weights have diverged; lower --lr, or go on from best/")
     except (OSError, ValueError, RuntimeError) as error:

@@ -26,7 +26,7 @@ from sampler import Sampler
 PREVIOUS_EVERY = 10  # steps for which --judge previous keeps its weights
 
 
-class Cache(NamedTuple):
+class SamplerRoom(NamedTuple):
     """Room of the samplers."""
 
     window: int  # tokens of a sequence
@@ -68,27 +68,27 @@ class Policy:
 
 def init_device_and_ranks(s) -> tuple[torch.device, Ranks]:
     cuda = torch.cuda.is_available()
-    ranks = init_distributed("cuda" if cuda else "cpu", s.patience)
+    ranks = init_distributed("cuda" if cuda else "cpu", s.hang_timeout)
     if s.preset.startswith("toy"):  # enough for so small a model, and the same numbers everywhere
         torch.set_num_threads(1)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), ranks
 
 
-def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, cache: Cache) -> Policy:
+def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, cache: SamplerRoom) -> Policy:
     model = load(folder, dtype=torch.float32, device=device, shard=ranks.shard)
     # On a GPU the samplers have bf16 copies of the weights; the master weights stay fp32.
     half = torch.bfloat16 if device.type == "cuda" else None
     model.compute_dtype, model.checkpointing = half, half is not None
     judge = getattr(s, "judge", "live")
     alone = half is None and ranks.size == 1
-    sampler = Sampler(model if alone else whole_copy(model, half), cache.slots, cache.window)
-    reference = whole_copy(model, half) if s.track_kl or s.kl or judge == "frozen" else None
+    sampler = Sampler(model if alone else unsharded_copy(model, half), cache.slots, cache.window)
+    reference = unsharded_copy(model, half) if s.track_kl or s.kl or judge == "frozen" else None
     judge_sampler, average = sampler, []
     if judge == "frozen":
         judge_sampler = Sampler(reference, cache.judge_slots, cache.window)
     if judge in ("ema", "previous"):
         average = [p.detach().clone() for p in model.parameters()]
-        judge_sampler = Sampler(whole_copy(model, half), cache.judge_slots, cache.window)
+        judge_sampler = Sampler(unsharded_copy(model, half), cache.judge_slots, cache.window)
     if not (s.track_kl or s.kl):
         reference = None
     optimizer = grpo.make_optimizer(model, s)
@@ -103,7 +103,7 @@ def load_frozen(
     return load(folder, dtype=dtype, device=device), PromptCodec(load_tokenizer(folder), chat)
 
 
-def whole_copy(model: Transformer, dtype: torch.dtype | None, device=None) -> Transformer:
+def unsharded_copy(model: Transformer, dtype: torch.dtype | None, device=None) -> Transformer:
     """Unsharded, on each rank; not to be trained."""
     with torch.device("meta"):
         twin = Transformer(model.config)
@@ -113,7 +113,7 @@ def whole_copy(model: Transformer, dtype: torch.dtype | None, device=None) -> Tr
     return twin
 
 
-def train(
+def train_policy(
     policy: Policy, reward: Callable, batch: Callable[[int], list[grpo.Prompt]], s,
     stop_ids: Sequence[int], ranks: Ranks, resume_from: grpo.Step | None = None,
 ) -> Iterator[grpo.Step]:  # fmt: skip

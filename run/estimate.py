@@ -62,7 +62,7 @@ MACHINES = {  # makers' data sheets (bf16, dense, SXM); what is called 80 GB has
 }
 
 
-def shape_of(name: str) -> Config:
+def find_config(name: str) -> Config:
     """A folder's config.json, a known model's, or the hub's."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -130,7 +130,7 @@ def available_bytes(device: torch.device) -> float:
     return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """A run, in the numbers that its memory and time depend on."""
 
     s: object  # the settings
@@ -139,9 +139,9 @@ class Work(NamedTuple):
     template: int  # tokens of the judge's prompt without source and translation
     cuda: bool
     judge: Config | None = None  # of another model that judges here
-    asked: "Work | None" = None  # what R-Zero's other player samples in each step
+    asked: "Workload | None" = None  # what R-Zero's other player samples in each step
 
-    def changed(self, **settings) -> "Work":
+    def changed(self, **settings) -> "Workload":
         asked = self.asked and self.asked.changed(**settings)
         return self._replace(s=dataclasses.replace(self.s, **settings), asked=asked)
 
@@ -153,7 +153,7 @@ class Work(NamedTuple):
     @property
     def comets(self) -> list[str]:
         """The checkpoints that a rank has a worker for."""
-        names = [x.strip() for x in self.s.measures.split(",")]
+        names = [x.strip() for x in self.s.eval_metrics.split(",")]
         names += [self.s.comet] * ("comet" in self.s.reward.split("+"))
         return [name for name in dict.fromkeys(names) if name not in ("", "chrf", "none")]
 
@@ -166,7 +166,7 @@ class Work(NamedTuple):
     @property
     def judge_tokens(self) -> int:
         """What a judgement writes, at most; a score that is read takes one token."""
-        writes = self.s.reading == "written" or self.s.reward == "group"
+        writes = self.s.score_mode == "written" or self.s.reward == "group"
         return self.s.judge_max_new_tokens if writes else 1
 
     @property
@@ -182,7 +182,7 @@ class Work(NamedTuple):
     def slots(self) -> int:
         """As many as a rank ever decodes together."""
         most = max(self.sequences, -(-self.s.eval_prompts // self.G))
-        return min(self.s.slots, most * self.s.judge_samples)
+        return min(self.s.max_num_seqs, most * self.s.judge_samples)
 
     @property
     def judge_slots(self) -> int:
@@ -210,7 +210,7 @@ def params_of(c: Config) -> tuple[int, int, int]:
     return whole + (c.layers - 1) * block, block, whole - block
 
 
-def memory(k: Work) -> dict[str, float]:
+def memory(k: Workload) -> dict[str, float]:
     """Bytes on each GPU by part."""
     s, c, size = k.s, k.c, k.itemsize
     N, block, root = params_of(c)
@@ -253,7 +253,7 @@ def peak(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def check_room(k: Work, device: torch.device, processes: int) -> None:
+def check_room(k: Workload, device: torch.device, processes: int) -> None:
     """Before anything is loaded; `processes` share what this machine has."""
     advice = "--dry-run shows what for, and what would help"
     refuse_without_room(peak(memory(k)), device, processes, advice)
@@ -266,7 +266,7 @@ def refuse_without_room(needed: float, device: torch.device, processes: int, adv
                          f"{room / 1e9:.1f} are there: {advice}")  # fmt: skip
 
 
-def seconds(k: Work, m: Machine) -> dict[str, float]:
+def seconds(k: Workload, m: Machine) -> dict[str, float]:
     """Of a step, by stage, when every prompt and translation is as long as it may be."""
     s, c, N, count = k.s, k.c, params_of(k.c)[0], k.sequences
     flops = m.teraflops * 1e12 * EFFICIENCY["products"]
@@ -308,19 +308,19 @@ def seconds(k: Work, m: Machine) -> dict[str, float]:
     return parts
 
 
-def evaluation_seconds(k: Work, m: Machine) -> float:
+def evaluation_seconds(k: Workload, m: Machine) -> float:
     """Two translations of each held-out text, both judged, by the policy if by nobody else."""
     k = k.changed(prompts_per_step=k.s.eval_prompts, samples_per_prompt=1, reward="self")
     parts = seconds(k, m)
     return 2 * (parts["sample"] + parts["judge"])
 
 
-def report(k: Work, m: Machine, name: str) -> str:
+def format_estimate(k: Workload, m: Machine, name: str) -> str:
     """The two tables, the verdict, and what would make it fit."""
     parts, s = memory(k), k.s
     evaluations = 1 + -(-s.steps // s.eval_every) if s.eval_prompts else 0  # one before training
 
-    def column(k: Work) -> dict[str, float]:
+    def column(k: Workload) -> dict[str, float]:
         times = seconds(k, m)
         times["step"], total = sum(times.values()), s.steps * sum(times.values())
         if evaluations:
@@ -343,26 +343,26 @@ def report(k: Work, m: Machine, name: str) -> str:
         "",
         f"Estimates: {EFFICIENCY['products']:.0%} of the products' and {EFFICIENCY['bytes']:.0%} "
         f"of the memory's rate{'; COMET is not in it' * bool(k.comets)}.",
-        verdict(k, m),
+        fit_verdict(k, m),
     ]
     return "\n".join(lines)
 
 
-def missing(k: Work, m: Machine) -> float:
+def missing(k: Workload, m: Machine) -> float:
     """Bytes on each GPU; negative: to spare."""
     return peak(memory(k)) - m.gigabytes * 1e9
 
 
-def verdict(k: Work, m: Machine) -> str:
+def fit_verdict(k: Workload, m: Machine) -> str:
     if missing(k, m) <= 0:
         return f"It fits, with {-missing(k, m) / 1e9:.1f} GB to spare."
     now = f"It does NOT fit: {missing(k, m) / 1e9:.1f} GB too much on each."
     batch = max(k.longest, 8192)
     tries = [  # least harmful first; each is added to those before until it fits
         ("micro_batch_tokens", batch, k.s.micro_batch_tokens > batch),
-        ("slots", 64, k.slots > 64),
+        ("max_num_seqs", 64, k.slots > 64),
         ("track_kl", False, k.s.track_kl and not k.s.kl and k.s.judge != "frozen"),
-        *(("slots", slots, k.slots > slots) for slots in (32, 16, 8)),
+        *(("max_num_seqs", slots, k.slots > slots) for slots in (32, 16, 8)),
     ]
     changes, other = {}, k
     for name, value, helps in tries:

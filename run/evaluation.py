@@ -49,24 +49,26 @@ class Evaluation:
 
     def __call__(self, number: int) -> tuple[dict[str, float], dict, bool]:
         """Metrics, the row of evaluations.jsonl, and whether these weights are the best so far."""
-        measures = list(self.problem.measures)
+        eval_metrics = list(self.problem.eval_metrics)
         greedy, sampled = self.translate_and_judge(number)
-        names = ("self", "format", *measures)
+        names = ("self", "format", *eval_metrics)
         metrics = {f"eval/{name}": mean(present(greedy[name])) for name in names}
         metrics["eval/invalid"] = mean([value is None for value in greedy["self"]])
-        names = ("self", *measures)
+        names = ("self", *eval_metrics)
         metrics |= {f"eval/sampled_{name}": mean(present(sampled[name])) for name in names}
-        if measures:  # on samples: greedy translations are too alike
-            metrics["eval/judge_correlation"] = correlation(sampled["self"], sampled[measures[-1]])
+        if eval_metrics:  # on samples: greedy translations are too alike
+            metrics["eval/judge_correlation"] = correlation(
+                sampled["self"], sampled[eval_metrics[-1]]
+            )
         # Without a measure the judge selects: what is malformed or cannot be judged counts 0.
         gated = [ok * (x or 0.0) for ok, x in zip(greedy["format"], greedy["self"], strict=True)]
-        now = Estimate.of(number, greedy[measures[0]] if measures else gated)
+        now = Estimate.of(number, greedy[eval_metrics[0]] if eval_metrics else gated)
         own = Estimate.of(number, greedy["self"])
         best = self.best is None or now.mean > self.best.mean
         self.best = now if best else self.best
         metrics["eval/best_by"] = now.mean
         row = {"step": number, "greedy": rounded(greedy), "sampled": rounded(sampled)}
-        if measures:
+        if eval_metrics:
             self.alarm = self.alarm_reason(now, own)
             metrics["eval/alarm"] = float(bool(self.alarm))
             row["alarm"] = self.alarm
@@ -101,9 +103,9 @@ class Evaluation:
             rows = []
             for k, translations in enumerate(shown):
                 texts = [text for text, _ in translations]
-                values = {name: f(tasks, texts) for name, f in self.problem.measures.items()}
+                values = {name: f(tasks, texts) for name, f in self.problem.eval_metrics.items()}
                 rows.append([
-                    {"text": text, "judge": scores[i][k].words, "self": scores[i][k].value}
+                    {"text": text, "judge": scores[i][k].judge_text, "self": scores[i][k].value}
                     | {"format": float(ok)} | {name: x[i] for name, x in values.items()}
                     for i, (text, ok) in enumerate(translations)
                 ])  # fmt: skip
@@ -121,7 +123,7 @@ class Evaluation:
         pairs = [(self.best, self.past[0][1])] if self.past else []
         for then, own_then in pairs + self.past:
             if own.significantly_above(own_then) and then.significantly_above(now):
-                name = next(iter(self.problem.measures))
+                name = next(iter(self.problem.eval_metrics))
                 score = f"{own.mean:.3f}, up from {own_then.mean:.3f} at step {own_then.step}"
                 quality = f"{now.mean:.3f}, down from {then.mean:.3f} at step {then.step}"
                 return f"the judge's score is {score}; {name} is {quality}"

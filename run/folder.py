@@ -26,13 +26,13 @@ LOGS = ("metrics.jsonl", "evaluations.jsonl", "groups.jsonl")
 
 
 class RunFolder:
-    def __init__(self, path: Path, mine: bool):
-        self.path, self.mine = path, mine
+    def __init__(self, path: Path, is_writer: bool):
+        self.path, self.is_writer = path, is_writer
         self.locked = None
 
     def begin(self, s, step: float | None) -> None:
         """Create the folder; or cut the logs to before `step`, which is logged again."""
-        if not self.mine:
+        if not self.is_writer:
             return
         self.path.mkdir(parents=True, exist_ok=s.resume)
         self.lock()
@@ -47,7 +47,7 @@ class RunFolder:
 
     def lock(self) -> None:
         """Against a second run in the same folder. It is released when this process ends."""
-        if self.locked or not (self.mine and self.path.is_dir()):
+        if self.locked or not (self.is_writer and self.path.is_dir()):
             return
         self.locked = open(self.path / "lock", "a+")  # noqa: SIM115 (open as long as we live)
         if not try_lock(self.locked):
@@ -74,12 +74,12 @@ class RunFolder:
             atomic_write(path, b"".join(row + b"\n" for row in kept))
 
     def write(self, name: str, content: dict) -> None:
-        if self.mine:
+        if self.is_writer:
             text = json.dumps(finite(content), indent=1, ensure_ascii=False)
             atomic_write(self.path / name, text + "\n")
 
     def add(self, name: str, rows: list[dict]) -> None:
-        if self.mine:
+        if self.is_writer:
             lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
             append_lines(self.path / name, "".join(lines))
 

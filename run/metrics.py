@@ -36,7 +36,7 @@ class Clock:
         return metrics | {"tokens_per_second": drawn / (self.last - self.start)}
 
 
-def describe(
+def batch_metrics(
     groups, judged, rewards: Tensor, advantages: Tensor, rows: list, reference
 ) -> dict[str, float | list[int]]:
     """Means over all samples, trained or not; rewards and KL over those that have a reward."""

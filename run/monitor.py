@@ -48,14 +48,14 @@ class RunMonitor:
         self.step: grpo.Step | None = None
         self.state: dict = {}  # as it was before `step` was recorded
         self.groups: list[dict] = []  # rows of groups.jsonl
-        measure = next(iter(evaluation.problem.measures), None)
+        measure = next(iter(evaluation.problem.eval_metrics), None)
         self.console = Console(s, path, measure, ranks.rank == 0)
         for sampler in (evaluation.sampler, getattr(evaluation.judge, "sampler", None)):
             if sampler:  # a judge behind an endpoint has none
                 sampler.progress = self.report_progress
 
     def __enter__(self) -> "RunMonitor":
-        self.signals = Stopper(self.ranks)
+        self.signals = StopOnSignal(self.ranks)
         self.signals.__enter__()
         return self
 
@@ -160,7 +160,7 @@ class RunMonitor:
                 "cut": not sample.stopped,
                 "reward": judged.total[n],
                 "advantage": float(step.advantages[0, n]),
-                "judge": judged.words[n],
+                "judge": judged.judge_text[n],
             }
             | {name: values[n] for name, values in judged.parts.items()}
             for n, sample in enumerate(step.groups[0])
@@ -190,7 +190,7 @@ class RunMonitor:
         self.console.log_metrics(row)
 
     def keep(self, name: str) -> None:
-        if self.folder.mine:
+        if self.folder.is_writer:
             model = self.evaluation.sampler.model  # whole weights
             save_with_tokenizer(model, self.source, self.folder.path / name)
 
@@ -232,7 +232,9 @@ class RunMonitor:
         content |= {"alarms": self.alarms, "before": first, "after": latest}
         self.folder.write("result.json", content)
         print(f"\n{f'held-out, {len(self.evaluation.prompts)} texts':38}  before   after")
-        metrics = {f"eval/{name}": f"{name}, greedy" for name in self.evaluation.problem.measures}
+        metrics = {
+            f"eval/{name}": f"{name}, greedy" for name in self.evaluation.problem.eval_metrics
+        }
         for key, label in (metrics | LABELS).items():
             if key in latest:
                 print(f"{label:38}  {first[key]:6.3f}  {latest[key]:6.3f}")
@@ -254,12 +256,14 @@ class RunMonitor:
 
     def summarize_trend(self) -> str:
         """Whether judge and measure rose, and whether an alarm rang."""
-        measures = list(self.evaluation.problem.measures)
-        if not measures:
+        eval_metrics = list(self.evaluation.problem.eval_metrics)
+        if not eval_metrics:
             return "Nothing independent was measured: best/ goes by the judge, no alarm can ring"
         (truth, judge), (last_truth, last_judge) = self.evaluation.past[0], self.evaluation.past[-1]
         outcomes = {True: "rose", False: "did not rise"}
-        summary = f"Beyond chance, {measures[0]} {outcomes[last_truth.significantly_above(truth)]}"
+        summary = (
+            f"Beyond chance, {eval_metrics[0]} {outcomes[last_truth.significantly_above(truth)]}"
+        )
         summary += f" and the judge's score {outcomes[last_judge.significantly_above(judge)]}"
         if not self.alarms:
             return f"{summary}; no alarm rang."
@@ -286,7 +290,7 @@ def describe_batch(metrics: dict, s, has_template: bool) -> str:
     return "; ".join([summary, *advice])
 
 
-class Stopper:
+class StopOnSignal:
     """SIGTERM and Ctrl-C end the run: at once where nothing changes, else after the step in hand.
 
     A second one ends it without keeping anything. With many ranks it is ignored, since a scheduler

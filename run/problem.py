@@ -19,9 +19,9 @@ from rewards.build import CometWorkers, custom_parts, load_scorer, toy_skills
 from run.distributed import Ranks
 from run.settings import TEMPLATES
 from toy.languages import Languages, quality
-from toy.pretrain import Recipe, make
+from toy.pretrain import Recipe, language_model
 
-Measure = Callable[[list[Task], list[str]], list[float]]
+Metric = Callable[[list[Task], list[str]], list[float]]
 """Of translations of these tasks. It may look at their references."""
 
 
@@ -33,13 +33,13 @@ class Problem:
     task: Callable[[int], Task]
     """Training text number 0, 1, 2, …"""
     held_out: list[Task]
-    measures: dict[str, Measure]
+    eval_metrics: dict[str, Metric]
     """The first one selects the best weights."""
     digest: str
     """Of the texts: a run is resumed with the same ones only."""
 
 
-def per_segment(measure) -> Measure:
+def per_segment(measure) -> Metric:
     """A function of one translation and its reference -> of many."""
     return lambda tasks, texts: [
         measure(text, task.reference) for text, task in zip(texts, tasks, strict=True)
@@ -50,7 +50,7 @@ def exact_match(candidate: str, reference: str) -> float:
     return float(candidate.split() == reference.split())
 
 
-def chrf(candidate: str, reference: str) -> float:
+def segment_chrf(candidate: str, reference: str) -> float:
     from sacrebleu import sentence_chrf
 
     return sentence_chrf(candidate, [reference]).score / 100
@@ -84,22 +84,22 @@ def load_texts(folder: Path, prompts: Prompts, chat: bool) -> PromptCodec:
 
 def toy_problem(s, ranks: Ranks) -> Problem:
     recipe, languages = Recipe(s.seed, s.toy_tokens, skills=toy_skills(s)), Languages(s.seed)
-    folder = Path(s.model or ranks.rank0_then_all("make the toy", lambda: make(recipe)))
+    folder = Path(s.model or ranks.rank0_then_all("make the toy", lambda: language_model(recipe)))
     check_folder(folder)
     vocabulary = {word for entries in languages.vocabulary.values() for word in entries}
     if foreign := vocabulary - load_tokenizer(folder).get_vocab().keys():
         raise ValueError(f"--model {folder} was not made for --seed {s.seed}: its tokenizer does "
                          f"not know {', '.join(sorted(foreign)[:3])} …")  # fmt: skip
     held_out = [languages.task("held-out", i) for i in range(s.eval_prompts)]
-    measures = {"exact_match": per_segment(exact_match), "quality": per_segment(quality)}
+    eval_metrics = {"exact_match": per_segment(exact_match), "quality": per_segment(quality)}
     task = partial(languages.task, "train")
-    return Problem(folder, TEMPLATES[s.prompts], task, held_out, measures, f"toy {s.seed}")
+    return Problem(folder, TEMPLATES[s.prompts], task, held_out, eval_metrics, f"toy {s.seed}")
 
 
 def data_problem(s, ranks: Ranks, comets: CometWorkers) -> Problem:
     def read() -> tuple:
-        corpus = loading.gather(s.data, s.source, s.target)
-        pairs = loading.pairs_of(s.source, s.target)
+        corpus = loading.load_corpus(s.data, s.source, s.target)
+        pairs = loading.parse_language_pairs(s.source, s.target)
         return corpus, sets.held_out(s.held_out, pairs) if s.held_out else []
 
     corpus, held_out_set = ranks.on_rank0("read the texts", read)
@@ -130,38 +130,42 @@ def data_problem(s, ranks: Ranks, comets: CometWorkers) -> Problem:
         needs_references = getattr(load_scorer(part), "references", False)
         if needs_references and not all(task.reference for task in training):
             raise ValueError(f'{part}: not all texts of {s.data} have a "reference"')
-    measures = build_measures(s, held_out, comets)
+    eval_metrics = build_eval_metrics(s, held_out, comets)
     order = loading.EpochShuffler(training, s.seed)
-    digest = loading.digest(training + held_out)
-    return Problem(folder, prompts, order.task, held_out, measures, digest)
+    digest = loading.hash_texts(training + held_out)
+    return Problem(folder, prompts, order.task, held_out, eval_metrics, digest)
 
 
-def build_measures(s, held_out: list[Task], comets: CometWorkers) -> dict[str, Measure]:
+def build_eval_metrics(s, held_out: list[Task], comets: CometWorkers) -> dict[str, Metric]:
     referenced = all(task.reference for task in held_out)
-    names = s.measures or ("chrf" if referenced else "none")
+    names = s.eval_metrics or ("chrf" if referenced else "none")
     if names == "none":
         print("Nothing independent is measured: no alarm can ring, and best/ goes by the judge. "
-              "--held-out with references would do, or --measures cometkiwi")  # fmt: skip
-    measures: dict[str, Measure] = {}
+              "--held-out with references would do, or --eval-metrics cometkiwi")  # fmt: skip
+    eval_metrics: dict[str, Metric] = {}
     for name in [x.strip() for x in names.split(",") if x.strip() != "none"]:
         label = name.rstrip("/").rpartition("/")[2]
-        if label in (*measures, "self", "format"):
-            raise ValueError(f"--measures {names}: a second one is called {label}")
+        if label in (*eval_metrics, "self", "format"):
+            raise ValueError(f"--eval-metrics {names}: a second one is called {label}")
         if name == "chrf" and not referenced:
-            raise ValueError("--measures chrf needs a reference of every held-out text")
-        measures[label] = per_segment(chrf) if name == "chrf" else comets.measure(name, referenced)
-    return measures
+            raise ValueError("--eval-metrics chrf needs a reference of every held-out text")
+        eval_metrics[label] = (
+            per_segment(segment_chrf) if name == "chrf" else comets.measure(name, referenced)
+        )
+    return eval_metrics
 
 
 # ----------------------------------------------------------------- how long the judge's prompts are
 
 
-def window_of(s, problem: Problem, texts: PromptCodec, positions: int, longer: float = 1.0) -> int:
+def judge_window(
+    s, problem: Problem, texts: PromptCodec, positions: int, longer: float = 1.0
+) -> int:
     """Tokens of a cache row: a prompt and its candidate, or the judge's prompt and its judgement.
     `longer`: how many tokens `texts` needs for one of the policy's tokenizer."""
     prompts, task = problem.prompts, problem.held_out[0]._replace(text="")
     question, candidates, new_tokens = family.largest_question(s, prompts, task)
-    template = max(map(len, texts.encode([prompts.ask_judge(task, "", s.reading), question])))
+    template = max(map(len, texts.encode([prompts.ask_judge(task, "", s.score_mode), question])))
     text = int(longer * (s.max_prompt_tokens + candidates * s.max_new_tokens))
     needed = template + text + new_tokens
     if needed > positions:
@@ -179,6 +183,6 @@ def judge_template(s) -> int:
     each, or (toy) a word; with all candidates but one."""
     task, prompts = Task("", "English", "Chinese"), TEMPLATES[s.prompts]
     question, candidates, _ = family.largest_question(s, prompts, task)
-    texts = ["".join(parts) for parts in (prompts.ask_judge(task, "", s.reading), question)]
+    texts = ["".join(parts) for parts in (prompts.ask_judge(task, "", s.score_mode), question)]
     template = max(len(x.split()) if s.prompts == "toy" else len(x) // 4 for x in texts)
     return template + (candidates - 1) * s.max_new_tokens

@@ -23,7 +23,7 @@ import torch
 
 import grpo
 from data import loading
-from judge import GATES, PAPER, PLAIN, TOY, check_reading
+from judge import FORMAT_REWARDS, PAPER, PLAIN, TOY, check_score_mode
 from kernels.advantage import SCALES
 from rewards import build
 from run.console import check_dashboards
@@ -51,9 +51,9 @@ class RunSettings(grpo.Settings):
     """Number of held-out texts."""
     report: bool = True
     """Draw report.html in the background during the run and at its end."""
-    slots: int = 256
+    max_num_seqs: int = 256
     """Maximum number of sequences decoded at the same time."""
-    patience: float = 1800.0
+    hang_timeout: float = 1800.0
     """Seconds to wait for a rank that makes no progress before the run is aborted."""
     dry_run: str = ""
     """Estimate memory and time, print them and exit: on this machine, or on other GPUs such as
@@ -83,14 +83,14 @@ class Settings(RunSettings):
     "toy"."""
     chat: bool = False
     """Wrap prompts in the tokenizer's chat template, as a user turn."""
-    reading: str = "written"
+    score_mode: str = "written"
     """Take the score that the judge writes ("written", paper), or the mean under its probabilities
     of the score tokens ("expected")."""
     judge_max_new_tokens: int = 1024
     """Maximum length of a judgement; a longer one gives no score."""
     eval_every: int = 25
     """Steps between two evaluations on held-out texts."""
-    measures: str = ""
+    eval_metrics: str = ""
     """Metrics of held-out translations, separated by commas: "chrf" (default if there are
     references), "none", or COMET checkpoints such as "cometkiwi". The first one selects best/."""
     log_to: str = ""
@@ -99,7 +99,7 @@ class Settings(RunSettings):
     """"self" (SSR-Zero), "self+comet" (SSR-X-Zero), "comet"; other self-rewards: "certainty",
     "confidence", "pairs", "group", "cream", "majority"; toy only: "random", "oracle", "external",
     "self+external"; or your own, FILE.py:NAME or self+FILE.py:NAME (docs/your-own-reward.md)."""
-    gate: str = "product"
+    format_reward: str = "product"
     """How format and score combine: "product" (score, or 0), "zero-one" (1 + score, or 0) or
     "plus-minus-one" (1 + score, or -1)."""
     judge: str = "live"
@@ -134,15 +134,15 @@ CHOICES = {
     "advantage_scale": SCALES,
     "loss_norm": ("token", "sequence"),
     "prompts": tuple(TEMPLATES),
-    "reading": ("written", "expected"),
-    "gate": GATES,
+    "score_mode": ("written", "expected"),
+    "format_reward": FORMAT_REWARDS,
 }
 # The paper's texts, very likely; WMT22 for evaluation, which the paper uses for neither.
 TEXTS = {"data": "wmt17-20", "source": "en", "target": "zh", "held_out": "wmt22"}
 # The paper's model and loop; what is not public (batch, rates, lengths) is our choice.
 # Slots and micro-batches are chosen to fit on 8 GPUs of 80 GB (see --dry-run).
 SSR_ZERO = TEXTS | {
-    "model": "Qwen/Qwen2.5-7B", "eval_prompts": 256, "steps": 300, "slots": 64,
+    "model": "Qwen/Qwen2.5-7B", "eval_prompts": 256, "steps": 300, "max_num_seqs": 64,
     "micro_batch_tokens": 8192,
 }  # fmt: skip
 PRESETS = {
@@ -154,31 +154,31 @@ PRESETS = {
         "max_new_tokens": 512, "judge_max_new_tokens": 512, "eval_prompts": 128,
     },
     "toy": {
-        "prompts": "toy", "reading": "expected", "steps": 100, "prompts_per_step": 24, "lr": 2e-4,
-        "max_prompt_tokens": 32, "max_new_tokens": 20, "judge_max_new_tokens": 2,
+        "prompts": "toy", "score_mode": "expected", "steps": 100, "prompts_per_step": 24,
+        "lr": 2e-4, "max_prompt_tokens": 32, "max_new_tokens": 20, "judge_max_new_tokens": 2,
     },
 }  # fmt: skip
 BOUNDS = [  # (condition, how its violation is worded, settings)
     (lambda v: v >= 1, "must be at least 1",
-     "steps prompts_per_step updates_per_batch judge_samples eval_every eval_prompts slots "
+     "steps prompts_per_step updates_per_batch judge_samples eval_every eval_prompts max_num_seqs "
      "max_new_tokens max_prompt_tokens judge_max_new_tokens save_every"),
     (lambda v: v >= 2, "must be at least 2: a sample is compared with the others of its prompt",
      "samples_per_prompt"),
     (lambda v: v >= 0, "must be at least 0", "warmup_steps"),
-    (lambda v: 0 < v < math.inf, "must be above 0", "lr max_norm patience"),
+    (lambda v: 0 < v < math.inf, "must be above 0", "lr max_grad_norm hang_timeout"),
     (lambda v: 1e-4 < v < math.inf, "must be above 0.0001", "temperature"),
     (lambda v: 1e3 < v < math.inf, "must be above 1000", "toy_tokens"),
-    (lambda v: 0 <= v <= 1, "must lie in 0 … 1", "ema_decay final_lr clip"),
+    (lambda v: 0 <= v <= 1, "must lie in 0 … 1", "ema_decay min_lr_ratio clip"),
     (lambda v: 0 <= v < math.inf, "must not be negative", "kl weight_decay comet_weight"),
 ]  # fmt: skip
 # These may change when a run is resumed: they affect no past step.
 RESUME_OVERRIDABLE = (
-    "folder resume save_every eval_every slots micro_batch_tokens patience steps judge_url "
-    "report log_to dry_run"
+    "folder resume save_every eval_every max_num_seqs micro_batch_tokens hang_timeout steps "
+    "judge_url report log_to dry_run"
 )
 COMMON = (  # in this order in front of all others in --help
     "preset model data source target held_out steps seed prompts_per_step samples_per_prompt "
-    "max_prompt_tokens max_new_tokens judge_max_new_tokens eval_prompts prompts chat reading "
+    "max_prompt_tokens max_new_tokens judge_max_new_tokens eval_prompts prompts chat score_mode "
     "folder resume dry_run"
 )
 MOVED = {  # options of earlier versions, and what people look for -> what to use
@@ -198,6 +198,13 @@ MOVED = {  # options of earlier versions, and what people look for -> what to us
     "top_p": "training needs log-probs of the whole distribution; use --temperature",
     "top_k": "training needs log-probs of the whole distribution; use --temperature",
 }
+
+
+RENAMED = {  # options of the last version, still understood
+    "final_lr": "min_lr_ratio", "max_norm": "max_grad_norm", "patience": "hang_timeout",
+    "reading": "score_mode", "gate": "format_reward", "slots": "max_num_seqs",
+    "measures": "eval_metrics",
+}  # fmt: skip
 
 
 # -------------------------------------------------------------------------- any dataclass's options
@@ -246,7 +253,7 @@ def parse_fields(argv: list[str], cls: type, presets: dict, program: str, about:
         text = (docs[f.name] + shown_default(f, presets)).replace("%", "%%")
         group = common if f.name in first else others
         group.add_argument(option(f.name), dest=f.name, help=text, **kind)
-    given, unknown = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_args(list(map(new_name, argv)))
     for argument in unknown:
         name = argument.lstrip("-").removeprefix("no-").split("=")[0].replace("-", "_")
         if name in moved:
@@ -255,6 +262,15 @@ def parse_fields(argv: list[str], cls: type, presets: dict, program: str, about:
         hint = f"; did you mean {option(near[0])}?" if near else ""
         refuse(f"unknown option {argument}{hint}")
     return vars(given)
+
+
+def new_name(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    renamed = RENAMED.get(name.removeprefix("--").replace("-", "_"))
+    if not (name.startswith("--") and renamed):
+        return argument
+    print(f"{name} is now called {option(renamed)}; the old name will be removed")
+    return option(renamed) + equals + value
 
 
 def refuse(message: str):
@@ -344,17 +360,17 @@ def parse(argv: list[str], about: str = "") -> Settings:
         # Other texts and languages.
         defaults = {k: v for k, v in defaults.items() if k not in TEXTS}
     s = Settings(**defaults | given | {"preset": preset})
-    check(s)
+    check_settings(s)
     return s
 
 
-def check(s: Settings) -> None:
+def check_settings(s: Settings) -> None:
     """Refuse what cannot work before anything is loaded, and say what to change."""
     check_fields(s, BOUNDS, CHOICES)
-    build.check(s)
+    build.check_reward(s)
     check_judge(s)
     check_dashboards(s.log_to)
-    loading.pairs_of(s.source, s.target)
+    loading.parse_language_pairs(s.source, s.target)
     if s.folder:
         check_writable(s.folder)
         if Path(s.folder).exists() and not s.resume:
@@ -364,30 +380,34 @@ def check(s: Settings) -> None:
         if Path(s.folder).exists() and not (Path(s.folder) / "settings.json").is_file():
             raise ValueError(f"--folder {s.folder} is not the folder of a run: it has no "
                              "settings.json")  # fmt: skip
-    for name in (*TEXTS, "measures") if s.preset == "toy" else ():
+    for name in (*TEXTS, "eval_metrics") if s.preset == "toy" else ():
         if getattr(s, name):
             raise ValueError(f"{option(name)}: the toy makes its own sentences; use another "
                              "--preset")  # fmt: skip
 
 
+def check_scoring(s) -> None:
+    check_score_mode(s.score_mode, s.judge_samples, s.judge_temperature)
+    if s.score_mode == "expected" and s.judge_url:
+        raise ValueError("--score-mode expected needs log-probs, which --judge-url does not give: "
+                         "use --score-mode written")  # fmt: skip
+    if s.score_mode == "expected" and s.chat and s.prompts != "toy":
+        raise ValueError("--score-mode expected begins the judge's answer, which a chat template "
+                         "does not allow: use --score-mode written")  # fmt: skip
+
+
 def check_judge(s: Settings) -> None:
-    check_reading(s.reading, s.judge_samples, s.judge_temperature)
     if s.judge_url and not s.judge_model:
         raise ValueError("--judge-url needs --judge, the model's name at that endpoint")
-    if s.judge_url and s.reading == "expected":
-        raise ValueError("--reading expected needs log-probs, which --judge-url does not give: use "
-                         "--reading written")  # fmt: skip
+    check_scoring(s)
     if s.judge_model and "self" not in s.reward.split("+"):
         raise ValueError(f"--judge {s.judge}: use {', '.join(OWN_JUDGES)}; no other model judges "
                          f"with --reward {s.reward}")  # fmt: skip
-    if s.chat and s.reading == "expected" and s.prompts != "toy":
-        raise ValueError("--reading expected begins the judge's answer, which a chat template does "
-                         "not allow: use --reading written")  # fmt: skip
     if s.chat and s.prompts == "toy":
         raise ValueError("--chat: the toy's tokenizer has no chat template")
 
 
-def describe(s: Settings) -> str:
+def describe_run(s: Settings) -> str:
     """The batch arithmetic and the reward, for the start of a run."""
     P, N, ranks = s.prompts_per_step, s.samples_per_prompt, int(os.environ.get("WORLD_SIZE", 1))
     where = f" on {ranks} ranks" if ranks > 1 else ""
@@ -396,8 +416,8 @@ def describe(s: Settings) -> str:
         f"{s.steps} steps of {P} prompts × {N} samples = {P * N} translations{where}, "
         f"{s.updates_per_batch} update{'s' * (s.updates_per_batch > 1)} each, at most "
         f"{s.micro_batch_tokens:,} tokens at a time\n"
-        f"reward {build.describe(s)}, score {s.reading}, lr {s.lr:g}, KL {s.kl:g}, seed {s.seed}"
-        f"{model}"
+        f"reward {build.describe_reward(s)}, score {s.score_mode}, lr {s.lr:g}, KL {s.kl:g}, "
+        f"seed {s.seed}{model}"
     )
 
 

@@ -22,7 +22,7 @@ from random import Random
 import numpy as np
 import torch
 
-from judge import Judged, digest
+from judge import RewardOutput, prompt_key
 from run.driver import load_frozen
 from sampler import Sample, Sampler
 
@@ -49,7 +49,7 @@ class Player:
     def __init__(self, folder: Path, s, game, device: torch.device):
         model, self.texts = load_frozen(folder, device)
         self.s, self.game = s, game
-        self.sampler = Sampler(model, s.slots, window_size(s, model.config))
+        self.sampler = Sampler(model, s.max_num_seqs, window_size(s, model.config))
 
     def sample(self, prompts: list[list[int]], n: int, keys: Sequence[int]) -> list[list[Sample]]:
         return self.sampler.generate(
@@ -62,7 +62,7 @@ class Player:
         text = self.texts.decode(sample.ids[:-1]) if sample.stopped else ""
         if (question := self.game.parse_question(text)) is None:
             return None
-        [ids] = self.texts.encode([self.game.pose(question)])
+        [ids] = self.texts.encode([self.game.solver_prompt(question)])
         return question if len(ids) <= self.s.max_prompt_tokens else None
 
     def agreement(self, questions: Iterable[str | None]) -> dict[str, tuple[float, str]]:
@@ -71,8 +71,8 @@ class Player:
         Draws are keyed by the prompt: they do not depend on the other questions or on the rank.
         """
         distinct = sorted({q for q in questions if q is not None})
-        prompts = self.texts.encode([self.game.pose(q) for q in distinct])
-        groups = self.sample(prompts, self.s.answers, [digest(0, ids) for ids in prompts])
+        prompts = self.texts.encode([self.game.solver_prompt(q) for q in distinct])
+        groups = self.sample(prompts, self.s.answers, [prompt_key(0, ids) for ids in prompts])
         return {
             question: self.game.majority([self.game.answer(self.texts, x, question) for x in group])
             for question, group in zip(distinct, groups, strict=True)
@@ -99,23 +99,25 @@ class ChallengerReward:
     def __init__(self, s, solver: Player):
         self.s, self.solver = s, solver
 
-    def __call__(self, tasks: Sequence, groups: list[list[Sample]], step: int) -> list[Judged]:
+    def __call__(
+        self, tasks: Sequence, groups: list[list[Sample]], step: int
+    ) -> list[RewardOutput]:
         rows = [[self.solver.parse_question(sample) for sample in group] for group in groups]
         agreed = self.solver.agreement(q for row in rows for q in row)
         judged = []
         for row in rows:
             shares = [0.0 if q is None else agreed[q][0] for q in row]
             parts = {"format": [float(q is not None) for q in row], "agreement": shares}
-            judged.append(Judged(shares, parts, [q or "" for q in row]))
+            judged.append(RewardOutput(shares, parts, [q or "" for q in row]))
         return judged
 
-    def finish(self, judged: Sequence[Judged]) -> list[Judged]:
-        texts = [text for row in judged for text in row.words]
+    def finish(self, judged: Sequence[RewardOutput]) -> list[RewardOutput]:
+        texts = [text for row in judged for text in row.judge_text]
         penalties = iter(cluster_shares(texts))
         noise = Random(f"{self.s.seed} {texts}")
         rewarded = []
         for row in judged:
-            parts = row.parts | {"repetition": [next(penalties) for _ in row.words]}
+            parts = row.parts | {"repetition": [next(penalties) for _ in row.judge_text]}
             total = [
                 noise.random() if self.s.challenge == "random" else challenger_reward(
                     share, self.s.repetition * penalty, bool(is_question), self.s.challenge

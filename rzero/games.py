@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.codec import PromptCodec
-from judge import Judged, UntrustedText
+from judge import RewardOutput, UntrustedText
 from rzero.answers import Answers, boxed, strip_answer
 
 
@@ -62,13 +62,15 @@ class Quiz:
     def solver_reward(self, texts: PromptCodec):
         """For grpo.train, whose tasks are pairs of question and label: 1 for the label, else 0."""
 
-        def reward(tasks: Sequence[tuple[str, str]], groups: list[list], step: int) -> list[Judged]:
+        def reward(
+            tasks: Sequence[tuple[str, str]], groups: list[list], step: int
+        ) -> list[RewardOutput]:
             rows = []
             for (question, label), group in zip(tasks, groups, strict=True):
                 answers = [self.answer(texts, sample, question) for sample in group]
                 total = [float(self.is_right(answer, label)) for answer in answers]
                 parts = {"format": [float(x is not None) for x in answers], "label": total}
-                rows.append(Judged(total, parts, [f"{x}, label {label}" for x in answers]))
+                rows.append(RewardOutput(total, parts, [f"{x}, label {label}" for x in answers]))
             return rows
 
         return reward
@@ -98,7 +100,7 @@ class Mathematics(Quiz):
             return None
         return questions[0].strip() if boxed(text.partition("</question>")[2]) else None
 
-    def pose(self, question: str) -> list[str]:
+    def solver_prompt(self, question: str) -> list[str]:
         ask = "Solve this problem step by step, and put the final answer in \\boxed{}.\n\n"
         return [ask, UntrustedText(question), "\n\nSolution:\n"]
 

@@ -39,20 +39,20 @@ import grpo
 from data import loading
 from data.codec import PromptCodec, load_tokenizer
 from model import read_config
-from report.draw import rows_of
+from report.runs import read_rows
 from run import driver, estimate, settings
 from run.cache import JsonlCache, map_cached
 from run.checkpoint import Checkpoints, fingerprint, fingerprint_tokenizer
 from run.distributed import Ranks, Stopping, run_with_error_reporting
 from run.folder import RunFolder, save_with_tokenizer
 from run.metrics import mean
-from run.monitor import Stopper
+from run.monitor import StopOnSignal
 from run.problem import policy_folder
 from run.settings import RunSettings
 from rzero.challenger import CHALLENGES, ChallengerReward, Player, window_size, write_questions
 from rzero.games import Mathematics, Quiz
 from sampler import Sampler
-from toy.programs import Programs, Recipe, make
+from toy.programs import ProgramRecipe, Programs, program_model
 
 
 @dataclass
@@ -95,14 +95,14 @@ class Settings(RunSettings):
 PRESETS = {
     "toy": {
         "prompts_per_step": 32, "challenger_steps": 10, "solver_steps": 25, "solver_samples": 8,
-        "questions": 128, "lr": 4e-4, "challenger_lr": 6e-4, "warmup_steps": 2, "slots": 512,
+        "questions": 128, "lr": 4e-4, "challenger_lr": 6e-4, "warmup_steps": 2, "max_num_seqs": 512,
         "max_prompt_tokens": 21, "max_new_tokens": 41, "track_kl": False,
     },
     # The paper's numbers, as far as published; lengths and the prompts are our choice.
     "r-zero-4b": {
         "model": "Qwen/Qwen3-4B-Base", "lr": 1e-6, "weight_decay": 1e-2, "kl": 1e-2,
-        "warmup_steps": 0, "final_lr": 1.0, "max_prompt_tokens": 1024, "max_new_tokens": 4096,
-        "slots": 24, "micro_batch_tokens": 8192,
+        "warmup_steps": 0, "min_lr_ratio": 1.0, "max_prompt_tokens": 1024, "max_new_tokens": 4096,
+        "max_num_seqs": 24, "micro_batch_tokens": 8192,
     },
 }  # fmt: skip
 BOUNDS = [
@@ -119,7 +119,9 @@ MOVED = settings.MOVED | {
     "steps": "each player has its own: --challenger-steps, --solver-steps",
     "samples_per_prompt": "each player has its own: --challenger-samples, --solver-samples",
 }
-RESUME_OVERRIDABLE = "folder resume iterations save_every micro_batch_tokens slots patience report"
+RESUME_OVERRIDABLE = (
+    "folder resume iterations save_every micro_batch_tokens max_num_seqs hang_timeout report"
+)
 PLAYERS = ("challenger", "solver")
 SHOWN = {  # metric -> its label in the progress line
     "reward/total": "reward", "reward/agreement": "agreement", "questions/different": "different",
@@ -128,7 +130,7 @@ SHOWN = {  # metric -> its label in the progress line
 }  # fmt: skip
 
 
-class Run:
+class SelfPlay:
     """Players learn and questions are written, in turn. Finished work is found on the disk and
     skipped; a turn that was stopped continues from its checkpoint, or from its rows."""
 
@@ -169,7 +171,7 @@ class Run:
 
     def solver_prompts(self, pairs: Sequence[tuple[str, str]]) -> list[grpo.Prompt]:
         """Of pairs of question and answer, the prompts' tasks."""
-        ids = self.texts.encode([self.game.pose(question) for question, _ in pairs])
+        ids = self.texts.encode([self.game.solver_prompt(question) for question, _ in pairs])
         return [grpo.Prompt(*x) for x in zip(ids, pairs, strict=True)]
 
     # -------------------------------------------------------------------------- an iteration
@@ -183,7 +185,7 @@ class Run:
         solver = Player(self.weights("solver", 1), s, self.game, self.device)
 
         def describe(step: grpo.Step) -> dict[str, float]:
-            questions = [text for row in step.judged for text in row.words if text]
+            questions = [text for row in step.judged for text in row.judge_text if text]
             if not questions:
                 return {}
             about = self.game.describe_questions(questions)
@@ -210,7 +212,7 @@ class Run:
         path = self.path / f"iteration-{self.iteration}" / "questions.jsonl"
         rows = map_cached(
             self.ranks, lambda: JsonlCache(path, key), f"iteration {self.iteration}, questions",
-            range(s.questions), work, s.slots * self.ranks.size,
+            range(s.questions), work, s.max_num_seqs * self.ranks.size,
         )  # fmt: skip
         first = {row["question"]: row for row in reversed(rows) if row["question"]}
         return sorted(first.values(), key=lambda row: row["segment"])
@@ -285,7 +287,7 @@ class Run:
         source, base = self.weights(player, 1), (self.iteration - 1) * s.steps
         ranks.set_stage(f"iteration {self.iteration}: load the {player}")
         gc.collect()  # FSDP's models refer to themselves
-        cache = driver.Cache(window_size(s, read_config(source)), s.slots)
+        cache = driver.SamplerRoom(window_size(s, read_config(source)), s.max_num_seqs)
         policy = driver.build_policy(source, s, self.device, ranks, cache)
         identity = {"turn": [player, self.iteration], "weights": fingerprint(source)}
         identity["tokenizer"] = fingerprint_tokenizer(source)
@@ -318,7 +320,9 @@ class Run:
             elif not base:
                 start = self.evaluate(policy.sampler) if player == "solver" else {}
                 log.add("metrics.jsonl", [{"step": 0} | start])
-            for step in driver.train(policy, reward, batch, s, self.texts.stop_ids, ranks, last):
+            for step in driver.train_policy(
+                policy, reward, batch, s, self.texts.stop_ids, ranks, last
+            ):
                 step.metrics |= describe(step)
                 last = step
                 if step.number % s.save_every == 0 or step.number == s.steps:
@@ -336,7 +340,7 @@ class Run:
         # Whole, on the first rank's host, in fp32: the next iteration begins with it.
         where = torch.device("meta" if ranks.rank else "cpu")
         model = policy.model
-        whole = model if ranks.size == 1 else driver.whole_copy(model, torch.float32, where)
+        whole = model if ranks.size == 1 else driver.unsharded_copy(model, torch.float32, where)
         ranks.on_rank0("keep", lambda: self.keep(whole, final))
 
     # --------------------------------------------------------------------------- what it writes
@@ -363,7 +367,7 @@ class Run:
 
     def finish(self) -> None:
         """result.json, and the table: a column for the start, and one for each iteration."""
-        rows = [r for x in PLAYERS for r in rows_of(self.path / x / "metrics.jsonl")]
+        rows = [r for x in PLAYERS for r in read_rows(self.path / x / "metrics.jsonl")]
         ends = [row for row in rows if "eval/accuracy" in row]
         table = {key: [r[key] for r in ends] for key in ("eval/accuracy", "eval/sampled_accuracy")}
         for key in dict.fromkeys(key for r in rows for key in r if key.startswith("lessons/")):
@@ -403,14 +407,16 @@ def build_game(s: Settings, ranks: Ranks) -> Quiz:
     if s.preset != "toy":
         return Mathematics(policy_folder(s, ranks), s.held_out, s.eval_prompts)
     folder = Path(s.model) if s.model else None
-    folder = folder or ranks.rank0_then_all("make the toy", lambda: make(Recipe(seed=s.seed)))
+    folder = folder or ranks.rank0_then_all(
+        "make the toy", lambda: program_model(ProgramRecipe(seed=s.seed))
+    )
     return Programs(s.seed, s.eval_prompts, folder)
 
 
-class TurnEstimate(estimate.Work):
-    """A player has all its slots, needed or not."""
+class TurnEstimate(estimate.Workload):
+    """A player has all its sequences, needed or not."""
 
-    slots = property(lambda self: self.s.slots)
+    slots = property(lambda self: self.s.max_num_seqs)
 
 
 def dry_run(s: Settings) -> None:
@@ -418,9 +424,12 @@ def dry_run(s: Settings) -> None:
     if s.preset == "toy":
         raise ValueError("--dry-run needs another --preset: the toy fits anywhere")
     machine, count = estimate.machines(s.dry_run, any_gpu=True)
-    config, names = estimate.shape_of(s.model), [f.name for f in dataclasses.fields(grpo.Settings)]
-    same = {name: getattr(s, name) for name in (*names, "slots")}
-    same |= {"reward": "oracle", "reading": "expected", "eval_prompts": 0}  # not estimated
+    config, names = (
+        estimate.find_config(s.model),
+        [f.name for f in dataclasses.fields(grpo.Settings)],
+    )
+    same = {name: getattr(s, name) for name in (*names, "max_num_seqs")}
+    same |= {"reward": "oracle", "score_mode": "expected", "eval_prompts": 0}  # not estimated
 
     def estimate_turn(steps: int, prompts: int, samples: int, asked=None) -> TurnEstimate:
         turn = {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": samples}
@@ -432,7 +441,7 @@ def dry_run(s: Settings) -> None:
     challenger = estimate_turn(s.challenger_steps, P, n, answers)
     solver = estimate_turn(s.solver_steps, P, s.solver_samples)
     for name, turn in (("Challenger", challenger), ("Solver", solver)):
-        print(f"The {name}'s turn. {estimate.report(turn, machine, s.model)}\n")
+        print(f"The {name}'s turn. {estimate.format_estimate(turn, machine, s.model)}\n")
         hours += turn.s.steps * sum(estimate.seconds(turn, machine).values()) / 3600
         missing = max(missing, estimate.missing(turn, machine))
     both = estimate_turn(1, s.questions, 1), estimate_turn(1, s.questions, s.answers)
@@ -453,9 +462,9 @@ def start(argv: list[str]) -> None:
     driver.assert_same_on_all_ranks(ranks, values)
     name = f"rzero-{s.preset}"
     s.folder = str(ranks.on_rank0("name", lambda: settings.run_folder(name, s.folder, s.resume)))
-    with contextlib.closing(build_game(s, ranks)) as game, Stopper(ranks):
+    with contextlib.closing(build_game(s, ranks)) as game, StopOnSignal(ranks):
         try:
-            Run(s, game, device, ranks).play()
+            SelfPlay(s, game, device, ranks).play()
         except Stopping:
             print(f"stopped; continue with --resume --folder {s.folder}", flush=True)
 

@@ -19,7 +19,7 @@ V = 152_064
 ROWS = {"logits": "*fp32", "targets": "*i64", "entropies": "*fp32", "peaks": "*fp32"}
 ROWS |= {"log_sums": "*fp32", "scale": "fp32"}
 BACKWARD = {**ROWS, "a_rows": "*fp32", "b_rows": "*fp32"}
-GROUPS = {name: "*fp32" for name in ("rewards", "advantages", "squares", "counts")}
+GROUPS = ("rewards", "advantages", "squares", "counts")
 GROUP_SIZE = {"N": 16, "BLOCK": 16, "BY_STD": True, "LEAVE_ONE_OUT": True, "EPSILON": 1e-6}
 KERNELS = [  # kernel, types of its arguments, constants, options
     (logprob.row_kernel, {**ROWS, "logprobs": "*fp32"}, {"V": V, "BLOCK": 8192}, {"num_warps": 8}),
@@ -33,7 +33,10 @@ KERNELS = [  # kernel, types of its arguments, constants, options
         for dtype in ("*bf16", "*fp32")
         for has_b in (False, True)
     ),
-    (advantage.group_kernel, GROUPS, GROUP_SIZE, {}),
+    *(
+        (advantage.group_kernel, dict.fromkeys(GROUPS, dtype), GROUP_SIZE, {})
+        for dtype in ("*fp32", "*fp64")
+    ),
 ]
 
 

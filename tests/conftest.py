@@ -20,7 +20,17 @@ def pytest_addoption(parser):
 
 
 # The longest files first: workers that take a file at a time end at about the same time.
-LONGEST = ("distributed", "rzero", "checkpoint", "ssr", "problem", "report", "sampler", "family")
+LONGEST = (
+    "toy",
+    "distributed",
+    "rzero",
+    "checkpoint",
+    "ssr",
+    "problem",
+    "report",
+    "sampler",
+    "family",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -105,10 +115,10 @@ def pupil(tmp_path_factory):
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
     """A toy of small programs that has read just enough to ask, and to answer in the right form."""
-    from toy.programs import Recipe, make
+    from toy.programs import ProgramRecipe, program_model
 
-    recipe = Recipe(
+    recipe = ProgramRecipe(
         tokens=9e4, width=48, layers=1, mlp=96, asked=0.2, doubted=0.0, slip=0.0,
         muon=0.02, adamw=6e-3,
     )  # fmt: skip
-    return make(recipe, tmp_path_factory.mktemp("programs"))
+    return program_model(recipe, tmp_path_factory.mktemp("programs"))

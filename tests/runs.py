@@ -19,11 +19,11 @@ TOY = [
     *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
     *("--eval-every=2", "--no-report"),
 ]
-RANKS = [*TOY, "--prompts-per-step=5", "--eval-prompts=8", "--lr=2e-3", "--patience=600"]
+RANKS = [*TOY, "--prompts-per-step=5", "--eval-prompts=8", "--lr=2e-3", "--hang-timeout=600"]
 PAPER = [
     *("--preset=ssr-zero-7b", "--steps=1", "--prompts-per-step=4", "--samples-per-prompt=4"),
     *("--max-new-tokens=60", "--judge-max-new-tokens=40", "--max-prompt-tokens=400"),
-    *("--eval-prompts=4", "--eval-every=1", "--slots=16", "--no-report"),
+    *("--eval-prompts=4", "--eval-every=1", "--max-num-seqs=16", "--no-report"),
 ]
 
 
@@ -90,7 +90,9 @@ def set_quality(monkeypatch, quality):
     real = Evaluation.__call__
 
     def measured(self, number):
-        self.problem.measures = {"exact_match": lambda tasks, texts: [quality(number)] * len(texts)}
+        self.problem.eval_metrics = {
+            "exact_match": lambda tasks, texts: [quality(number)] * len(texts)
+        }
         return real(self, number)
 
     monkeypatch.setattr(Evaluation, "__call__", measured)

@@ -11,7 +11,7 @@ from data.codec import PromptCodec, load_tokenizer
 from data.languages import is_plausible_translation
 from judge import PAPER, PLAIN, TAGS, TOY, Judge, Reward, Task, UntrustedText, translation_in
 from model import load
-from rewards.family import Group, Pairs, ask_group, ask_pair
+from rewards.family import GroupJudge, PairwiseJudge, ask_group, ask_pair
 from sampler import Sampler
 from tests.attacks import ATTACKS
 from tests.test_judge import Scripted, sample, well_formed
@@ -95,7 +95,7 @@ def test_an_echo_prefers_nobody_and_scores_no_group(texts, echo):
         if "tags" not in echo:  # echoed in tags, these are for the format check to refuse
             answers += ["first", "second", "7, 8"]
         judge = judge_who(texts, ECHOES[echo])
-        for scorer in (Pairs(judge), Group(judge, 2, 20)):
+        for scorer in (PairwiseJudge(judge), GroupJudge(judge, 2, 20)):
             assert {score.value for score in scorer([task], [answers], 1)[0]} == {None}
 
 

@@ -162,7 +162,7 @@ def test_what_a_kill_left_behind_is_cleared_away(tmp_path, state):
 
 
 def test_a_log_is_cut_at_a_step_whatever_is_in_it(tmp_path):
-    log = folder.RunFolder(tmp_path, mine=True)
+    log = folder.RunFolder(tmp_path, is_writer=True)
     log.add("groups.jsonl", [{"step": i, "text": f"a\u2028b\u0085{i} 灿烂"} for i in range(4)])
     whole = (tmp_path / "groups.jsonl").read_bytes()
     for torn in (b"", whole[:-3], b'{"step": 9', "灿".encode()[:2]):  # what a kill leaves behind

@@ -55,26 +55,26 @@ def small_sets(wmt, monkeypatch):
 def test_json_lines_have_their_own_languages_or_those_of_the_file_or_of_all(tmp_path):
     own = write(tmp_path / "a.jsonl", [TEXT, TEXT | {"target": "de", "reference": "Gute Nacht."}])
     bare = write(tmp_path / "b.jsonl", [{"text": " Good\0 night. "}])
-    assert loading.gather(f"{own}, {bare}", "en", "zh,fr").tasks == [
+    assert loading.load_corpus(f"{own}, {bare}", "en", "zh,fr").tasks == [
         Task("Good night.", "English", "Chinese"),
         Task("Good night.", "English", "German", "Gute Nacht."),
         Task("Good night.", "English", "French"),
     ]
-    assert loading.gather(f"{bare}:de-en").tasks == [Task("Good night.", "German", "English")]
+    assert loading.load_corpus(f"{bare}:de-en").tasks == [Task("Good night.", "German", "English")]
     with pytest.raises(ValueError, match=r"b\.jsonl, line 1: 'source', 'target' missing \(or a"):
-        loading.gather(str(bare))
+        loading.load_corpus(str(bare))
 
 
 def test_plain_text_is_a_text_a_line(tmp_path):
     file = tmp_path / "news.txt"
     file.write_bytes("\ufeffOne.\r\n\r\n\u3000\nTwo\u2028still two.\nOne.\n".encode())
-    corpus = loading.gather(f"{file}:en-zh,{file}:en-de")
+    corpus = loading.load_corpus(f"{file}:en-zh,{file}:en-de")
     assert [t.text for t in corpus.tasks] == ["One.", "Two\u2028still two."] * 2
     assert corpus.tasks[0][1:3] == ("English", "Chinese")
     report = f"{file}:en-zh: 3 texts read, 2 kept; left out: 1 seen before\n"
     assert corpus.report() == report + report.replace("en-zh", "en-de").strip()
     with pytest.raises(ValueError, match="--source names several: write the pair behind"):
-        loading.gather(str(file), "en,zh", "zh,en")
+        loading.load_corpus(str(file), "en,zh", "zh,en")
 
 
 def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch):
     file.write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"a\.parquet needs pyarrow: pip install pyarrow"):
-        loading.gather(f"{file}:en-zh")
+        loading.load_corpus(f"{file}:en-zh")
     monkeypatch.undo()
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not in our requirements")
     import pyarrow.parquet as parquet
@@ -90,8 +90,8 @@ def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch):
     table = {"text": ["a", "b", "", "a"], "target": ["de", "fr", "de", "de"], "other": [1, 2, 3, 4]}
     parquet.write_table(pa.table(table | {"source": ["en"] * 4}), file)
     with pytest.raises(ValueError, match=r"a\.parquet, row 3: 'text' missing"):
-        loading.gather(str(file))
-    corpus = loading.gather(str(file), skip_bad=True)
+        loading.load_corpus(str(file))
+    corpus = loading.load_corpus(str(file), skip_bad=True)
     assert [(t.text, t.target) for t in corpus.tasks] == [("a", "German"), ("b", "French")]
 
 
@@ -115,8 +115,8 @@ def test_a_bad_line_is_named_or_left_out_and_counted(tmp_path, line, message):
     file = tmp_path / "data.jsonl"
     file.write_bytes(json.dumps(TEXT).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(ValueError, match=rf"data\.jsonl, line 3: {message}"):
-        loading.gather(str(file))
-    corpus = loading.gather(str(file), skip_bad=True)
+        loading.load_corpus(str(file))
+    corpus = loading.load_corpus(str(file), skip_bad=True)
     assert len(corpus.tasks) == 1
     assert corpus.report().endswith("2 texts read, 1 kept; left out: 1 that cannot be read")
 
@@ -133,7 +133,7 @@ def test_a_bad_line_is_named_or_left_out_and_counted(tmp_path, line, message):
 def test_unusable_data_is_refused(entries, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=message):
-        loading.gather(entries)
+        loading.load_corpus(entries)
 
 
 # ------------------------------------------------------------------------------- the order
@@ -173,7 +173,7 @@ def test_wmts_sources_become_a_corpus_in_both_directions(small_sets, tmp_path, c
     assert {"text": corpora.english("wmt18", 3), "source": "English", "target": "Chinese"} in rows
     assert {"text": corpora.chinese("wmt20", 0), "source": "Chinese", "target": "English"} in rows
     assert not any("reference" in row for row in rows)
-    assert loading.gather(str(out)).tasks == [Task(*row.values()) for row in rows]
+    assert loading.load_corpus(str(out)).tasks == [Task(*row.values()) for row in rows]
 
 
 def test_short_and_repeated_texts_are_left_out_and_counted(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_short_and_repeated_texts_are_left_out_and_counted(tmp_path, monkeypatch
     text = source.read_text().replace(long, "Too short, at 29 characters.")
     source.write_text(text.replace("of wmt17 met", "of wmt18 met"))
     use_cache(monkeypatch, tmp_path)
-    report = loading.gather("wmt17-18:en-zh").report()
+    report = loading.load_corpus("wmt17-18:en-zh").report()
     assert "48 texts read, 36 kept; left out: 1 shorter than 30 characters, 11 seen" in report
     assert loading.length_of("Good night.") == 11 and loading.length_of("晚安。") == 9
 
@@ -204,7 +204,7 @@ def test_a_set_that_cannot_be_fetched_ends_the_command(monkeypatch, tmp_path):
     ],
 )  # fmt: skip
 def test_test_sets_have_sources_and_references(small_sets, capsys, entry, name):
-    tasks = sets.load(entry)
+    tasks = sets.load_set(entry)
     sides = [corpora.english(name, 2), "English"], [corpora.chinese(name, 2), "Chinese"]
     (text, source), (reference, target) = sides if "en-zh" in entry else sides[::-1]
     assert len(tasks) == 12 and tasks[2] == (text, source, target, reference)
@@ -213,7 +213,7 @@ def test_test_sets_have_sources_and_references(small_sets, capsys, entry, name):
 
 
 def test_held_out_sets_take_both_directions_of_the_pairs_asked(small_sets):
-    tasks = sets.held_out("wmt22,wmt17:en-zh", loading.pairs_of("en", "zh"))
+    tasks = sets.held_out("wmt22,wmt17:en-zh", loading.parse_language_pairs("en", "zh"))
     # As it is trained on: & is &, in WMT's old files, too.
     assert len(tasks) == 36 and tasks[-1].text == corpora.english("wmt17", 11)
 
@@ -221,7 +221,7 @@ def test_held_out_sets_take_both_directions_of_the_pairs_asked(small_sets):
 def test_a_set_of_ones_own_is_a_file_and_may_repeat_a_sentence(tmp_path):
     rows = [TEXT | {"reference": "晚安。"}] * 2
     file = write(tmp_path / "mine.jsonl", rows)
-    assert sets.load(str(file)) == [Task(*rows[0].values())] * 2
+    assert sets.load_set(str(file)) == [Task(*rows[0].values())] * 2
 
 
 @pytest.mark.parametrize(
@@ -236,11 +236,11 @@ def test_a_set_of_ones_own_is_a_file_and_may_repeat_a_sentence(tmp_path):
 )  # fmt: skip
 def test_an_unknown_set_is_refused(entry, message):
     with pytest.raises(ValueError, match=message):
-        sets.load(entry)
+        sets.load_set(entry)
 
 
 def test_the_toys_test_set_is_unseen():
-    tasks = sets.load("toy:kasu-bevo")
+    tasks = sets.load_set("toy:kasu-bevo")
     assert len(tasks) == 500 and {(t.source, t.target) for t in tasks} == {("Kasu", "Bevo")}
     watched = {sets.Languages(0).task("held-out", i).text for i in range(512)}
     assert len({t.text for t in tasks} - watched) > 480  # short sentences come up again
@@ -260,9 +260,9 @@ def test_an_archive_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
         url = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(sets, "FLORES_URL", f"{url}/half.tar.gz")
         with pytest.raises(OSError, match=r"half\.tar\.gz could not be fetched .*FLORES200"):
-            sets.load("flores200:en-zh")
+            sets.load_set("flores200:en-zh")
         assert list(cache.iterdir()) == []
         monkeypatch.setattr(sets, "FLORES_URL", f"{url}/flores.tar.gz")
-        assert len(sets.load("flores200:en-zh")) == 12
+        assert len(sets.load_set("flores200:en-zh")) == 12
         server.shutdown()
-    assert len(sets.load("flores200:zh-en")) == 12  # from the folder now
+    assert len(sets.load_set("flores200:zh-en")) == 12  # from the folder now

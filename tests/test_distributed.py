@@ -44,7 +44,7 @@ def few(steps):
     return list(itertools.islice(steps, 4))
 
 
-CLIPPED = {"updates_per_batch": 2, "max_norm": 0.05, "loss_norm": "sequence", "steps": 4}
+CLIPPED = {"updates_per_batch": 2, "max_grad_norm": 0.05, "loss_norm": "sequence", "steps": 4}
 CLIPPED |= {"advantage_scale": "batch", "micro_batch_tokens": 4096}
 ONE_PROMPT = {"prompts_per_step": 1, "samples_per_prompt": 2, "kl": 0.1, "steps": 3}
 
@@ -90,7 +90,7 @@ def test_ranks_learn_what_one_process_learns(toy, tmp_path):
     ("size", "words"),
     [
         (2, ["--judge=ema", "--ema-decay=0.5"]),
-        (1, ["--judge=ema", "--kl=0.1", "--updates-per-batch=2", "--reading=written"]),
+        (1, ["--judge=ema", "--kl=0.1", "--updates-per-batch=2", "--score-mode=written"]),
     ],
 )
 def test_a_stopped_run_ends_where_it_would_have_ended(toy, tmp_path, size, words):
@@ -149,14 +149,14 @@ def test_an_error_ends_all_ranks_and_is_printed_once(toy, tmp_path, size, work, 
 
 def spoiled(rank, words):
     """At step 2 the gradient of rank 1 alone is not finite."""
-    loss, roll_out, steps = grpo.MicroBatch.loss, grpo.roll_out, []
+    loss, rollout, steps = grpo.MicroBatch.loss, grpo.rollout, []
 
     def spoiled_loss(self, model, s):
         value, stats = loss(self, model, s)
         return value * (math.nan if rank == 1 and len(steps) == 2 else 1), stats
 
     grpo.MicroBatch.loss = spoiled_loss
-    grpo.roll_out = lambda *a, **k: steps.append(1) or roll_out(*a, **k)
+    grpo.rollout = lambda *a, **k: steps.append(1) or rollout(*a, **k)
     ssr.main(words)
 
 
@@ -227,7 +227,7 @@ def test_a_rank_that_hangs_is_named_with_its_stage(toy, tmp_path):
     both[1].kill()
     done = processes.finish(tmp_path / "said", both)
     assert done.codes[0] == 1
-    assert "no progress for 600 s (--patience). The ranks are at:" in done.err[0]
+    assert "no progress for 600 s (--hang-timeout). The ranks are at:" in done.err[0]
     stages = dict(re.findall(r"  (step .*): rank (\d+)", done.err[0]))
     assert sorted(stages.values()) == ["0", "1"], done.err[0]
 

@@ -9,7 +9,7 @@ from model import load
 from rewards import build
 from run import driver, estimate, settings
 from run.checkpoint import tensors_of
-from run.estimate import MACHINES, Work, memory, seconds, shape_of
+from run.estimate import MACHINES, Workload, find_config, memory, seconds
 from sampler import Sampler
 from tests.runs import refuses
 from tests.tiny import make_model, make_tokenizer
@@ -18,7 +18,7 @@ H100, DRY = MACHINES["h100"], "--dry-run=8xh100"
 
 
 def work(name, G, **changes):
-    k = Work(settings.parse(["--preset=ssr-zero-7b"]), shape_of(name), G, 250, True)
+    k = Workload(settings.parse(["--preset=ssr-zero-7b"]), find_config(name), G, 250, True)
     return k.changed(**changes)
 
 
@@ -33,14 +33,14 @@ def test_known_shapes_have_the_published_number_of_parameters():
         "Qwen/Qwen2.5-32B": 32_763_876_352,
         "Qwen/Qwen3-4B-Base": 4_022_468_096,
     }
-    assert {name: estimate.params_of(shape_of(name))[0] for name in published} == published
+    assert {name: estimate.params_of(find_config(name))[0] for name in published} == published
 
 
 def test_what_lives_all_the_time_is_counted_to_the_byte(tmp_path):
     make_model(tmp_path)
     model = load(tmp_path)
-    s = settings.parse(["--preset=toy", "--slots=7", "--max-new-tokens=20", "--no-track-kl"])
-    k = Work(s, model.config, 1, 10, False)
+    s = settings.parse(["--preset=toy", "--max-num-seqs=7", "--max-new-tokens=20", "--no-track-kl"])
+    k = Workload(s, model.config, 1, 10, False)
     parts = memory(k)
     tensors = tensors_of(model, grpo.make_optimizer(model, s))
     size = sum(x.nbytes for n, x in tensors.items() if n.startswith("model"))
@@ -58,7 +58,7 @@ def test_what_lives_all_the_time_is_counted_to_the_byte(tmp_path):
     answering = answers._replace(asked=answers)
     other_player = memory(answering)["the other player"]
     assert other_player == pytest.approx(sampler_bytes(0) + size, rel=0.02)
-    assert answering.changed(slots=3).asked.s.slots == 3
+    assert answering.changed(max_num_seqs=3).asked.s.max_num_seqs == 3
     assert seconds(answering, H100)["answers"] == seconds(answers, H100)["sample"]
 
 
@@ -70,8 +70,8 @@ def test_a_prompt_is_read_once_for_the_samples_that_fit():
 
 
 def test_a_judge_that_only_reads_keeps_one_slot():
-    k = work("Qwen/Qwen2.5-0.5B", 1, slots=64, judge="frozen")
-    written, read = (memory(k.changed(reading=x)) for x in ("written", "expected"))
+    k = work("Qwen/Qwen2.5-0.5B", 1, max_num_seqs=64, judge="frozen")
+    written, read = (memory(k.changed(score_mode=x)) for x in ("written", "expected"))
     saved = written["the starting weights"] - read["the starting weights"]
     assert saved == pytest.approx(written["its KV cache"], rel=0.02)
 
@@ -83,7 +83,7 @@ def test_weights_are_sharded_and_copies_are_not():
 
 
 def test_time_grows_with_the_work_and_shrinks_with_the_gpus():
-    k = work("Qwen/Qwen2.5-7B", 8, slots=512, eval_prompts=512)
+    k = work("Qwen/Qwen2.5-7B", 8, max_num_seqs=512, eval_prompts=512)
     runs = (k, k._replace(G=16), k.changed(prompts_per_step=256))
     step, more_gpus, twice = (sum(seconds(run, H100).values()) for run in runs)
     assert 1.3 < step / more_gpus < 2.1 and 1.5 < twice / step <= 2
@@ -121,13 +121,13 @@ def test_the_papers_run_fits_on_eight_gpus_of_80_gb_and_32b_does_not(capsys):
 
 
 def test_the_advice_fits():
-    k = work("Qwen/Qwen2.5-7B", 8, slots=256, micro_batch_tokens=16384)
-    advice = estimate.verdict(k, H100).split("It would with ")[1].rstrip(".").split()
-    s = settings.parse(["--preset=ssr-zero-7b", "--slots=256", *advice])
-    assert estimate.verdict(k._replace(s=s), H100).startswith("It fits")
-    large = work("Qwen/Qwen2.5-72B", 8, slots=8, track_kl=False)
+    k = work("Qwen/Qwen2.5-7B", 8, max_num_seqs=256, micro_batch_tokens=16384)
+    advice = estimate.fit_verdict(k, H100).split("It would with ")[1].rstrip(".").split()
+    s = settings.parse(["--preset=ssr-zero-7b", "--max-num-seqs=256", *advice])
+    assert estimate.fit_verdict(k._replace(s=s), H100).startswith("It fits")
+    large = work("Qwen/Qwen2.5-72B", 8, max_num_seqs=8, track_kl=False)
     large = large.changed(micro_batch_tokens=large.longest)
-    assert estimate.verdict(large, H100).endswith("on each. use more or larger GPUs.")
+    assert estimate.fit_verdict(large, H100).endswith("on each. use more or larger GPUs.")
 
 
 def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
@@ -139,7 +139,7 @@ def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
     assert out.count("It fits, with") == 2 and "Between them 8000 questions, 10 answers" in out
     assert number_of(out, "answers") == pytest.approx(10 * number_of(out, "sample"), rel=0.02)
     with pytest.raises(SystemExit) as error:
-        selfplay.main([*words, "--slots=32"])
+        selfplay.main([*words, "--max-num-seqs=32"])
     assert error.value.code == 1
     words += capsys.readouterr().out.split("It would with ")[1].split(".")[0].split()
     selfplay.main(words)  # the advice fits

@@ -49,7 +49,7 @@ def here(tmp_path_factory):
 
 def go(here, out, *words):
     main(["--sets", f"{here}/there.jsonl,{here}/back.jsonl", "--metrics=bleu,chrf",
-          "--max-new-tokens=12", "--slots=4", f"--out={out}", *words])  # fmt: skip
+          "--max-new-tokens=12", "--max-num-seqs=4", f"--out={out}", *words])  # fmt: skip
     return json.loads((out / "table.json").read_text())
 
 
@@ -311,7 +311,12 @@ def test_somebody_elses_translations_are_scored(here, first, out, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_translate_as_one(here, tmp_path):
-    words = [f"--sets={here}/there.jsonl", "--metrics=chrf", "--max-new-tokens=12", "--slots=4"]
+    words = [
+        f"--sets={here}/there.jsonl",
+        "--metrics=chrf",
+        "--max-new-tokens=12",
+        "--max-num-seqs=4",
+    ]
     words += [f"--model={here}/one"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     main([*words, f"--out={tmp_path / 'one'}"])
@@ -341,7 +346,10 @@ def test_two_ranks_translate_as_one(here, tmp_path):
         (["--model=x", "--sets=,"], "--sets names none"),
         (["--translations=a,b", "--metrics=bleu"], "2 files for 1 sets; give one for each"),
         (["--translations=gone.txt", "--metrics=bleu"], "--translations gone.txt: cannot be read"),
-        (["--model=x", "--slots=0"], "argument --slots: invalid positive value"),
+        (
+            ["--model=x", "--max-num-seqs=0"],
+            "argument --max-num-seqs/--slots: invalid positive value",
+        ),
     ],
 )
 def test_a_command_that_cannot_work_is_refused_before_any_work(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval import judge as program
-from eval.judge import Translation, compute_agreement, count_pairs, main, read_translations
+from eval.judge import Translation, compute_agreement, count_pairs, main, read_scored_translations
 from judge import Score, Task
 from rewards import build
 from run import estimate
@@ -92,7 +92,7 @@ def test_the_interval_draws_texts_not_pairs():
 def reported(translations, scores, tmp_path):
     rows = [{"score": x, "judge": "I cannot\n say" if x is None else f"{x}"} for x in scores]
     path = tmp_path / "x.judged-by-y.jsonl"
-    program.report(translations, rows, path, "somebody")
+    program.print_agreement(translations, rows, path, "somebody")
     return (tmp_path / "x.judged-by-y.agreement.md").read_text()
 
 
@@ -148,17 +148,17 @@ def test_a_bad_line_is_named(line, message, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: " + re.escape(message)):
-        read_translations(file)
+        read_scored_translations(file)
 
 
 def test_scores_come_from_either_key(tmp_path):
     file = tmp_path / "rows.jsonl"
     row = {**GOOD, "score": 3, "scores": {"comet": 0.5, "human": None}}
     file.write_text(json.dumps(row) + "\n\n" + json.dumps(GOOD) + "\n")
-    assert [t.scores for t in read_translations(file)] == [{"score": 3, "comet": 0.5}, {}]
+    assert [t.scores for t in read_scored_translations(file)] == [{"score": 3, "comet": 0.5}, {}]
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no translations"):
-        read_translations(file)
+        read_scored_translations(file)
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -181,13 +181,13 @@ def toy_rows(tmp_path):
 
 
 def test_a_file_is_judged_and_the_same_command_continues(toy_rows, tmp_path, capsys):
-    words = [str(toy_rows), "--model=toy", "--prompts=toy", "--reading=expected"]
+    words = [str(toy_rows), "--model=toy", "--prompts=toy", "--score-mode=expected"]
     main(words)
     out = capsys.readouterr().out
     assert "24 translations of 6 texts" in out and "| score " in out
     (path,) = tmp_path.glob("rows.judged-by-*.jsonl")
     header, *rows = map(json.loads, path.read_text().splitlines())
-    assert header["of"]["reading"] == "expected"
+    assert header["of"]["score_mode"] == "expected"
     scores = {row["segment"]: row["score"] for row in rows}
     assert sorted(scores) == [*range(24)] and all(0 <= x <= 1 for x in scores.values())
     kept = path.read_text().splitlines()[:9]
@@ -198,7 +198,7 @@ def test_a_file_is_judged_and_the_same_command_continues(toy_rows, tmp_path, cap
     assert lines[:9] == kept
     again = {row["segment"]: row["score"] for row in map(json.loads, lines[1:])}
     assert [again[i] for i in range(24)] == pytest.approx([scores[i] for i in range(24)], abs=1e-4)
-    with pytest.raises(SystemExit, match="its reading was expected, now written: write to another"):
+    with pytest.raises(SystemExit, match="its score_mode was expected, now written: write to an"):
         main([*words[:-1], "--judge-max-new-tokens=2"])
     toy_rows.write_text(toy_rows.read_text().replace('"score"', '"other"').replace("Kasu", "kasu"))
     main(words)  # the judge is asked the same
@@ -212,9 +212,9 @@ def test_a_file_is_judged_and_the_same_command_continues(toy_rows, tmp_path, cap
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model=x", "--reading=expected", "--chat"], "use --reading written"),
-        (["--model=x", "--judge-samples=2", "--reading=expected"], "would all be the same"),
-        (["--judge-url=http://x/v1", "--model=y", "--reading=expected"], "needs log-probs"),
+        (["--model=x", "--score-mode=expected", "--chat"], "use --score-mode written"),
+        (["--model=x", "--judge-samples=2", "--score-mode=expected"], "would all be the same"),
+        (["--judge-url=http://x/v1", "--model=y", "--score-mode=expected"], "needs log-probs"),
         (["--model=nowhere/at/all"], "rows.jsonl: there is no such file"),
     ],
 )
@@ -241,13 +241,13 @@ def judge_of(tiny, lengths, *words):
 
 @pytest.mark.parametrize(
     ("words", "slots"),
-    [([], 7), (["--slots=4"], 4), (["--judge-samples=3"], 21)],
+    [([], 7), (["--max-num-seqs=4"], 4), (["--judge-samples=3"], 21)],
 )
 def test_the_cache_has_room_for_all_rows_that_fit_and_no_more(tiny, words, slots):
     judge, items = judge_of(tiny, [20_000, *range(5, 11)], *words)
     assert judge.sampler.slots == slots
     scores = judge([t.task for t in items], [[t.text] for t in items], 0)
-    too_long = [score.words == "too long to judge" for [score] in scores]
+    too_long = [score.judge_text == "too long to judge" for [score] in scores]
     assert too_long == [True, *[False] * 6]
     with pytest.raises(ValueError, match="within the model's 4096 positions: lower --judge-max"):
         judge_of(tiny, [20_000])
@@ -256,7 +256,9 @@ def test_the_cache_has_room_for_all_rows_that_fit_and_no_more(tiny, words, slots
 def test_a_judge_without_room_is_refused_before_it_is_loaded(tiny, monkeypatch):
     monkeypatch.setattr(estimate, "available_bytes", lambda device: 1e6)
     monkeypatch.setattr(program, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(ValueError, match=r"needs about .* GB .* lower --slots \(now 7 of \d+ tok"):
+    with pytest.raises(
+        ValueError, match=r"needs about .* GB .* lower --max-num-seqs \(now 7 of \d+ tok"
+    ):
         judge_of(tiny, range(5, 12))
 
 

@@ -22,7 +22,7 @@ from tests.test_judge import Scripted, sample, well_formed
 from tests.test_ssr import go, rows_of, untimed
 from tests.tiny import make_model, make_tokenizer
 from toy.languages import Languages, quality
-from toy.pretrain import SKILLS, Corpus, Recipe, make
+from toy.pretrain import SKILLS, PretrainingCorpus, Recipe, language_model
 
 TASK = Task("The sun is shining.", "English", "Chinese")
 
@@ -46,7 +46,7 @@ def taught(tmp_path_factory):
     """A toy that has seen its skills."""
     recipe = Recipe(tokens=6e4, batch=16, width=48, layers=1, mlp=96, muon=0.02, adamw=6e-3,
                     skills=("compare", "rate"))  # fmt: skip
-    return make(recipe, tmp_path_factory.mktemp("taught"))
+    return language_model(recipe, tmp_path_factory.mktemp("taught"))
 
 
 # ------------------------------------------------------------------------ its own probabilities
@@ -82,7 +82,7 @@ def confidences(folder, texts, prompts, reward, groups, tasks=(TASK,)):
     s = settings.Settings(reward=reward, temperature=0.7, micro_batch_tokens=300)
     sampler = SimpleNamespace(model=load(folder))
     judge = SimpleNamespace(texts=texts, prompts=prompts, sampler=sampler)
-    return Reward(texts, prompts, family.scorers(s, judge))(list(tasks), groups, 1)
+    return Reward(texts, prompts, family.self_scorers(s, judge))(list(tasks), groups, 1)
 
 
 def drawn(texts, text):
@@ -155,7 +155,7 @@ def ask(texts, answer, answers, most=None, step=1, **options):
     sampler.stops = options.pop("stops", True)
     sampler.max_length = options.pop("max_length", 4000)
     judge = Judge(sampler, texts, PAPER, max_new_tokens=20, **options)
-    scorer = family.Group(judge, most, 20) if most else family.Pairs(judge)
+    scorer = family.GroupJudge(judge, most, 20) if most else family.PairwiseJudge(judge)
     return scorer([TASK], [answers], step)[0], sampler.asked
 
 
@@ -173,7 +173,7 @@ def test_the_win_rate_is_over_the_others_in_both_orders(texts):
     answers = ["aaa", "a", None, "aa", "a"]
     scores, prompts = ask(texts, longer, answers)
     assert [s.value for s in scores] == [1.0, 0.5 / 3, 0.0, 2 / 3, 0.5 / 3]
-    assert scores[2].words == "not judged"
+    assert scores[2].judge_text == "not judged"
     assert len(prompts) == len(set(prompts)) == 6  # the ordered pairs of three that differ
 
 
@@ -195,7 +195,7 @@ def test_a_pair_without_a_readable_judgement_is_left_out(texts, answer):
         return answer if "\nccc\n" in prompt else longer(prompt)
 
     scores, _ = ask(texts, judge, ["aa", "a", "ccc"])
-    assert [s.value for s in scores] == [1.0, 0.0, None] and scores[2].words == answer
+    assert [s.value for s in scores] == [1.0, 0.0, None] and scores[2].judge_text == answer
 
 
 @pytest.mark.parametrize("most", [None, 2], ids=["pairs", "group"])
@@ -210,7 +210,7 @@ def test_the_expected_win_is_the_first_words_share(taught):
     """Against transformers' probabilities."""
     texts = PromptCodec(load_tokenizer(taught))
     judge = Judge(Sampler(load(taught), 4, 150), texts, TOY, "expected")
-    pairs = family.Pairs(judge)
+    pairs = family.PairwiseJudge(judge)
     task = Languages(0).task("train", 0)
     a, b = task.reference, " ".join(task.reference.split()[::-1])
     theirs = AutoModelForCausalLM.from_pretrained(taught)
@@ -334,7 +334,7 @@ def test_a_run_with_a_previous_judge_resumes_bit_for_bit(taught, tmp_path, monke
     """Ended between two of its updates: step 4 is judged by the weights of step 2."""
     monkeypatch.setattr(driver, "PREVIOUS_EVERY", 2)
     words = ["--reward=cream", "--judge=previous", "--eval-every=3", "--eval-prompts=4"]
-    words += ["--lr=0.003", "--final-lr=1"]  # a rate that does not depend on the last step
+    words += ["--lr=0.003", "--min-lr-ratio=1"]  # a rate that does not depend on the last step
     go(tmp_path / "whole", taught, "--steps=6", *words)
     for steps in (3, 6):
         go(tmp_path / "parts", taught, f"--steps={steps}", *words, "--resume")
@@ -359,7 +359,7 @@ def test_every_reward_runs_on_the_toy(taught, tmp_path, words):
 def test_the_papers_prompts_can_compare_candidates(pupil, tmp_path, reward, option):
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(corpora.english("news", i) for i in range(12)))
-    options = ["--source=en", "--target=zh", "--measures=none", f"--reward={reward}", option]
+    options = ["--source=en", "--target=zh", "--eval-metrics=none", f"--reward={reward}", option]
     assert f"reward/{reward}" in test_problem.go(pupil, file, tmp_path / "run", *options)[1]
 
 
@@ -380,8 +380,8 @@ def test_the_estimate_counts_candidates_and_questions():
     def parts(**changes):
         s = settings.parse(["--preset=ssr-zero-0.5b", "--dry-run"])
         s = dataclasses.replace(s, **changes)
-        shape, template = estimate.shape_of("Qwen/Qwen2.5-0.5B"), problem.judge_template(s)
-        work = estimate.Work(s, shape, 1, template, True)
+        shape, template = estimate.find_config("Qwen/Qwen2.5-0.5B"), problem.judge_template(s)
+        work = estimate.Workload(s, shape, 1, template, True)
         return estimate.memory(work), estimate.seconds(work, estimate.MACHINES["h100"])
 
     (live, time), (ema, _) = parts(), parts(judge="ema")
@@ -396,10 +396,10 @@ def test_the_estimate_counts_candidates_and_questions():
 
 
 def test_skills_say_the_truth(monkeypatch):
-    corpus = Corpus(Languages(0), Recipe(skills=SKILLS), "some")
-    tasks, real = [], Corpus.sentence
+    corpus = PretrainingCorpus(Languages(0), Recipe(skills=SKILLS), "some")
+    tasks, real = [], PretrainingCorpus.sentence
     monkeypatch.setattr(
-        Corpus, "sentence", lambda self: tasks.append(real(self)) or tasks[-1]
+        PretrainingCorpus, "sentence", lambda self: tasks.append(real(self)) or tasks[-1]
     )  # fmt: skip
     for _ in range(200):
         for make_row in (corpus.comparison, corpus.rating):

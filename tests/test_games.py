@@ -18,8 +18,8 @@ from toy.programs import (
     LINES,
     PLACES,
     RULES,
+    ProgramRecipe,
     Programs,
-    Recipe,
     corpus,
     depth,
     is_held_out,
@@ -88,11 +88,11 @@ def test_held_out_programs_have_every_depth_and_the_truth():
 
 
 def test_corpus_has_shallow_questions_and_noisier_rules_the_deeper_and_nothing_held_out():
-    question, solution = corpus(Recipe())
+    question, solution = corpus(ProgramRecipe())
     programs = [" ".join(text[:-1]) for _, text in (question() for _ in range(3000))]
     depths = Counter(map(depth, programs))
     for d in range(1, 4):
-        assert depths[d + 1] / depths[d] == pytest.approx(Recipe.asked, abs=0.1)
+        assert depths[d + 1] / depths[d] == pytest.approx(ProgramRecipe.asked, abs=0.1)
     game, solved, wrong = Programs(0), Counter(), dict.fromkeys(RULES, (0, 0))
     for prompt, working in (solution() for _ in range(3000)):
         letters, rest = prompt[1:4], prompt[4:-1]
@@ -110,12 +110,12 @@ def test_corpus_has_shallow_questions_and_noisier_rules_the_deeper_and_nothing_h
     assert all(300 < solved[d] < 450 for d in range(1, DEEPEST + 1))
     shares = [errors / count for errors, count in wrong.values()]
     assert shares[0] < 0.02 and all(b > a - 0.03 for a, b in itertools.pairwise(shares))
-    assert shares[-1] == pytest.approx(6 / 8 * Recipe.doubt * 7 / 8, abs=0.06)
+    assert shares[-1] == pytest.approx(6 / 8 * ProgramRecipe.doubt * 7 / 8, abs=0.06)
 
 
 def work_out(game, question):
     """Follow the rules of the prompt by their numbers."""
-    words = "".join(f" {part} " for part in game.pose(question)).split()
+    words = "".join(f" {part} " for part in game.solver_prompt(question)).split()
     assert words[0] == "solve" and words[-1] == "=>"
     letters, rest = words[1:4], words[4:-1]
     rules = dict(zip(rest[::2], rest[1::2], strict=True))
@@ -133,7 +133,7 @@ def test_posed_programs_can_be_worked_out_and_the_working_read():
         assert game.parse_question(question) == question
         answer = game.text_answer(work_out(game, question), question)
         assert game.is_right(answer, game.truth(question))
-        first_lines.add(" ".join(game.pose(question)).split()[4])
+        first_lines.add(" ".join(game.solver_prompt(question)).split()[4])
     assert len(first_lines) > 3  # the rules are shuffled
 
 
@@ -167,7 +167,7 @@ def test_text_that_is_not_a_program_is_no_question(junk):
 
 def test_prompt_has_no_control_tokens_beside_the_templates(programs):
     texts = PromptCodec(load_tokenizer(programs))
-    [ids] = texts.encode([Programs(0).pose("f c a gor hex")])
+    [ids] = texts.encode([Programs(0).solver_prompt("f c a gor hex")])
     words = texts.tokenizer.convert_ids_to_tokens(ids)
     assert [w for w in words if w in ("ask", "solve", "=>", "<eos>", "<unk>")] == ["solve", "=>"]
 
@@ -237,7 +237,7 @@ def test_equal_maths_answers_agree(maths):
 
 
 def test_maths_prompt_marks_the_question_as_untrusted(maths):
-    pieces = maths.pose("What is {x}?")
+    pieces = maths.solver_prompt("What is {x}?")
     assert [p for p in pieces if isinstance(p, UntrustedText)] == ["What is {x}?"]
 
 

@@ -8,7 +8,7 @@ import torch
 
 import grpo
 from grpo import Prompt, Settings, TrainSample
-from judge import Judged
+from judge import RewardOutput
 from model import Config, Transformer
 from run import metrics
 from run.distributed import Ranks, sync_weights
@@ -33,7 +33,7 @@ def tiny_model(seed=0, dtype=torch.float64):
 def settings(**changes):
     small = Settings(
         steps=4, prompts_per_step=3, samples_per_prompt=4, max_prompt_tokens=8, max_new_tokens=6,
-        micro_batch_tokens=64, lr=1e-2, warmup_steps=0, final_lr=1.0, max_norm=1e9,
+        micro_batch_tokens=64, lr=1e-2, warmup_steps=0, min_lr_ratio=1.0, max_grad_norm=1e9,
     )  # fmt: skip
     return dataclasses.replace(small, **changes)
 
@@ -48,7 +48,7 @@ def loop(score, s, model=None, prompts=PROMPTS, start=None, sampler=None, stop_i
             [score(p, sample.ids, n, number) for n, sample in enumerate(group)]
             for p, group in zip(tasks, groups, strict=True)
         ]
-        return [Judged(row, {}, ["said"] * len(row)) for row in totals]
+        return [RewardOutput(row, {}, ["said"] * len(row)) for row in totals]
 
     sampler = sampler or Sampler(model, slots=12, max_length=24)
     optimizer = optimizer or grpo.make_optimizer(model, s)
@@ -169,7 +169,7 @@ def test_identical_samples_trained_once_give_the_gradient_of_all(updates, norm):
     groups = [[Sample([3, 4, EOS], [-1.0] * 3, True)] * 3 + [Sample([5, EOS], [-1.0] * 2, True)]]
     rewards = torch.tensor([[0.9, 0.1, 0.9, 0.4]])
     advantages = grpo.group_advantage(rewards)
-    merged = grpo.distinct_rows([Prompt([2, 7], None)], groups, rewards, advantages, s)
+    merged = grpo.merge_identical_samples([Prompt([2, 7], None)], groups, rewards, advantages, s)
     assert len(merged) == (2 if updates == 1 else 3)
     single = [
         TrainSample([2, 7], g.ids, g.logprobs, float(a), 1)
@@ -233,7 +233,7 @@ def test_a_missing_reward_is_left_out_of_group_and_denominator():
     groups[0][3] = Sample([6, 6, 6, EOS], [-1.0] * 4, True)
     rewards = torch.tensor([[1.0, 0.0, 1.0, math.nan]])
     advantages = grpo.group_advantage(rewards)
-    rows = grpo.distinct_rows([Prompt([2], None)], groups, rewards, advantages, s)
+    rows = grpo.merge_identical_samples([Prompt([2], None)], groups, rewards, advantages, s)
     assert [(r.ids, r.copies) for r in rows] == [([3, 4, EOS], 2), ([5, EOS], 1)]
     weights = grpo.token_loss_weights(rows, s)
     assert weights == [2 / 8, 1 / 8]
@@ -394,7 +394,7 @@ def test_half_precision_master_weights_are_refused():
 def test_rate_decay_and_scale_reach_optimizer_and_advantage(monkeypatch):
     scales, rates, real = [], [], grpo.group_advantage
     monkeypatch.setattr(grpo, "group_advantage", lambda *a: scales.append(a[1:]) or real(*a))
-    s = settings(steps=6, warmup_steps=3, final_lr=0.5, lr=0.6, advantage_scale="none",
+    s = settings(steps=6, warmup_steps=3, min_lr_ratio=0.5, lr=0.6, advantage_scale="none",
                  weight_decay=0.3)  # fmt: skip
     model = tiny_model(dtype=torch.float32)
     optimizer = grpo.make_optimizer(model, s)
@@ -416,12 +416,14 @@ def test_metrics_are_what_they_say():
         [Sample([3, EOS], [-1.0, -1.0], True)] * 2,
     ]
     totals = [[0.25, 0.75], [0.5, math.nan]]
-    about = [Judged(row, {"self": row, "format": [1.0, 1.0]}, []) for row in totals]
+    about = [RewardOutput(row, {"self": row, "format": [1.0, 1.0]}, []) for row in totals]
     rewards = torch.tensor(totals, dtype=torch.float64)
     advantages = grpo.group_advantage(rewards)
-    rows = grpo.distinct_rows([Prompt([2], None)] * 2, groups, rewards, advantages, settings())
+    rows = grpo.merge_identical_samples(
+        [Prompt([2], None)] * 2, groups, rewards, advantages, settings()
+    )
     reference = [torch.tensor(r.logprobs) + 0.1 for r in rows]
-    found = metrics.describe(groups, about, rewards, advantages, rows, reference)
+    found = metrics.batch_metrics(groups, about, rewards, advantages, rows, reference)
     counts = found.pop("histogram/self")
     assert [i for i, n in enumerate(counts) if n] == [5, 10, 15] and sum(counts) == 3
     expected = {
@@ -438,9 +440,9 @@ def test_a_histogram_counts_what_was_judged():
     values = [0.0, 0.049, 0.05, 0.99, 1.0, 1.2, -0.1, math.nan]
     assert metrics.histogram(values) == [3, 1, *[0] * 17, 3]
     samples = [[Sample([EOS], [-1.0], True), Sample([3, EOS], [-1.0, -1.0], True)]]
-    about = [Judged([0.0, 0.5], {"self": [0.0, 0.5], "format": [0.0, 1.0]}, [])]
+    about = [RewardOutput([0.0, 0.5], {"self": [0.0, 0.5], "format": [0.0, 1.0]}, [])]
     rewards = torch.tensor([[0.0, 0.5]])
-    found = metrics.describe(samples, about, rewards, rewards, [], None)
+    found = metrics.batch_metrics(samples, about, rewards, rewards, [], None)
     assert found["histogram/self"] == [*[0] * 10, 1, *[0] * 9]
 
 

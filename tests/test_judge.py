@@ -83,13 +83,13 @@ def well_formed(answer):
 
 def judge_all(texts, outputs, answer=lambda prompt, i: well_formed("100"), task=TASK, **options):
     """Reward of some outputs of one task, by a judge that (by default) gives everything 100."""
-    gate, step = options.pop("gate", "product"), options.pop("step", 1)
+    format_reward, step = options.pop("format_reward", "product"), options.pop("step", 1)
     sampler = Scripted(texts, answer)
     sampler.stops = options.pop("stops", True)
     sampler.max_length = options.pop("max_length", 4000)
     judge = Judge(sampler, texts, PAPER, **options)
     reward = Reward(
-        texts, PAPER, {"self": (1.0, judge)}, gate, is_translation=is_plausible_translation
+        texts, PAPER, {"self": (1.0, judge)}, format_reward, is_translation=is_plausible_translation
     )
     group = [o if not isinstance(o, str) else sample(texts, o) for o in outputs]
     return reward([task], [group], step)[0], sampler
@@ -271,18 +271,20 @@ def test_an_unreadable_judgement_is_no_reward(texts):
     answer = lambda prompt, i: next(v for k, v in words.items() if k in prompt)  # noqa: E731
     judged, _ = judge_all(texts, outputs, answer)
     assert math.isnan(judged.total[0]) and judged.total[1:] == [0.8, 0.0]
-    assert judged.words == ["eighty", well_formed("80"), "not judged"]
+    assert judged.judge_text == ["eighty", well_formed("80"), "not judged"]
     judged, _ = judge_all(texts, outputs[:1], stops=False)  # cut off after "100"
     assert math.isnan(judged.total[0])
 
 
 @pytest.mark.parametrize(
-    ("gate", "right", "broken"),
+    ("format_reward", "right", "broken"),
     [("product", 0.4, 0.0), ("zero-one", 1.4, 0.0), ("plus-minus-one", 1.4, -1.0)],
 )
-def test_gates_combine_format_and_score(texts, gate, right, broken):
+def test_gates_combine_format_and_score(texts, format_reward, right, broken):
     outputs = [well_formed("阳光"), "no tags"]
-    judged, _ = judge_all(texts, outputs, lambda p, i: well_formed("40"), gate=gate)
+    judged, _ = judge_all(
+        texts, outputs, lambda p, i: well_formed("40"), format_reward=format_reward
+    )
     assert judged.total == [right, broken]
     assert judged.parts == {"format": [1.0, 0.0], "self": [0.4, 0.0]}
 
@@ -336,7 +338,7 @@ def test_what_does_not_fit_the_window_is_not_judged_and_scores_0(texts):
     outputs = [well_formed("阳光"), well_formed("灿烂" * 5000)]
     for room, value in ((len(prompt) + 9, 1.0), (len(prompt) + 8, 0.0)):
         judged, sampler = judge_all(texts, outputs, max_length=room, max_new_tokens=9)
-        assert judged.total == [value, 0.0] and judged.words[1] == "too long to judge"
+        assert judged.total == [value, 0.0] and judged.judge_text[1] == "too long to judge"
         assert len(sampler.asked) == value
 
 
@@ -355,7 +357,7 @@ def test_the_expected_score_is_the_mean_over_the_score_tokens(tmp_path):
     texts, sampler = PromptCodec(tokenizer), Sampler(load(tmp_path), slots=4, max_length=500)
     scores = {"1": 0.0, "2": 0.5, "3": 1.0}
     prompts = Prompts("{source}", "", "{source} {translation} =", scores, False)
-    judge = Judge(sampler, texts, prompts, reading="expected")
+    judge = Judge(sampler, texts, prompts, score_mode="expected")
     ids = torch.tensor(texts.encode([prompts.ask_judge(TASK, "a sun", "expected")]))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -371,10 +373,10 @@ def test_the_expected_score_is_the_mean_over_the_score_tokens(tmp_path):
 
 
 def test_settings_that_cannot_work_are_refused(texts):
-    with pytest.raises(ValueError, match="'100' is 3 or unknown here: use reading='written'"):
-        Judge(None, texts, Prompts("", "", "", {"100": 1.0}, False), reading="expected")
-    with pytest.raises(ValueError, match="reading='spoken' is unknown"):
-        Judge(None, texts, TOY, reading="spoken")
+    with pytest.raises(ValueError, match="'100' is 3 or unknown here: use score_mode='written'"):
+        Judge(None, texts, Prompts("", "", "", {"100": 1.0}, False), score_mode="expected")
+    with pytest.raises(ValueError, match="score_mode='spoken' is unknown"):
+        Judge(None, texts, TOY, score_mode="spoken")
     with pytest.raises(ValueError, match="3 judge samples would all be the same"):
         Judge(None, texts, TOY, samples=3)
 
@@ -446,7 +448,7 @@ def test_an_external_scorer_is_asked_each_pair_once():
     outside = ExternalScorer(score, control=["<s>"])
     found = outside([TASK, TASK], [["ab", None, "abc"], ["ab", "ab", "abcde"]], 1)
     assert [[round(s.value, 9) for s in row] for row in found] == [[0.2, 0, 0.3], [0.2, 0.2, 0.5]]
-    assert found[0][0].words == "0.2000" and found[0][1].words == "not judged"
+    assert found[0][0].judge_text == "0.2000" and found[0][1].judge_text == "not judged"
     assert asked == [[{"src": TASK.text, "mt": mt} for mt in ("ab", "abc", "abcde")]]
     outside([TASK], [["a<s>"]], 1)
     assert asked[1][0]["mt"] == "a< s>"

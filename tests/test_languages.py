@@ -50,10 +50,10 @@ def test_each_language_has_its_own_code_name_and_file():
 )  # fmt: skip
 def test_source_and_target_name_pairs_or_are_refused(source, target, pairs):
     if isinstance(pairs, list):
-        assert languages.pairs_of(source, target) == pairs
+        assert languages.parse_language_pairs(source, target) == pairs
     else:
         with pytest.raises(ValueError, match=pairs):
-            languages.pairs_of(source, target)
+            languages.parse_language_pairs(source, target)
 
 
 # --------------------------------------------------------------------------- copies and scripts

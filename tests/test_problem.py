@@ -97,7 +97,7 @@ def test_held_out_sets_are_kept_out_of_training(pupil, texts, tmp_path, capsys):
     assert shown <= {json.loads(line)["text"] for line in lines}
 
 
-@pytest.mark.parametrize("words", ["--prompts=plain --chat", "--reading=expected"])
+@pytest.mark.parametrize("words", ["--prompts=plain --chat", "--score-mode=expected"])
 def test_other_prompts_and_readings_change_the_scores(run, pupil, texts, tmp_path, words):
     rows = go(pupil, texts, tmp_path / "run", *words.split())
     assert len(rows) == 2 and rows[0]["eval/self"] != run.rows[0]["eval/self"]
@@ -194,13 +194,16 @@ def test_an_endpoint_judges(pupil, texts, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--measures=chrf,blue", "'blue' is no checkpoint of COMET's: use comet22"),
+        ("--eval-metrics=chrf,blue", "'blue' is no checkpoint of COMET's: use comet22"),
         ("--reward=self+comet", r"has no COMET: .*python -m eval.comet install"),
         ("--held-out=wmt22", "wmt22: of which languages\\? Write it like wmt22:en-zh"),
-        ("--measures=chrf,x/self", "a second one is called self"),
+        ("--eval-metrics=chrf,x/self", "a second one is called self"),
         ("--eval-prompts=30", "24 of 24 texts have a prompt .*, and at least 31 are needed"),
         ("--max-prompt-tokens=20", "0 of 24 texts have a prompt within --max-prompt-tokens 20"),
-        ("--data=bare.jsonl --measures=chrf", "--measures chrf needs a reference of every held-ou"),
+        (
+            "--data=bare.jsonl --eval-metrics=chrf",
+            "--eval-metrics chrf needs a reference of every held-ou",
+        ),
         ("--data=broken.jsonl", "broken.jsonl, line 2: not JSON"),
         ("--held-out=long.jsonl", "long.jsonl: 0 of 1 texts have a prompt within --max-prompt-tok"),
     ],
@@ -342,7 +345,7 @@ def test_a_reward_of_your_own_is_known_by_its_whole_name(tmp_path):
         s = settings.parse(["--preset=ssr-zero-7b", "--data=x.jsonl", f"--reward={reward}"])
         comets = build.CometWorkers(s, None)
         assert list(build.build_scorers(s, "the judge", comets)) == names and not comets.started
-        work = estimate.Work(s, None, 1, 0, False)
+        work = estimate.Workload(s, None, 1, 0, False)
         assert work.comets == [] and work.judgements == len(names) - 1
     for reward, message, *more in (
         (f"{file}:external", "no other model judges", "--judge=x/y"),

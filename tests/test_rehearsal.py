@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SETS = ("wmt23", "wmt24", "flores200")
 METRICS = ("cometkiwi-xxl", "xcomet-xxl")
 SMALL = [
-    "--preset=ssr-x-zero-7b", "--prompts-per-step=4", "--samples-per-prompt=4", "--slots=16",
+    "--preset=ssr-x-zero-7b", "--prompts-per-step=4", "--samples-per-prompt=4", "--max-num-seqs=16",
     "--max-new-tokens=60", "--judge-max-new-tokens=40", "--max-prompt-tokens=400",
     "--eval-prompts=4", "--eval-every=1", "--no-report",
 ]  # fmt: skip
@@ -51,7 +51,7 @@ def trained(world, pupil, tmp_path_factory):
     env, kiwi, _ = world
     folder = tmp_path_factory.mktemp("trained") / "run"
     out = run(env, "ssr.py", *SMALL, "--steps=3", "--lr=1e-3", f"--model={pupil}",
-              f"--comet={kiwi}", f"--measures=chrf,{kiwi}", f"--folder={folder}")  # fmt: skip
+              f"--comet={kiwi}", f"--eval-metrics=chrf,{kiwi}", f"--folder={folder}")  # fmt: skip
     assert "wmt17-20: 96 texts read, 96 kept" in out and "4 held out from wmt22" in out
     return folder
 
@@ -74,7 +74,8 @@ def test_the_table_of_the_whole_path(world, trained, pupil, tmp_path):
     """Base and trained model on the paper's six sets; averages computed again by hand."""
     env, _, metrics = world
     command = ["-m", "eval", f"--model=base={pupil}", f"--model=ssr-x={trained / 'last'}", metrics,
-               "--max-new-tokens=60", "--slots=8", f"--out={tmp_path}", "--compare"]  # fmt: skip
+               "--max-new-tokens=60", "--max-num-seqs=8", f"--out={tmp_path}",
+               "--compare"]  # fmt: skip
     out = run(env, *command)
     assert (tmp_path / "table.md").read_text() in out
     table = json.loads((tmp_path / "table.json").read_text())

@@ -14,7 +14,7 @@ import pytest
 
 import ssr
 from report import charts, draw
-from report.runs import Run
+from report.runs import RunData
 from tests.browser import drive, needs_chromium
 from tests.runs import rows_of
 
@@ -101,7 +101,7 @@ def test_the_page_is_one_file_that_loads_nothing_and_no_text_becomes_a_part_of_i
 
 
 def test_curves_are_the_numbers_of_the_runs(runs):
-    run = Run(runs[0], "fine")
+    run = RunData(runs[0], "fine")
     axes = draw.draw_panel(draw.panels_for([run])["reward"], [run])
     assert list(axes.legend) == ["total", "format"]  # self equals the total, and is not repeated
     totals = [row["reward/total"] for row in rows_of(runs[0] / "metrics.jsonl")[1:]]
@@ -113,7 +113,7 @@ def test_curves_are_the_numbers_of_the_runs(runs):
 
 
 def test_many_points_become_means_of_neighbours(runs):
-    run = Run(runs[0], "a")
+    run = RunData(runs[0], "a")
     run.rows = [{"step": i, "x": x} for i, x in enumerate((1.0, 3.0, None, 5.0, 7.0, 20.0))]
     assert run.series("x", 5) == ([0, 1, 3, 4, 5], [1, 3, 5, 7, 20])
     assert run.series("x", 3) == ([0.5, 3.5, 5], [2, 6, 20])
@@ -141,21 +141,21 @@ def test_a_heatmap_is_darkest_where_most_samples_are():
 
 
 def test_the_verdict_says_how_it_went_and_which_weights_to_take(runs):
-    good, bad = (Run(folder, "a") for folder in runs)
+    good, bad = (RunData(folder, "a") for folder in runs)
     result = json.loads((runs[0] / "result.json").read_text())
     assert good.best == result["best_step"]
     numbers = [f"{good.eval_at(step, 'eval/exact_match'):.3f}" for step in (0, 5)]
-    kind, text = draw.verdict(good)
+    kind, text = draw.assess_run(good)
     start = "No step was better than the start: keep the model the run began with. "
     assert kind == "good" and text.endswith("No alarm.")
     assert f"5 steps: held-out exact_match {numbers[0]} → {numbers[1]}" in text
     assert (f"Take best/, of step {good.best}. " if good.best else start) in text
-    kind, text = draw.verdict(bad)
+    kind, text = draw.assess_run(bad)
     assert kind == "bad" and "Alarm at step 5: " in text and "score is high)" in text
     assert f"{start}Do not take last/" in text
     for row in good.rows:
         row["groups/zero_variance"] = 1.0
-    assert draw.verdict(good)[1].startswith("Nothing was learned")
+    assert draw.assess_run(good)[1].startswith("Nothing was learned")
 
 
 def test_a_run_without_a_measure_is_never_called_free_of_alarms(runs, tmp_path):
@@ -171,11 +171,11 @@ def test_a_run_without_a_measure_is_never_called_free_of_alarms(runs, tmp_path):
     assert "no alarm can ring" in text and "<td>cannot ring</td>" in text
     assert "No alarm." not in text and "Held-out quality" not in text
     rewrite(run / "metrics.jsonl", lambda row: row | {"eval/best_by": float(row["step"] == 2)})
-    assert Run(run, "a").best == 2  # best/ goes by what the log says
+    assert RunData(run, "a").best == 2  # best/ goes by what the log says
 
 
 def test_the_overview_has_the_numbers_of_start_best_and_last(runs):
-    run = Run(runs[1], "a")
+    run = RunData(runs[1], "a")
     run.best = 2
     run.rows = [{"step": i, "seconds/train": 90.0, "seconds/judge": None} for i in range(5)]
     cells = re.findall(r"<td>(.*?)</td>", draw.overview_row(run))
@@ -185,7 +185,7 @@ def test_the_overview_has_the_numbers_of_start_best_and_last(runs):
 
 
 def test_rings_stand_where_the_alarm_rang(runs):
-    run = Run(runs[1], "a")
+    run = RunData(runs[1], "a")
     axes = draw.draw_panel(draw.PANELS["held-out"], [run])
     ring = 'class="ring" cx="{:.1f}" cy="{:.1f}"'.format(*axes.point(5, 0.0))
     assert axes.content.count("ring") == axes.content.count(ring) == 1
@@ -212,7 +212,7 @@ def test_titles_are_distinct_and_labels_share_a_colour(runs, tmp_path):
 
 
 def test_settings_that_differ_are_marked(runs):
-    text = draw.settings_html([Run(folder, "a") for folder in runs])
+    text = draw.settings_html([RunData(folder, "a") for folder in runs])
     assert re.findall(r'<tr class="differs"><th>(\w+)</th>', text) == ["lr"]
     keys = re.findall(r"<th>(\w+)</th>", text)
     assert keys.index("commit") < keys.index("lr") < keys.index("seed")
@@ -232,10 +232,10 @@ def test_players_of_r_zero_are_on_one_page(tmp_path):
         text = "".join(json.dumps(row) + "\n" for row in rows[name])
         (tmp_path / name / "metrics.jsonl").write_text(text)
     players = [str(tmp_path / name) for name in rows]
-    challenger, solver = (Run(Path(path), path) for path in players)
+    challenger, solver = (RunData(Path(path), path) for path in players)
     text = "4 steps: nothing was measured on held-out texts."
-    assert draw.verdict(challenger) == ("unsure", text)
-    assert draw.verdict(solver) == ("good", "2 steps: held-out accuracy 0.600 → 0.800. ")
+    assert draw.assess_run(challenger) == ("unsure", text)
+    assert draw.assess_run(solver) == ("good", "2 steps: held-out accuracy 0.600 → 0.800. ")
     assert "<td>accuracy</td><td>0.600</td><td>–</td><td>0.800</td>" in draw.overview_row(solver)
     draw.main([*players, f"--out={tmp_path / 'x.html'}"])
     titles = re.findall("<figure><h3>(.*?)</h3>", (tmp_path / "x.html").read_text())
@@ -247,8 +247,8 @@ def test_the_page_of_a_run_that_goes_on_says_so(runs, tmp_path):
     shutil.copytree(runs[0], run)
     with open(run / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert Run(run, "a").state() == "at step 5 of 5"
-        assert not Run(run, "a", ended=True).running  # its own process asks
+        assert RunData(run, "a").state() == "at step 5 of 5"
+        assert not RunData(run, "a", ended=True).running  # its own process asks
         draw.main([str(run)])
     assert data_in(run / "report.html")["running"]
     draw.main([str(run)])
@@ -260,7 +260,7 @@ def test_a_page_can_be_made_at_any_moment_of_a_run(runs, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     with pytest.raises(ValueError, match=r"is not the folder of a run: it has no settings\.json"):
-        Run(run, "a")
+        RunData(run, "a")
     shutil.copy(runs[0] / "settings.json", run)
     draw.main([str(run)])
     for name in ("metrics.jsonl", "evaluations.jsonl", "groups.jsonl"):
@@ -271,7 +271,7 @@ def test_a_page_can_be_made_at_any_moment_of_a_run(runs, tmp_path):
     assert len(data_in(run / "report.html")["rows"]) == len(set(sources))
     (run / "metrics.jsonl").write_text('{"step": 0}\n{"step\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
-        Run(run, "a")
+        RunData(run, "a")
 
 
 def test_the_folder_report_needs_nothing_but_python(runs, tmp_path):

@@ -25,7 +25,7 @@ from toy.programs import Programs, is_held_out
 SMALL = [
     *("--prompts-per-step=4", "--challenger-samples=3", "--challenger-steps=3", "--solver-steps=4"),
     *("--solver-samples=4", "--questions=48", "--answers=4", "--iterations=2", "--eval-prompts=8"),
-    *("--save-every=2", "--no-report", "--slots=64", "--lr=0.003", "--band=0.5"),
+    *("--save-every=2", "--no-report", "--max-num-seqs=64", "--lr=0.003", "--band=0.5"),
     "--max-new-tokens=12",
 ]
 TEXT_ANSWER, MAP_CACHED = Programs.text_answer, selfplay.map_cached
@@ -75,7 +75,7 @@ def play_in_process(rank, words):
 
 
 def play_on_two_ranks(folder, model, *words):
-    words = [*SMALL, f"--model={model}", f"--folder={folder}", "--patience=600", *words]
+    words = [*SMALL, f"--model={model}", f"--folder={folder}", "--hang-timeout=600", *words]
     output = folder.parent / f"{folder.name}-output"
     done = processes.run(output, 2, play_in_process, words)
     assert done.codes == [0, 0], (done.err, done.out)
@@ -306,8 +306,8 @@ def test_resume_accepts_settings_that_change_no_result_and_refuses_others(whole)
     for words in ("--band=0.1", "--preset=r-zero-4b", "--seed=4", "--answers=5"):
         with pytest.raises(ValueError, match=words.split("=")[0]):
             selfplay.parse([f"--folder={whole}", "--resume", words])
-    s = selfplay.parse([f"--folder={whole}", "--resume", "--slots=4", "--iterations=5"])
-    assert (s.slots, s.iterations, s.questions, s.band) == (4, 5, 48, 0.5)
+    s = selfplay.parse([f"--folder={whole}", "--resume", "--max-num-seqs=4", "--iterations=5"])
+    assert (s.max_num_seqs, s.iterations, s.questions, s.band) == (4, 5, 48, 0.5)
 
 
 @pytest.mark.parametrize("method", ["text_answer", "parse_question"])

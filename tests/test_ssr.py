@@ -77,7 +77,7 @@ def test_a_run_writes_its_metrics_evaluations_settings_and_result(run):
         assert result[name]["eval/exact_match"] == row["eval/exact_match"]
     assert "3 steps of 4 prompts × 4 samples = 16 translations, 1 update each" in run.out
     then, now = (f"{rows[n]['eval/exact_match']:.3f}" for n in (0, 3))
-    assert re.search(rf"(?m)^eval/exact_match +{then} +{now}$", run.out)
+    assert re.search(rf"(?m)^exact match with the truth, greedy +{then} +{now}$", run.out)
 
 
 def test_a_run_samples_at_its_temperature_and_evaluates_greedily_and_at_1(run):
@@ -105,7 +105,7 @@ def test_training_groups_are_kept_with_their_rewards_and_advantages(toy, tmp_pat
 def test_best_is_the_best_evaluations_weights_as_a_hugging_face_folder(toy, tmp_path, monkeypatch):
     """Of four steps the second is best: the same weights as the last of two."""
     runs.set_quality(monkeypatch, lambda number: {2: 0.6, 4: 0.5}.get(number, 0.2))
-    steady = ["--final-lr=1", "--warmup-steps=0"]
+    steady = ["--min-lr-ratio=1", "--warmup-steps=0"]
     go(tmp_path / "four", toy, "--steps=4", *steady)
     go(tmp_path / "two", toy, "--steps=2", *steady)
     assert json.loads((tmp_path / "four" / "result.json").read_text())["best_step"] == 2
@@ -155,18 +155,18 @@ def test_the_loop_never_sees_the_truth(run, toy, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--judge=ema", "--ema-decay=0.5", "--reading=written"],
-        ["--judge=previous", "--reading=written", "--judge-samples=2"],
+        ["--judge=ema", "--ema-decay=0.5", "--score-mode=written"],
+        ["--judge=previous", "--score-mode=written", "--judge-samples=2"],
         ["--reward=random", "--no-track-kl"],
         ["--reward=self+external", "--kl=0.1", "--updates-per-batch=2", "--loss-norm=sequence"],
-        ["--reward=oracle", "--gate=plus-minus-one", "--advantage-scale=batch"],
+        ["--reward=oracle", "--format-reward=plus-minus-one", "--advantage-scale=batch"],
         ["--reward=majority", "--advantage-scale=none"],
     ],
 )
 def test_every_switch_runs(toy, tmp_path, words):
     for row in go(tmp_path / "run", toy, "--steps=2", *words)[1:]:
         assert ("policy/kl" in row) == ("--no-track-kl" not in words)
-        if "--gate=plus-minus-one" in words:
+        if "--format-reward=plus-minus-one" in words:
             parts = 2 * row["reward/format"] - 1 + row["reward/oracle"]
             assert row["reward/total"] == pytest.approx(parts)
 
@@ -174,7 +174,7 @@ def test_every_switch_runs(toy, tmp_path, words):
 def test_judges_of_the_policy_are_live_frozen_or_in_between(toy, tmp_path):
     """A frozen judge judges the same sentence the same at the end; a live one does not. An EMA
     that keeps nothing is live, and one that keeps all is frozen."""
-    words = ["--steps=4", "--lr=2e-4", "--final-lr=1"]
+    words = ["--steps=4", "--lr=2e-4", "--min-lr-ratio=1"]
 
     def trained(name, *more):
         return untimed(go(tmp_path / name, toy, *words, *more))
@@ -199,7 +199,7 @@ def test_a_translation_is_judged_once_and_progress_is_printed(toy, tmp_path, mon
     greedily = lambda *a, **more: generate(*a[:4], 0.0, **more)  # noqa: E731
     monkeypatch.setattr(Sampler, "generate", greedily)
     monkeypatch.setattr(console, "QUIET", -1.0)
-    go(tmp_path / "run", toy, "--steps=1", "--reading=written")
+    go(tmp_path / "run", toy, "--steps=1", "--score-mode=written")
     assert [len(pairs) for pairs in calls][::2] == [16, 16]  # before and after the step
     out = capsys.readouterr().out
     for words in ("step 0: evaluation 1/3, translate at temperature 0", "step 1: sample",
@@ -217,7 +217,7 @@ def test_a_translation_is_judged_once_and_progress_is_printed(toy, tmp_path, mon
 def test_the_summary_says_whether_judge_and_truth_rose_together(truth, judge, summary):
     run = monitor.RunMonitor.__new__(monitor.RunMonitor)
     past = [[Estimate(0, x, 0.01) for x in both] for both in zip(truth, judge, strict=True)]
-    run.evaluation = SimpleNamespace(past=past, problem=SimpleNamespace(measures=["chrf"]))
+    run.evaluation = SimpleNamespace(past=past, problem=SimpleNamespace(eval_metrics=["chrf"]))
     run.alarms = []
     assert run.summarize_trend() == f"Beyond chance, {summary}; no alarm rang."
 
@@ -231,7 +231,7 @@ def test_the_correlation_is_pearsons_over_texts_that_have_a_score():
 
 def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
     watched = Evaluation.__new__(Evaluation)
-    watched.problem = SimpleNamespace(measures={"chrf": None})
+    watched.problem = SimpleNamespace(eval_metrics={"chrf": None})
 
     def R(mean, step=0):
         return Estimate(step, mean, 0.01)
@@ -268,10 +268,10 @@ def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
         ("--preset=ssr-zero-7b --data=x.jsonl", "x.jsonl: there is no such file"),
         ("--preset=ssr-zero-7b --data=x.txt --source=en", "--source and --target go toge"),
         ("--judge-url=http://x", "--judge-url needs --judge, the model's name at that endpoint"),
-        ("--judge=x/y --judge-url=http://x", "--reading expected needs log-probs"),
+        ("--judge=x/y --judge-url=http://x", "--score-mode expected needs log-probs"),
         ("--judge=dead --reward=random", "--judge dead: use live, frozen, ema, previous; no other"),
-        ("--preset=ssr-zero-7b --chat --reading=expected", "a chat template does not allow"),
-        ("--reading=expected --judge-samples=2", "2 judge samples would all be the same"),
+        ("--preset=ssr-zero-7b --chat --score-mode=expected", "a chat template does not allow"),
+        ("--score-mode=expected --judge-samples=2", "2 judge samples would all be the same"),
         ("--reward=oracle+comet", r"--reward oracle\+comet: use self, .* or your own, FILE.py:NA"),
         ("--preset=ssr-zero-7b --data=ssr.py --reward=oracle", "needs the truth, which only"),
         ("--reward=ssr.py:nothing", "--reward ssr.py:nothing: ssr.py has no function nothing"),
@@ -281,7 +281,7 @@ def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
 )
 def test_what_cannot_work_is_refused_in_one_line(words, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(problem, "make", None)  # nothing may be made before all is checked
+    monkeypatch.setattr(problem, "language_model", None)  # nothing is made before the checks
     refuses(words.split(), f"(?s)^ssr.py: .*{message}")
 
 
@@ -366,7 +366,7 @@ def test_ctrl_c_keeps_the_last_step(toy, tmp_path):
 
 def test_a_disk_that_fills_up_leaves_whole_rows_and_no_half_of_the_weights(toy, tmp_path):
     """A real limit on the size of a file, met in the middle of a row, and of the weights."""
-    log = folder.RunFolder(tmp_path / "a", mine=True)
+    log = folder.RunFolder(tmp_path / "a", is_writer=True)
     log.begin(settings.parse(runs.TOY), None)
     log.add("metrics.jsonl", [{"step": 0, "x": math.nan}])
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -15,7 +15,15 @@ from model import load
 from rewards import toy as rewards
 from toy import pretrain, programs
 from toy.languages import BEVO, KASU, Languages, quality
-from toy.pretrain import SHIPPED, Corpus, Muon, Recipe, make, make_tokenizer, orthogonalise
+from toy.pretrain import (
+    SHIPPED,
+    Muon,
+    PretrainingCorpus,
+    Recipe,
+    language_model,
+    make_tokenizer,
+    orthogonalise,
+)
 
 PAIR = Languages(0)
 SMALL = Recipe(tokens=2e4)
@@ -23,7 +31,7 @@ SMALL = Recipe(tokens=2e4)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make(SMALL, tmp_path_factory.mktemp("models"))
+    return language_model(SMALL, tmp_path_factory.mktemp("models"))
 
 
 def tasks(split, count=2000):
@@ -86,7 +94,7 @@ def test_quality_is_one_minus_word_edit_distance_over_the_longer(candidate, refe
 def test_mistakes_of_the_corpus_come_as_often_as_the_recipe_says():
     quiet = Recipe(habitual=0.0, wrong_order=0.0, disagreement=0.0, dropped=0.0)
     for recipe, low, high in ((Recipe(), 0.1, 0.3), (quiet, 0.6, 0.75)):
-        corpus, right = Corpus(PAIR, recipe), 0
+        corpus, right = PretrainingCorpus(PAIR, recipe), 0
         for _ in range(1000):
             meaning, task = corpus.sentence()
             words = corpus.habitual(meaning, task.source, task.target)
@@ -95,7 +103,7 @@ def test_mistakes_of_the_corpus_come_as_often_as_the_recipe_says():
 
 
 def test_judge_examples_have_the_true_score_in_tens(monkeypatch):
-    corpus, scores, sentences = Corpus(PAIR, Recipe()), Counter(), []
+    corpus, scores, sentences = PretrainingCorpus(PAIR, Recipe()), Counter(), []
     sentence = corpus.sentence
     monkeypatch.setattr(corpus, "sentence", lambda: sentences.append(sentence()) or sentences[-1])
     for _ in range(500):
@@ -133,10 +141,10 @@ def test_the_toy_model_is_an_ordinary_hugging_face_folder(folder):
 
 def test_a_model_is_built_once_and_anew_when_its_recipe_changes(folder, capsys):
     before = sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
-    assert make(SMALL, folder.parent) == folder
+    assert language_model(SMALL, folder.parent) == folder
     assert capsys.readouterr().out == f"Toy model: {folder}, built earlier\n"
     assert before == sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
-    other = make(Recipe(tokens=2e3, batch=4), folder.parent)
+    other = language_model(Recipe(tokens=2e3, batch=4), folder.parent)
     assert other != folder and "pretraining" in capsys.readouterr().out
 
 
@@ -144,7 +152,7 @@ def test_the_same_recipe_makes_the_same_weights_whatever_the_threads(folder, tmp
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))
     try:
-        again = make(SMALL, tmp_path)
+        again = language_model(SMALL, tmp_path)
     finally:
         torch.set_num_threads(threads)
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
@@ -169,8 +177,8 @@ def test_muon_is_torchs_but_for_bf16():
 
 
 def test_shipped_models_are_those_of_the_default_recipes(capsys):
-    assert make(Recipe()) == SHIPPED / "languages-seed0"
-    assert programs.make(programs.Recipe()) == SHIPPED / "programs-seed0"
+    assert language_model(Recipe()) == SHIPPED / "languages-seed0"
+    assert programs.program_model(programs.ProgramRecipe()) == SHIPPED / "programs-seed0"
     assert capsys.readouterr().out.count("shipped with the project (by `python -m toy.p") == 2
     for recipe in (Recipe(seed=1), SMALL):
         assert pretrain.find_shipped(f"languages-seed{recipe.seed}", recipe) is None
@@ -198,15 +206,20 @@ def test_damaged_or_missing_shipped_model_is_reported_and_rebuilt(tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [pretrain, programs])
-def test_shipped_model_is_as_good_as_one_made_now(module, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "recipe", "build"),
+    [
+        ("languages", Recipe(), pretrain.pretrain_languages),
+        ("programs", programs.ProgramRecipe(), programs.pretrain_programs),
+    ],
+)
+def test_shipped_model_is_as_good_as_one_made_now(name, recipe, build, tmp_path):
     """The same loss on texts of today's corpus: processors round differently, so not the bits."""
-    name, recipe = {pretrain: "languages", programs: "programs"}[module], module.Recipe()
-    kinds = [kind.row for kind in Corpus(PAIR, Recipe(), "test").kinds()]
-    makers = kinds if module is pretrain else programs.corpus(recipe)
+    kinds = [kind.row for kind in PretrainingCorpus(PAIR, Recipe(), "test").kinds()]
+    makers = kinds if name == "languages" else programs.corpus(recipe)
     ids = load_tokenizer(SHIPPED / f"{name}-seed0").get_vocab()
     rows = [[[ids[x] for x in part] for part in make()] for make in makers for _ in range(500)]
-    made = pretrain.ship(name, recipe, module.build, "a test", tmp_path)
+    made = pretrain.ship(name, recipe, build, "a test", tmp_path)
     with torch.no_grad():
         losses = [
             float(pretrain.loss_of(load(folder), rows, None, 0.0)[0])
@@ -230,5 +243,5 @@ def test_comparison_rewards_score_as_they_say():
     assert values(noise) == values(noise) != values(noise, 2) and len(set(values(noise))) == 4
     many = [values(rewards.external(0, 0.3), step)[0] for step in range(2000)]
     assert max(many) == 1.0 and 0.8 < statistics.mean(many) < 0.95  # noisy and clamped to 1
-    both = rewards.scorers("self+external", task, 0, 0.3)  # any judge
+    both = rewards.toy_scorers("self+external", task, 0, 0.3)  # any judge
     assert both["self"] == (0.5, task) and both["external"][0] == 0.5

@@ -92,8 +92,13 @@ def test_every_link_leads_to_a_line_with_the_name_it_shows():
 def test_text_of_the_page_agrees_with_the_preset():
     s = settings.parse(["--preset=toy"])
     assert (s.prompts_per_step, s.samples_per_prompt, s.steps, s.warmup_steps) == (24, 8, 100, 10)
-    assert (s.final_lr, s.kl, s.updates_per_batch, s.loss_norm) == (0.1, 0, 1, "token")
-    assert (s.reading, s.judge, s.gate, s.advantage_scale) == ("expected", "live", "product", "std")
+    assert (s.min_lr_ratio, s.kl, s.updates_per_batch, s.loss_norm) == (0.1, 0, 1, "token")
+    assert (s.score_mode, s.judge, s.format_reward, s.advantage_scale) == (
+        "expected",
+        "live",
+        "product",
+        "std",
+    )
 
 
 def test_another_model_gives_the_same_page_with_other_numbers(toy, tmp_path):

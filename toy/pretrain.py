@@ -40,7 +40,14 @@ from toy.languages import BEVO, KASU, SIZES, Languages, Lexeme, Meaning, quality
 WordRow = tuple[list[str], list[str]]  # a prompt and its answer
 CONTROL = ["<pad>", "<eos>", "<unk>", "translate", "score", "=>", "||"]
 SKILLS = ("compare", "rate")  # each is a control word, too
-SOURCES = ["judge.py", "rewards/family.py", "model.py", "toy/languages.py", "toy/pretrain.py"]
+SOURCES = [
+    "judge.py",
+    "data/codec.py",
+    "rewards/family.py",
+    "model.py",
+    "toy/languages.py",
+    "toy/pretrain.py",
+]
 SHIPPED = Path(__file__).with_name("shipped")
 POOL = 40  # batches that are made together, of rows of similar length
 
@@ -90,7 +97,7 @@ def tokenizer_of(control: list[str], vocabulary: list[str]) -> PreTrainedTokeniz
 # ---------------------------------------------------------------------------------------- texts
 
 
-class Corpus:
+class PretrainingCorpus:
     def __init__(self, pair: Languages, recipe: Recipe, stream: str = "corpus"):
         """`stream` names the random stream; the habits are the same in all of them."""
         self.pair, self.recipe = pair, recipe
@@ -195,7 +202,7 @@ class Corpus:
     def kinds(self) -> list["Kind"]:
         weight, more = self.recipe.candidate_loss, []
         for skill in self.recipe.skills:  # a stream each: the other texts stay the same
-            corpus = Corpus(self.pair, self.recipe, skill)
+            corpus = PretrainingCorpus(self.pair, self.recipe, skill)
             name, row = {
                 "compare": ("comparing", corpus.comparison),
                 "rate": ("rating", corpus.rating),
@@ -343,7 +350,7 @@ def pretrain(model: Transformer, kinds: list[Kind], ids: dict, recipe, rng: Rand
                   f"{speed:,.0f} tokens/s, {to_go:.0f} s left", flush=True)  # fmt: skip
 
 
-def shape_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Config:
+def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Config:
     # Not "qwen2": transformers gives every model of that name Qwen's own splitting of words.
     return Config(
         "llama", len(tokenizer), recipe.width, recipe.mlp, recipe.layers,
@@ -353,19 +360,19 @@ def shape_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Config:
     )  # fmt: skip
 
 
-def build(recipe: Recipe) -> tuple[Transformer, PreTrainedTokenizerFast]:
+def pretrain_languages(recipe: Recipe) -> tuple[Transformer, PreTrainedTokenizerFast]:
     pair = Languages(recipe.seed)
     tokenizer = make_tokenizer(pair, recipe.skills)
     torch.manual_seed(recipe.seed)
-    model = Transformer(shape_of(recipe, tokenizer))
+    model = Transformer(model_config(recipe, tokenizer))
     rng = pair.stream("batches", 0)
-    pretrain(model, Corpus(pair, recipe).kinds(), tokenizer.get_vocab(), recipe, rng)
+    pretrain(model, PretrainingCorpus(pair, recipe).kinds(), tokenizer.get_vocab(), recipe, rng)
     return model, tokenizer
 
 
-def make(recipe: Recipe, cache: Path | None = None) -> Path:
+def language_model(recipe: Recipe, cache: Path | None = None) -> Path:
     """The folder of the recipe's model: shipped, cached, or built."""
-    return load_or_build("languages", recipe, SOURCES, build, cache)
+    return load_or_build("languages", recipe, SOURCES, pretrain_languages, cache)
 
 
 # -------------------------------------------------------------------------------- shipped, cached
@@ -443,4 +450,4 @@ def ship(kind: str, recipe, build: Callable, command: str, shipped: Path = SHIPP
 
 
 if __name__ == "__main__":
-    ship("languages", Recipe(), build, "python -m toy.pretrain")
+    ship("languages", Recipe(), pretrain_languages, "python -m toy.pretrain")

@@ -46,7 +46,7 @@ HELD_OUT = 8  # one program in 8 is for evaluation
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class ProgramRecipe:
     seed: int = 0
     tokens: float = 2e6
     asked: float = 0.45
@@ -111,7 +111,7 @@ class Programs(Quiz):
         fits = fits and all(rule in place for rule, place in zip(rules, PLACES, strict=False))
         return text if fits else None
 
-    def pose(self, question: str) -> list[str]:
+    def solver_prompt(self, question: str) -> list[str]:
         letters, rules = question.split()[:3], question.split()[3:]
         lines = list(zip(LINES, rules, strict=False))
         Random(question).shuffle(lines)  # the model must look for the number
@@ -141,7 +141,7 @@ class Programs(Quiz):
 # ---------------------------------------------------------------------------------- warm start
 
 
-def corpus(recipe: Recipe) -> tuple[Callable, Callable]:
+def corpus(recipe: ProgramRecipe) -> tuple[Callable, Callable]:
     """Two functions that make a row (prompt, answer): of a question, and of a program solved."""
     game, rng = Programs(recipe.seed), stream(recipe.seed, "corpus")
     depths = range(1, DEEPEST + 1)
@@ -172,18 +172,18 @@ def corpus(recipe: Recipe) -> tuple[Callable, Callable]:
         for line, rule in zip(LINES, rules, strict=False):
             letters = [apply(rule, letter) for letter in letters]
             answer += [line, rule, *letters]
-        return " ".join(game.pose(text)).split(), [*answer, "<eos>"]
+        return " ".join(game.solver_prompt(text)).split(), [*answer, "<eos>"]
 
     return question, solution
 
 
-def make_tokenizer():
+def make_program_tokenizer():
     """One token a word."""
     return tokenizer_of(CONTROL, [*LETTERS, *RULES, *LINES])
 
 
-def build(recipe: Recipe) -> tuple:
-    tokenizer = make_tokenizer()
+def pretrain_programs(recipe: ProgramRecipe) -> tuple:
+    tokenizer = make_program_tokenizer()
     config = Config(
         "llama", len(tokenizer), recipe.width, recipe.mlp, recipe.layers,
         heads=3, kv_heads=3, head_dim=recipe.width // 3, max_length=96,
@@ -196,10 +196,10 @@ def build(recipe: Recipe) -> tuple:
     return model, tokenizer
 
 
-def make(recipe: Recipe, cache: Path | None = None) -> Path:
+def program_model(recipe: ProgramRecipe, cache: Path | None = None) -> Path:
     """The folder of the recipe's model: shipped, cached, or built."""
-    return load_or_build("programs", recipe, SOURCES, build, cache)
+    return load_or_build("programs", recipe, SOURCES, pretrain_programs, cache)
 
 
 if __name__ == "__main__":
-    ship("programs", Recipe(), build, "python -m toy.programs")
+    ship("programs", ProgramRecipe(), pretrain_programs, "python -m toy.programs")
