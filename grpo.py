@@ -128,21 +128,21 @@ class Stop(RuntimeError):
 
 def train(
     model, sampler, reward: Callable, batch: Callable[[int], list[Prompt]], s: Settings,
-    optimizer: torch.optim.Optimizer, stop_ids: Sequence[int], start=None,
-    ranks: Ranks | None = None, done: Step | None = None,
+    optimizer: torch.optim.Optimizer, stop_ids: Sequence[int], reference_model=None,
+    ranks: Ranks | None = None, resume_from: Step | None = None,
 ) -> Iterator[Step]:  # fmt: skip
-    """Steps 1 … s.steps; or those after `done`, the last one of a run that goes on. `start`: a
-    model with the weights of the start, whole on every rank, for the KL.
+    """Steps 1 … s.steps; or those after `resume_from`, the last step of a run that goes on.
+    `reference_model`: the starting weights, whole on every rank, for the KL.
 
     What a step does depends on the settings, the weights, the optimizer's state and the step's
     number alone. A run's health is looked at after the yield: the caller has the step by then.
     """
-    if s.kl > 0 and start is None:
-        raise ValueError(f"kl={s.kl} needs `start`, a model with the weights of the start")
+    if s.kl > 0 and reference_model is None:
+        raise ValueError(f"kl={s.kl} needs `reference_model`, the starting weights")
     ranks = ranks or Ranks()
-    missing = dict(done.missing) if done else {}
+    missing = dict(resume_from.missing) if resume_from else {}
     sync_sampler(sampler, model)
-    for number in range(done.number + 1 if done else 1, s.steps + 1):
+    for number in range(resume_from.number + 1 if resume_from else 1, s.steps + 1):
         clock, ranks.step = Clock(), number
         prompts = batch(number)
         groups, judged = rollout(prompts, number, sampler, reward, s, stop_ids, ranks, clock)
@@ -154,7 +154,7 @@ def train(
         weights = [getattr(group, "weight", 1.0) for group in judged]
         advantages *= torch.tensor(weights, dtype=advantages.dtype)[:, None]
         rows = merge_identical_samples(prompts, groups, rewards, advantages, s)
-        reference = reference_logprobs(start, rows, s, ranks)
+        reference = reference_logprobs(reference_model, rows, s, ranks)
         clock.stage("reference")
         rate = learning_rate(s, number)
         for group in optimizer.param_groups:
@@ -232,19 +232,19 @@ def token_loss_weights(rows: list[TrainSample], s: Settings) -> list[float]:
 
 
 def reference_logprobs(
-    start, rows: list[TrainSample], s: Settings, ranks: Ranks
+    model, rows: list[TrainSample], s: Settings, ranks: Ranks
 ) -> list[Tensor] | None:
-    """Of each row's tokens, by the weights of the start."""
-    if start is None:
+    """Of each row's tokens, by the starting weights."""
+    if model is None:
         return None
     parts = [x for x in pack(range(len(rows)), rows, s.micro_batch_tokens, ranks.size) if x]
 
     def score(mine: list[list[int]]) -> list[Tensor]:
-        device = start.head_weight.device
+        device = model.head_weight.device
         batches = (
             MicroBatch([rows[i] for i in part], [0.0] * len(part), None, device) for part in mine
         )
-        return [b.logprobs(start, s.temperature).cpu() for b in batches]
+        return [b.logprobs(model, s.temperature).cpu() for b in batches]
 
     by_row: dict[int, Tensor] = {}
     for part, logprobs in zip(parts, ranks.map_over_ranks("reference", parts, score), strict=True):

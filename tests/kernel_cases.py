@@ -102,6 +102,10 @@ def advantages_agree_with_float64(impl, device, dtype=torch.float32):
                 got = group_advantage(rewards.to(device), scale, baseline, impl)
                 want = advantage_by_hand(rewards.double(), scale, baseline)
                 torch.testing.assert_close(got.cpu().double(), want, atol=1e-4, rtol=1e-4)
+                got = group_advantage(rewards.double().to(device), scale, baseline, impl)
+                torch.testing.assert_close(
+                    got.cpu(), want, atol=1e-12, rtol=1e-12
+                )  # as in training
 
 
 def advantage_by_hand(rewards, scale, baseline):

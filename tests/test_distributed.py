@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import grpo
 import ssr
@@ -31,6 +32,13 @@ from tests.runs import (
     train,
     untimed,
 )
+
+
+def test_attention_never_plans_anew_for_each_shape():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    init_distributed("cpu", 600)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
 
 # ---------------------------------------------------------------------------- the same learning
 

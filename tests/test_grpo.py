@@ -53,7 +53,7 @@ def loop(score, s, model=None, prompts=PROMPTS, start=None, sampler=None, stop_i
     sampler = sampler or Sampler(model, slots=12, max_length=24)
     optimizer = optimizer or grpo.make_optimizer(model, s)
     return grpo.train(model, sampler, reward, lambda number: prompts, s, optimizer, stop_ids, start,
-                      done=done)  # fmt: skip
+                      resume_from=done)  # fmt: skip
 
 
 def count_nines(prompt, ids, n, step):
