@@ -174,7 +174,7 @@ class Ranks:
 
 def init_distributed(device: str, hang_timeout: float = 1800.0) -> Ranks:
     """The ranks that torchrun started, or one alone. Collective."""
-    # cuDNN plans its attention anew for each shape, and packed batches bring new ones at every step.
+    # cuDNN plans its attention anew for each shape, and packed batches bring new ones each step.
     torch.backends.cuda.enable_cudnn_sdp(False)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:

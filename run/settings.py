@@ -194,6 +194,7 @@ MOVED = {  # options of earlier versions, and what people look for -> what to us
     "threads": "set OMP_NUM_THREADS",
     "toy_skills": "the toy is taught what its --reward needs",
     "learning_rate": "use --lr",
+    "shard": "all ranks share one set of sharded weights",
     "device": "to hide the GPUs, set CUDA_VISIBLE_DEVICES to nothing",
     "top_p": "training needs log-probs of the whole distribution; use --temperature",
     "top_k": "training needs log-probs of the whole distribution; use --temperature",
