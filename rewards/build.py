@@ -1,6 +1,6 @@
 """From --reward, --judge and --comet to what judge.Reward takes: name -> (weight, scorer).
 
-check(s)                                            # refuses what cannot work, loads nothing
+check_reward(s)                                      # refuses what cannot work, loads nothing
 with closing(CometWorkers(s, device)) as comets:
     scorers = build_scorers(s, judge, comets)       # `judge`: the policy, or another model
 """

@@ -1,6 +1,6 @@
 """Held-out translations: translated, judged by the model itself, and measured independently.
 
-The measures never reach the training loop. Self-rewarding fails quietly: the model's own score
+The metrics never reach the training loop. Self-rewarding fails quietly: the model's own score
 rises while its translations get worse. `Evaluation` watches for that, and calls it an alarm.
 """
 
@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 class Evaluation:
-    """Translates held-out texts greedily and at temperature 1, judges and measures them."""
+    """Translates held-out texts greedily and at temperature 1, judges and scores them."""
 
     def __init__(self, problem: Problem, prompts: list[grpo.Prompt], texts: PromptCodec, sampler,
                  judge: Scorer, s, ranks: Ranks):  # fmt: skip
@@ -79,7 +79,7 @@ class Evaluation:
         return metrics, row, best
 
     def translate_and_judge(self, number: int) -> list[dict[str, list]]:
-        """For greedy and sampled translations: text, the judge's words and score, format, measures.
+        """For greedy and sampled translations: text, the judge's words and score, format, metrics.
         The two are judged in one call, so each distinct translation is judged once."""
 
         def work(mine: Sequence[int]) -> list[tuple[dict, ...]]:

@@ -1,4 +1,4 @@
-"""What is learned: the starting model, its prompts, training texts, and held-out measures.
+"""What is learned: the starting model, its prompts, training texts, and held-out metrics.
 
 problem = data_problem(s, ranks, comets)        # or toy_problem(s, ranks)
 problem.task(0)                                 # the first training text
