@@ -70,20 +70,22 @@ class Settings:
     max_new_tokens: int = 1024
     """Maximum length of a translation; a longer one is cut off and counts as wrong format."""
     advantage_scale: str = "std"
-    """Divide advantages by the standard deviation of their group ("std") or the "batch", or do not
-    ("none")."""
+    """What advantages are divided by: "std", the standard deviation of their group; "batch", that
+    of the whole batch; "none", nothing."""
     clip: float = 0.2
     """Clip the probability ratio to 1 ± this. It has no effect with one update per batch."""
     kl: float = 0.0
     """Weight of a KL penalty towards the starting weights."""
     track_kl: bool = True
-    """Log that KL divergence even if --kl is 0. Keeps a copy of the starting weights in memory."""
+    """Log the KL divergence from the starting weights even if --kl is 0. Keeps a copy of those
+    weights in memory."""
     updates_per_batch: int = 1
     """Optimizer steps per batch; 1 is strictly on-policy."""
     loss_norm: str = "token"
     """Give each "token" the same weight in the loss, or each "sequence"."""
     micro_batch_tokens: int = 16384
-    """Most tokens in one forward and backward pass. Affects memory and speed, not the result."""
+    """Maximum number of tokens in one forward and backward pass. Affects memory and speed, not the
+    result."""
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: int = 10
@@ -116,7 +118,7 @@ class Step:
     number: int
     metrics: dict[str, float | list[int]]  # numbers, and under "histogram/…" counts
     groups: Sequence[list]  # samples (P, N), drawn before this step's update
-    missing: dict[str, int]  # what there was none of -> for how many steps in a row, this included
+    failure_streaks: dict[str, int]  # "valid score" … -> steps in a row without one, until this
     prompts: Sequence[Prompt] = ()
     judged: Sequence = ()  # the reward's results, by group
     advantages: Tensor | None = None  # (P, N)
@@ -140,7 +142,7 @@ def train(
     if s.kl > 0 and reference_model is None:
         raise ValueError(f"kl={s.kl} needs `reference_model`, the starting weights")
     ranks = ranks or Ranks()
-    missing = dict(resume_from.missing) if resume_from else {}
+    streaks = dict(resume_from.failure_streaks) if resume_from else {}
     sync_sampler(sampler, model)
     for number in range(resume_from.number + 1 if resume_from else 1, s.steps + 1):
         clock, ranks.step = Clock(), number
@@ -165,9 +167,9 @@ def train(
         metrics = batch_metrics(groups, judged, rewards, advantages, rows, reference)
         num_tokens = trained["train/tokens"] * s.updates_per_batch
         metrics |= trained | clock.metrics(groups, num_tokens) | {"train/lr": rate}
-        missing = update_failure_streaks(metrics, missing)
-        yield Step(number, metrics, groups, missing, prompts, judged, advantages)
-        check_health(missing, judged)
+        streaks = update_failure_streaks(metrics, streaks)
+        yield Step(number, metrics, groups, streaks, prompts, judged, advantages)
+        check_health(streaks, judged)
 
 
 def sync_sampler(sampler, model) -> None:
@@ -179,7 +181,8 @@ def sync_sampler(sampler, model) -> None:
 def rollout(
     prompts: list[Prompt], number: int, sampler, reward, s: Settings, stop_ids, ranks: Ranks, clock
 ) -> tuple[tuple, tuple]:
-    """The samples of each prompt and their rewards, made by one rank and gathered on all."""
+    """The samples of all prompts and their rewards. Each rank makes those of its share of the
+    prompts; the results are gathered on every rank."""
 
     def work(mine: Sequence[int]) -> list[tuple]:
         groups = sampler.generate(
@@ -317,8 +320,8 @@ def merge(parts: list[dict[str, float]]) -> dict[str, float]:
 def pack(which: Sequence[int], rows: list[TrainSample], most: int, size: int) -> list[list[int]]:
     """Micro-batches of about the same number of tokens, at most `most` unless one row is longer.
 
-    Rows of one prompt stay together, as far as they fit: the prompt is computed once for them. Each
-    still reads a copy of its keys, for which its tokens count an eighth.
+    Rows of one prompt stay together, as far as they fit: the prompt is computed once for them.
+    Every further row reads a copy of the prompt's keys, so the prompt's tokens count an eighth.
 
     Each of `size` ranks needs the same number of them, because forward and backward are collective:
     some may be empty. Largest first, so that the ranks have about as much to do in each round.
@@ -439,18 +442,18 @@ def learning_rate(s: Settings, number: int) -> float:
 
 
 def update_failure_streaks(metrics: dict, before: dict[str, int]) -> dict[str, int]:
-    """What was missing in this step, and for how many steps in a row."""
-    none = {
+    """For how many steps in a row each kind of failure has happened, this step included."""
+    failed = {
         "finite gradient": metrics["train/skipped"] > 0,
         "valid score": metrics["judge/invalid"] == 1,
         "sample of the right format": metrics.get("reward/format") == 0,
     }
-    return {what: before.get(what, 0) + 1 for what, nothing in none.items() if nothing}
+    return {what: before.get(what, 0) + 1 for what, happened in failed.items() if happened}
 
 
-def check_health(missing: dict[str, int], judged) -> None:
+def check_health(streaks: dict[str, int], judged) -> None:
     """Stop a run whose gradient, judge or format was of no use for MAX_BAD_STEPS in a row."""
-    for what in [what for what, steps in missing.items() if steps >= MAX_BAD_STEPS]:
+    for what in [what for what, steps in streaks.items() if steps >= MAX_BAD_STEPS]:
         advice = "the weights were left alone; lower --lr"
         if what == "valid score":
             texts = [w for row in judged for w in row.judge_text if w != "not judged"][:3]

@@ -68,14 +68,14 @@ class SamplingParams(NamedTuple):
 
 
 @dataclass(eq=False)
-class ActiveSequence:
+class UnfinishedSample:
     """A sample that waits or is being generated."""
 
     prompt: tuple[int, ...]
     prompt_index: int
     sample_index: int
     key: int
-    num_generated: int = 0  # too high for one that ended since the last check
+    num_steps: int = 0  # since it joined: its number of tokens, unless it has ended in between
 
 
 # -------------------------------------------------------------------------------------- cache
@@ -261,14 +261,15 @@ class Sampler:
         self.prefill_tokens = max(max_length, 8192)  # in one forward, padding included
         self.logit_rows = max(1, 2**26 // c.vocab_size)  # scoring: 256 MB of logits at once
         self.shared = 0  # length of the prefix that all prompts of this call share
-        self.pending_prefix_kv: tuple | None = None  # (prompt, its rows) for siblings that wait
+        self.pending_prompt_kv: tuple | None = None  # of a prompt whose other samples wait
         self.stops: frozenset[int] = frozenset()
         # The state of each slot and the call's settings, at addresses that captured graphs read.
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)  # to be fed next
         self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the cache
         self.num_generated = torch.zeros(slots, dtype=torch.int64, device=device)
         self.alive = torch.zeros(slots, dtype=torch.bool, device=device)
-        # Between its end and the next check, a slot still decodes, into the extra last column.
+        # Between its end and the next check, a slot still decodes: it rewrites the column after its
+        # last token, which is never read.
         shape = (slots, max_length + 1)
         self.uniform = torch.zeros(shape, dtype=torch.float64, device=device)
         self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -323,10 +324,10 @@ class Sampler:
         self.start_call(prompts, n, max_new_tokens, stop_ids)
         # Long prompts first, equal ones side by side: `admit` relies on siblings in a row.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
-        waiting = [ActiveSequence(prompts[i], i, j, keys[i]) for i in order for j in range(n)]
+        waiting = [UnfinishedSample(prompts[i], i, j, keys[i]) for i in order for j in range(n)]
         waiting.reverse()
         samples: list[list] = [[None] * n for _ in prompts]
-        active: list[ActiveSequence] = []
+        active: list[UnfinishedSample] = []
         while waiting or active:
             free = min(self.slots - len(active), len(waiting))
             # Prefill in batches: wait until an eighth of the slots is free.
@@ -334,16 +335,16 @@ class Sampler:
                 joining = [waiting.pop() for _ in range(free)]
                 self.admit(joining, len(active), waiting, seed, max_new_tokens)
                 active += joining
-            steps = min(self.check_every, max_new_tokens - min(s.num_generated for s in active))
-            width = max(len(s.prompt) + s.num_generated for s in active)
+            steps = min(self.check_every, max_new_tokens - min(s.num_steps for s in active))
+            width = max(len(s.prompt) + s.num_steps for s in active)
             for i in range(steps):
                 self.decode(len(active), min(width + i, self.padded_length), params)
             for sequence in active:
-                sequence.num_generated += steps
+                sequence.num_steps += steps
             active = self.collect_finished(active, samples)
             if self.progress:
                 total = n * len(prompts)
-                partial = sum(s.num_generated for s in active) / max_new_tokens
+                partial = sum(s.num_steps for s in active) / max_new_tokens
                 self.progress((total - len(waiting) - len(active) + partial) / total)
         return samples
 
@@ -354,7 +355,7 @@ class Sampler:
             self.graphs.clear()  # the weights were replaced, or many settings were used
             self.addresses = addresses
         self.share_prefix(prompts, min(self.slots, n * len(prompts)))
-        self.stops, self.pending_prefix_kv = frozenset(stop_ids), None
+        self.stops, self.pending_prompt_kv = frozenset(stop_ids), None
         self.limit.fill_(max_new_tokens)
         self.is_stop.zero_()
         self.is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=self.device)] = True
@@ -421,8 +422,8 @@ class Sampler:
         slots_of: dict[tuple, list[int]] = {}
         for slot, s in enumerate(joining, start):
             slots_of.setdefault(s.prompt, []).append(slot)
-        pending_prompt, pending_kv = self.pending_prefix_kv or (None, None)
-        self.pending_prefix_kv = None
+        pending_prompt, pending_kv = self.pending_prompt_kv or (None, None)
+        self.pending_prompt_kv = None
         new = [p for p in slots_of if p != pending_prompt]
         for _ in self.prefill([p[:-1] for p in new], [slots_of[p][0] for p in new]):
             pass  # only the cache is needed, not the hidden states
@@ -436,7 +437,7 @@ class Sampler:
         # If the last group did not fit: keep its prompt for the siblings that wait.
         if waiting and waiting[-1].prompt == prompt:
             rows = self.kv[:, :, slots[0] : slots[0] + 1, :, span]
-            self.pending_prefix_kv = prompt, rows.clone()
+            self.pending_prompt_kv = prompt, rows.clone()
 
         joined = slice(start, start + len(joining))
         self.token[joined] = torch.tensor([s.prompt[-1] for s in joining], device=self.device)
@@ -469,9 +470,10 @@ class Sampler:
         if self.device.type != "cuda":
             self.step(count, width, params)
             return
-        # A graph replays fixed shapes: round up. A slot beyond the active ones is dead and writes
-        # at its own `length`, past this call's prefix, since all slots that have the prefix were
-        # filled when the call began. Whoever joins there overwrites it.
+        # A graph replays fixed shapes, so B is rounded up and may include dead slots. A dead slot
+        # writes one key and value at its own `length`. That spares the shared prefix: every slot
+        # that has it also got a sequence when the call began, so its length is at least the
+        # prefix's. The next sequence in the slot overwrites the stray entry.
         B = min(self.slots, 1 << (count - 1).bit_length())
         width = min(self.padded_length, max(256, 1 << (width - 1).bit_length()))
         if (B, width, params) not in self.graphs:
@@ -495,7 +497,7 @@ class Sampler:
             self.step(B, width, params)
         return graph
 
-    def collect_finished(self, active: list[ActiveSequence], samples: list[list]) -> list:
+    def collect_finished(self, active: list[UnfinishedSample], samples: list[list]) -> list:
         """Take out the sequences that ended, close the gaps, return those that go on."""
         alive = self.alive[: len(active)].tolist()
         ended = [i for i, lives in enumerate(alive) if not lives]
@@ -518,7 +520,7 @@ class Sampler:
         holes = [i for i in range(len(rest)) if not alive[i]]
         movers = rest[len(rest) - len(holes) :]
         if holes:
-            width = max(len(active[i].prompt) + active[i].num_generated for i in movers)
+            width = max(len(active[i].prompt) + active[i].num_steps for i in movers)
             span = slice(self.shared, width)
             self.kv[:, :, holes, :, span] = self.kv[:, :, movers, :, span]
             for state in self.state:

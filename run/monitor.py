@@ -113,7 +113,7 @@ class RunMonitor:
         vars(self).update(state)
         # Then this step was evaluated as the last one, and its weights may be those in best/.
         self.extends_finished_run = saved["steps"] == number
-        return grpo.Step(number, saved["metrics"], [], saved["missing"])
+        return grpo.Step(number, saved["metrics"], [], saved["failure_streaks"])
 
     # --------------------------------------------------------------------------- after a step
 
@@ -131,7 +131,11 @@ class RunMonitor:
 
     def save(self) -> None:
         step = self.step
-        state = {"metrics": step.metrics, "missing": step.missing, "groups": self.groups}
+        state = {
+            "metrics": step.metrics,
+            "failure_streaks": step.failure_streaks,
+            "groups": self.groups,
+        }
         state |= {"steps": self.s.steps, "monitor": self.state}
         self.checkpoints.save(step.number, state)
 

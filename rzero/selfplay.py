@@ -295,7 +295,7 @@ class SelfPlay:
         kept = Checkpoints(folder, 1, ranks, policy.tensors(), identity)
         last: grpo.Step | None = None
         if saved := kept.restore():
-            last = grpo.Step(saved["step"], saved["metrics"], [], saved["missing"])
+            last = grpo.Step(saved["step"], saved["metrics"], [], saved["failure_streaks"])
             policy.sync()
         begun, first = time.perf_counter(), last.number if last else 0
 
@@ -310,7 +310,9 @@ class SelfPlay:
             print("  ".join([*line, f"{pace * (s.steps - step.number):.0f} s left"]), flush=True)
 
         def save() -> None:
-            kept.save(last.number, {"metrics": last.metrics, "missing": last.missing})
+            kept.save(
+                last.number, {"metrics": last.metrics, "failure_streaks": last.failure_streaks}
+            )
 
         if ranks.rank == 0:  # the row of the checkpoint's step is written again
             log.cut("metrics.jsonl", base + first + (base > 0 and not last))
