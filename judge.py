@@ -2,9 +2,9 @@
 
     texts = PromptCodec(tokenizer)                 # text <-> token ids: data/codec.py
     prompt = texts.encode([PAPER.ask(task)])       # what the actor continues
-    judge = Judge(sampler, texts, PAPER)           # the same sampler, the same weights
+    judge = Judge(sampler, texts, PAPER, stop_ids=texts.stop_ids)     # the same weights
     reward = Reward(texts, PAPER, {"self": (1.0, judge)})
-    judged = reward(tasks, groups, step)           # .total (P, N), .parts, .judge_text
+    judged = reward(tasks, groups, step)           # of each task: .total (N,), .parts, .judge_text
 
 Text from data or from a model is `UntrustedText`: it is tokenised apart from the template, with its
 control tokens spelled out. What a translation's form can decide is decided before it is judged:
@@ -167,8 +167,9 @@ def without_tags(text: str) -> str:
 
 
 def holds_score(answer: str, source: str) -> bool:
-    """Whether a line of the answer is a score and no line of the source has its digits and no
-    letters but in a label; or whether it holds "score: 90" or "90/100" and the source no 90."""
+    """Whether the answer states a score that the source does not explain: a line is only scores
+    ("90", "score: 90") and no line of the source is that number; or "score: 90" or "90/100" stands
+    anywhere and the source has no 90."""
 
     def digits(line: str) -> str:
         return "".join(sorted(filter(str.isdigit, line)))

@@ -95,7 +95,7 @@ def run_training(s: Settings) -> None:
             texts, problem.prompts, scorers, s.format_reward, weigh, is_plausible_translation
         )
 
-        # The loop.
+        # The loop: driver.train_policy is grpo.train with this policy's optimizer and copies.
         path = ranks.on_rank0("name the run", lambda: run_folder(s.preset, s.folder, s.resume))
         identity = run_identity(s, problem, policy, comets)
         driver.assert_same_on_all_ranks(ranks, {f"the {k}": v for k, v in identity.items()})

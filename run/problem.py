@@ -112,8 +112,8 @@ def data_problem(s, ranks: Ranks, comets: CometWorkers) -> Problem:
         if len(fit) < count:
             raise ValueError(
                 f"{name}: {len(fit)} of {len(tasks)} texts have a prompt within "
-                f"--max-prompt-tokens {s.max_prompt_tokens}, and at least {count} are needed: add "
-                "texts, raise it, or lower --eval-prompts"
+                f"--max-prompt-tokens {s.max_prompt_tokens}, and at least {count} are needed: "
+                "raise it, add shorter texts" + ", or lower --eval-prompts" * (not s.held_out)
             )
         return fit
 
@@ -146,9 +146,14 @@ def build_eval_metrics(s, held_out: list[Task], comets: CometWorkers) -> dict[st
     for name in [x.strip() for x in names.split(",") if x.strip() != "none"]:
         label = name.rstrip("/").rpartition("/")[2]
         if label in (*eval_metrics, "self", "format"):
-            raise ValueError(f"--eval-metrics {names}: a second one is called {label}")
+            raise ValueError(
+                f"--eval-metrics {names}: the name {label} is taken; rename its folder"
+            )
         if name == "chrf" and not referenced:
-            raise ValueError("--eval-metrics chrf needs a reference of every held-out text")
+            raise ValueError(
+                "--eval-metrics chrf needs a reference of every held-out text: name "
+                "such a test set with --held-out, or use --eval-metrics cometkiwi"
+            )
         eval_metrics[label] = (
             per_segment(segment_chrf) if name == "chrf" else comets.measure(name, referenced)
         )

@@ -64,7 +64,8 @@ class RunSettings(grpo.Settings):
 class Settings(RunSettings):
     preset: str = ""
     """Defaults of the other options: "toy", "ssr-zero-7b", "ssr-x-zero-7b" or "ssr-zero-0.5b".
-    Without it: "ssr-zero-7b" if there are CUDA GPUs, otherwise "toy"."""
+    Without it: "ssr-zero-7b" if there are CUDA GPUs, otherwise "ssr-zero-0.5b" with --data and
+    "toy" without."""
     model: str = ""
     """Hugging Face folder or hub id (Qwen2, Qwen2.5, Qwen3, Llama 3). The toy ships with a model
     for seed 0; for other seeds it is pretrained and cached in $SSR_TOY_CACHE."""
@@ -74,7 +75,8 @@ class Settings(RunSettings):
     source: str = ""
     """Languages of texts that do not name theirs: codes or names, separated by commas."""
     target: str = ""
-    """Languages to translate those texts into: one per --source, or one for all."""
+    """Languages to translate those texts into: as many as --source names, in the same order, or
+    one on either side for all on the other."""
     held_out: str = ""
     """Test sets for evaluation, such as wmt22:en-zh or a file with "reference"s. Without it, some
     of --data are held out."""
@@ -84,8 +86,8 @@ class Settings(RunSettings):
     chat: bool = False
     """Wrap prompts in the tokenizer's chat template, as a user turn."""
     score_mode: str = "written"
-    """Take the score that the judge writes ("written", paper), or the mean under its probabilities
-    of the score tokens ("expected")."""
+    """How a score is read: the number that the judge writes ("written", paper), or the mean of the
+    possible scores under the judge's probabilities ("expected")."""
     judge_max_new_tokens: int = 1024
     """Maximum length of a judgement; a longer one gives no score."""
     eval_every: int = 25
@@ -106,8 +108,9 @@ class Settings(RunSettings):
     """Who judges: the policy's "live" weights (paper), its "frozen" starting weights, their "ema",
     or the "previous" weights of up to 10 steps ago; or another model (folder or hub id)."""
     judge_url: str = ""
-    """OpenAI-compatible endpoint at which --judge names the model, such as
-    http://localhost:8000/v1. The API key is read from OPENAI_API_KEY."""
+    """Judge with a model behind this OpenAI-compatible endpoint, such as
+    http://localhost:8000/v1; --judge is the model's name there. The API key is read from
+    OPENAI_API_KEY."""
     judge_samples: int = 1
     """Judgements averaged for each translation: one is greedy, several are sampled at temperature
     1."""
@@ -380,7 +383,7 @@ def check_settings(s: Settings) -> None:
             )
         if Path(s.folder).exists() and not (Path(s.folder) / "settings.json").is_file():
             raise ValueError(f"--folder {s.folder} is not the folder of a run: it has no "
-                             "settings.json")  # fmt: skip
+                             "settings.json. Name the run's own folder, or a new one")  # fmt: skip
     for name in (*TEXTS, "eval_metrics") if s.preset == "toy" else ():
         if getattr(s, name):
             raise ValueError(f"{option(name)}: the toy makes its own sentences; use another "

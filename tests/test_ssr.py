@@ -406,7 +406,7 @@ def test_the_toy_learns_to_translate_by_judging_itself_with_one_rank_and_with_tw
 def test_a_run_that_cheats_raises_the_alarm_in_terminal_and_report(tmp_path):
     """The command of the README: a weak judge and a high rate."""
     readme = (ROOT / "README.md").read_text()
-    words = re.search(r"(?m)^python ssr\.py (--toy-tokens 1.5e6 .*) --folder", readme)[1]
+    words = re.search(r"(?m)^python ssr\.py (.*--toy-tokens 1.5e6 .*) --folder", readme)[1]
     command = [sys.executable, str(ROOT / "ssr.py"), "--preset=toy", *words.split()]
     run = subprocess.run([*command, "--folder=run"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
