@@ -74,9 +74,9 @@ def run_training(s: Settings) -> None:
 
         # The model and its sampler; the judge is the same model, unless another one is named.
         ranks.set_stage("load the model")
-        per_node, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
+        cuda = device.type == "cuda"
         load_work = workload(s, read_config(problem.folder), ranks.size, cuda)
-        estimate.check_room(load_work, device, 1 if cuda else per_node)
+        estimate.check_room(load_work, device)
         window = judge_window(s, problem, texts, load_work.c.max_length)
         cache = driver.SamplerRoom(window, load_work.slots, load_work.judge_slots)
         policy = driver.build_policy(problem.folder, s, device, ranks, cache)

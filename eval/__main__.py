@@ -44,7 +44,7 @@ from eval.translate import System, read_translations, translate
 from judge import Task
 from rewards.build import checkpoint_id
 from run.cache import JsonlCache, map_cached
-from run.distributed import Ranks, run_with_error_reporting
+from run.distributed import Ranks, init_device, run_with_error_reporting
 from run.files import atomic_write
 from run.settings import TEMPLATES
 
@@ -299,7 +299,7 @@ def write_segments(out: Path, system: System, one: TestSet, rows: list[dict], re
 
 def evaluate(argv: list[str]) -> None:
     args = parse(argv)
-    device, ranks = cli.init_evaluation()
+    device, ranks = init_device(cli.HANG_TIMEOUT)
     test_sets = ranks.on_rank0("read the sets", lambda: load_sets(args))
     metrics = parse_metrics(args, test_sets)
     systems = parse_systems(args, test_sets)

@@ -5,11 +5,8 @@ import json
 import re
 from pathlib import Path
 
-import torch
-
 from model import find_folder
 from run.checkpoint import fingerprint
-from run.distributed import Ranks, init_distributed
 from toy.pretrain import Recipe, language_model
 
 HANG_TIMEOUT = 7200.0  # seconds that one rank waits for another
@@ -25,12 +22,6 @@ def positive(text: str) -> int:
 def slug(name: str) -> str:
     """A name as part of a file's name."""
     return re.sub(r"[^\w.-]+", "_", name)
-
-
-def init_evaluation() -> tuple[torch.device, Ranks]:
-    cuda = torch.cuda.is_available()
-    ranks = init_distributed("cuda" if cuda else "cpu", HANG_TIMEOUT)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), ranks
 
 
 def locate_model(model: str) -> Path:

@@ -42,8 +42,8 @@ from judge import Judge, Task
 from model import check_folder, load
 from rewards.build import build_judge, build_remote_judge
 from run.cache import JsonlCache, map_cached
-from run.distributed import Ranks, run_with_error_reporting
-from run.estimate import params_of, refuse_without_room
+from run.distributed import Ranks, init_device, run_with_error_reporting
+from run.estimate import params_of, refuse_without_room, token_bytes
 from run.files import atomic_write
 from run.settings import TEMPLATES, check_scoring
 from sampler import Sampler
@@ -135,11 +135,9 @@ def parse_translation(line: bytes) -> Translation:
 # ------------------------------------------------------------------------------------- the judge
 
 
-def load_judge(
-    args, folder: Path, translations: list[Translation], device: torch.device, processes: int = 1
-) -> Judge:
+def load_judge(args, folder: Path, translations: list[Translation], device: torch.device) -> Judge:
     """A judge whose KV cache fits the longest of the translations that the model has positions
-    for. `processes` share this machine's memory, which is checked before the model is loaded."""
+    for. The memory that is there is checked before the model is loaded."""
     config, _ = check_folder(folder)
     texts, prompts = PromptCodec(load_tokenizer(folder), args.chat), TEMPLATES[args.prompts]
     questions = [prompts.ask_judge(t.task, t.text, args.score_mode) for t in translations]
@@ -157,12 +155,10 @@ def load_judge(
         else 1
     )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    cache = 2 * config.layers * config.kv_heads * config.head_dim * slots * window
-    advice = (
-        f"lower --max-num-seqs (now {slots} of {window} tokens, the longest question and answer)"
-    )
-    needed = dtype.itemsize * (params_of(config)[0] + cache)
-    refuse_without_room(needed, device, processes, advice)
+    size = dtype.itemsize
+    needed = size * params_of(config)[0] + slots * window * token_bytes(config, size)
+    advice = f"lower --max-num-seqs (now {slots} of {window} tokens), or take a smaller model"
+    refuse_without_room(needed, device, advice)
     model = load(folder, dtype=dtype, device=device)
     return build_judge(args, Sampler(model, slots, window), texts, prompts)
 
@@ -319,7 +315,7 @@ def to_markdown(agreements: dict[str, Agreement]) -> str:
 
 def evaluate_judge(argv: list[str]) -> None:
     args = parse(argv)
-    device, ranks = cli.init_evaluation()
+    device, ranks = init_device(cli.HANG_TIMEOUT)
     file = args.file.expanduser()
     translations = ranks.on_rank0("read the translations", lambda: read_scored_translations(file))
     key, name = {name: getattr(args, name) for name in SETTINGS}, args.model
@@ -328,10 +324,7 @@ def evaluate_judge(argv: list[str]) -> None:
         key["model"] = f"{args.model} {args.judge_url}"
     else:
         folder = ranks.rank0_then_all("fetch the model", lambda: cli.locate_model(args.model))
-        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        processes = 1 if device.type == "cuda" else on_machine
-        judge = load_judge(args, folder, translations, device, processes)
-        name = folder.resolve().name
+        judge, name = load_judge(args, folder, translations, device), folder.resolve().name
         key |= {"model": f"{folder} {cli.identify_weights(folder)}", "device": device.type}
     key["translations"] = cli.hash_json([(t.task[:3], t.text) for t in translations])
     path = (args.out or file.parent) / f"{file.stem}.judged-by-{cli.slug(name)}.jsonl"

@@ -156,13 +156,18 @@ class Ranks:
             self.store.set(f"at {self.rank}", f"step {self.step}, {what}")
 
     def watch(self, hang_timeout: float) -> None:
-        """A thread of each rank: without a new stage for `patience` seconds it ends the process,
-        and shows the stages of all ranks. The one that hangs is at another stage than most."""
+        """A thread of each rank: without a new stage for `hang_timeout` seconds it ends the
+        process, and shows the stages of all ranks. The one that hangs is at another stage than
+        most."""
         store = self.store.clone()  # its own connection: a call that waits would stall the loop
         while not self.over.wait(min(10.0, hang_timeout / 5)):
             if time.monotonic() - self.stage_began < hang_timeout:
                 continue
-            stages = [x.decode() for x in store.multi_get([f"at {r}" for r in range(self.size)])]
+            try:
+                stages = store.multi_get([f"at {r}" for r in range(self.size)])
+            except dist.DistError:
+                abort("ssr.py: torchrun does not answer: it, or the machine of rank 0, is gone")
+            stages = [x.decode() for x in stages]
             lines = [
                 f"ssr.py: no progress for {hang_timeout:.0f} s (--hang-timeout). The ranks are at:"
             ]
@@ -170,6 +175,13 @@ class Ranks:
                 where = [rank for rank, at in enumerate(stages) if at == stage]
                 lines.append(f"  {stage}: rank {', '.join(map(str, where))}")
             abort("\n".join(lines))
+
+
+def init_device(hang_timeout: float) -> tuple[torch.device, Ranks]:
+    """This process's device, and the ranks."""
+    cuda = torch.cuda.is_available()
+    ranks = init_distributed("cuda" if cuda else "cpu", hang_timeout)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), ranks
 
 
 def init_distributed(device: str, hang_timeout: float = 1800.0) -> Ranks:

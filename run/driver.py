@@ -20,7 +20,7 @@ import grpo
 from data.codec import PromptCodec, load_tokenizer
 from model import Transformer, load
 from run.checkpoint import tensors_of
-from run.distributed import Ranks, init_distributed, sync_weights
+from run.distributed import Ranks, init_device, sync_weights
 from sampler import Sampler
 
 PREVIOUS_EVERY = 10  # steps for which --judge previous keeps its weights
@@ -67,11 +67,9 @@ class Policy:
 
 
 def init_device_and_ranks(s) -> tuple[torch.device, Ranks]:
-    cuda = torch.cuda.is_available()
-    ranks = init_distributed("cuda" if cuda else "cpu", s.hang_timeout)
     if s.preset.startswith("toy"):  # enough for so small a model, and the same numbers everywhere
         torch.set_num_threads(1)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), ranks
+    return init_device(s.hang_timeout)
 
 
 def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, cache: SamplerRoom) -> Policy:

@@ -13,6 +13,7 @@ Letters: G GPUs, which share one set of fp32 weights, N parameters.
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,9 +198,10 @@ class Workload(NamedTuple):
         prompts = self.sequences // s.samples_per_prompt * -(-s.samples_per_prompt // fit)
         return prompts * s.max_prompt_tokens + self.sequences * s.max_new_tokens
 
-    def token_bytes(self, c: Config) -> int:
-        """One token's keys and values, and its state in the sampler."""
-        return 2 * c.layers * c.kv_heads * c.head_dim * self.itemsize + 20
+
+def token_bytes(c: Config, itemsize: int) -> int:
+    """One token's keys and values, and its state in the sampler."""
+    return 2 * c.layers * c.kv_heads * c.head_dim * itemsize + 20
 
 
 def params_of(c: Config) -> tuple[int, int, int]:
@@ -215,7 +217,7 @@ def memory(k: Workload) -> dict[str, float]:
     s, c, size = k.s, k.c, k.itemsize
     N, block, root = params_of(c)
     window = min(k.template + k.longest + k.judge_tokens + 64, c.max_length)
-    slot = window * k.token_bytes(c)
+    slot = window * token_bytes(c, k.itemsize)
     parts = {"weights, fp32": 4 * N / k.G, "gradients, fp32": 4 * N / k.G, "AdamW": 8 * N / k.G}
     if k.cuda or k.G > 1:
         parts["the sampler's copy"] = size * N
@@ -225,7 +227,7 @@ def memory(k: Workload) -> dict[str, float]:
     if s.judge in ("ema", "previous"):
         parts[f"--judge {s.judge}"] = 4 * N / k.G + size * N + k.judge_slots * slot
     if k.judge:
-        cache = k.slots * window * k.token_bytes(k.judge)
+        cache = k.slots * window * token_bytes(k.judge, k.itemsize)
         parts["the judge"] = size * params_of(k.judge)[0] + cache
     if k.asked:
         parts["the other player"] = size * N + k.asked.slots * slot
@@ -253,13 +255,15 @@ def peak(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def check_room(k: Workload, device: torch.device, processes: int) -> None:
-    """Before anything is loaded; `processes` share what this machine has."""
+def check_room(k: Workload, device: torch.device) -> None:
+    """Before anything is loaded."""
     advice = "--dry-run shows what for, and what would help"
-    refuse_without_room(peak(memory(k)), device, processes, advice)
+    refuse_without_room(peak(memory(k)), device, advice)
 
 
-def refuse_without_room(needed: float, device: torch.device, processes: int, advice: str) -> None:
+def refuse_without_room(needed: float, device: torch.device, advice: str) -> None:
+    """`needed` bytes of each rank; those of one machine share its memory, but have a GPU each."""
+    processes = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = available_bytes(device) / processes
     if needed > 1.1 * room:
         raise ValueError(f"this run needs about {needed / 1e9:.1f} GB on each rank, and "
@@ -280,7 +284,7 @@ def seconds(k: Workload, m: Machine) -> dict[str, float]:
 
     def decode(before: int, new: int) -> float:
         together = min(count, k.slots)
-        cached = together * (before + new / 2) * k.token_bytes(c)
+        cached = together * (before + new / 2) * token_bytes(c, k.itemsize)
         step = max((k.itemsize * N + cached) / bandwidth, 2 * N * together / flops)
         step += 0 if k.cuda else c.layers * BLOCK_START
         return count / together * new * step

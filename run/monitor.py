@@ -241,7 +241,8 @@ class RunMonitor:
         }
         for key, label in (metrics | LABELS).items():
             if key in latest:
-                print(f"{label:38}  {first[key]:6.3f}  {latest[key]:6.3f}")
+                line = f"{label:38}  {first[key]:6.3f}  {latest[key]:6.3f}"
+                print(line.replace("   nan", "     –"))
         print(self.summarize_trend())
         correlation = "eval/judge_correlation"
         if correlation in latest and latest[correlation] < first[correlation] and not self.alarms:

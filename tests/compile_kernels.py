@@ -71,4 +71,5 @@ if __name__ == "__main__":
         for target in TARGETS:
             line = compile_for(target, kernel, types, constants, options)
             kind = " ".join(f"{k}={v}" for k, v in constants.items())
-            print(f"{kernel.__name__} {kind} {types.get('gradient', '')} {target}: {line}")
+            dtype = types.get("gradient") or types.get("rewards", "")
+            print(f"{kernel.__name__} {kind} {dtype} {target}: {line}")

@@ -40,6 +40,16 @@ def test_attention_never_plans_anew_for_each_shape():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_a_rank_that_hangs_without_torchrun_is_ended(monkeypatch):
+    def gone(_):
+        raise distributed.dist.DistError
+
+    store = SimpleNamespace(clone=lambda: SimpleNamespace(multi_get=gone), set=lambda *_: None)
+    monkeypatch.setattr(distributed, "abort", sys.exit)
+    with pytest.raises(SystemExit, match="torchrun does not answer"):
+        Ranks(0, 2, store=store).watch(1e-3)
+
+
 # ---------------------------------------------------------------------------- the same learning
 
 

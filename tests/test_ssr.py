@@ -382,6 +382,14 @@ def test_a_disk_that_fills_up_leaves_whole_rows_and_no_half_of_the_weights(toy, 
     assert not list((tmp_path / "b" / "last").iterdir())
 
 
+def test_options_of_the_last_version_still_work_and_name_the_new_ones(capsys):
+    s = settings.parse(["--preset=toy", "--slots", "8", "--reading=written"])
+    assert (s.max_num_seqs, s.score_mode) == (8, "written")
+    assert "--slots is now called --max-num-seqs" in capsys.readouterr().out
+    for new in settings.RENAMED.values():
+        assert hasattr(s, new)
+
+
 # --------------------------------------------------------------------------------- slow proofs
 
 
