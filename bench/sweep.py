@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from report.runs import read_rows
 from toy import pretrain, programs
 
 ROOT = Path(__file__).parent.parent
@@ -109,10 +110,6 @@ def folder_name(row: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------- cells
-
-
-def read_rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def final(folders: list[Path], when: str, name: str) -> list[float]:
