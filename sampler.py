@@ -122,8 +122,10 @@ class Decode:
     `lengths` (B,) tokens are cached before it; only the first `width` positions are read.
     """
 
-    def __init__(self, kv: Tensor, lengths: Tensor, width: int):
-        self.kv, self.width = kv, width
+    def __init__(self, kv: Tensor, lengths: Tensor, width: int, attention: Callable | None):
+        self.kv, self.lengths, self.width, self.attention = kv, lengths, width, attention
+        if attention:
+            return
         _, _, _, K, L, _ = kv.shape
         B = lengths.shape[0]
         starts = torch.arange(0, B * K * L, L, device=kv.device).view(B, K)
@@ -136,6 +138,8 @@ class Decode:
         self.bias = bias.repeat_interleave(K, dim=0) if self.use_matmul else bias[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.attention:
+            return self.attention(q, k, v, self.kv[layer], self.lengths, self.width)
         B, _, H, E = q.shape
         K = k.shape[2]
         keys, values = self.kv[layer]
@@ -234,7 +238,10 @@ def uniforms(seed: int, keys: Ids, samples: Ids, count: int) -> Tensor:
 
 
 class Sampler:
-    def __init__(self, model, slots: int, max_length: int, check_every: int | None = None):
+    def __init__(
+        self, model, slots: int, max_length: int, check_every: int | None = None,
+        attention: Callable | None = None,
+    ):  # fmt: skip
         """Room for `slots` sequences of `max_length` tokens, prompt included.
 
         The cache holds 2 * layers * slots * kv_heads * max_length * head_dim numbers in the dtype
@@ -242,6 +249,7 @@ class Sampler:
         fly would do so for each token, so give the sampler a copy in the compute dtype.
         `check_every`: steps between two checks which sequences have ended. A check is free on a CPU
         (default 1) and stalls a GPU (default 16); tokens past a stop are discarded.
+        `attention`: for decoding, in place of PyTorch's, such as kernels.decode.decode_attention.
         """
         c = model.config
         if slots < 1 or not 2 <= max_length <= c.max_length:
@@ -250,6 +258,7 @@ class Sampler:
                 f"{c.max_length}, the model's positions"
             )
         self.model, self.slots, self.max_length = model, slots, max_length
+        self.attention = attention
         self.device = device = next(model.parameters()).device
         self.check_every = check_every or (16 if device.type == "cuda" else 1)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -454,7 +463,7 @@ class Sampler:
         """One token for each of the slots 0 … B-1, without waiting for the host."""
         token, length, alive = self.token[:B], self.length[:B], self.alive[:B]
         num_generated = self.num_generated[:B]
-        view = Decode(self.kv, length, width)
+        view = Decode(self.kv, length, width, self.attention)
         hidden = self.model(token[:, None], positions=length[:, None], cache=view)
         column = num_generated[:, None]
         uniform = self.uniform[:B].gather(1, column)[:, 0]
@@ -475,7 +484,9 @@ class Sampler:
         # that has it also got a sequence when the call began, so its length is at least the
         # prefix's. The next sequence in the slot overwrites the stray entry.
         B = min(self.slots, 1 << (count - 1).bit_length())
-        width = min(self.padded_length, max(256, 1 << (width - 1).bit_length()))
+        if self.attention:  # reads each sequence's own length: `width` is a bound, 512 · 4^i
+            width = max(512, 1 << ((width - 1).bit_length() | 1))
+        width = min(self.padded_length, -(-width // 256) * 256)
         if (B, width, params) not in self.graphs:
             self.graphs[B, width, params] = self.capture(B, width, params)
         self.graphs[B, width, params].replay()

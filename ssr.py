@@ -55,7 +55,6 @@ from run.settings import (
     run_folder,
     warn_about_prompts,
 )
-from sampler import Sampler
 from toy.languages import Languages
 from toy.pretrain import Recipe, make_tokenizer, model_config
 
@@ -142,7 +141,7 @@ def other_judge(
     pairs = zip(texts.encode(prompts), policy.encode(prompts), strict=True)
     longer = max(1.0, 1.25 * max(len(theirs) / len(ours) for theirs, ours in pairs))
     window = judge_window(s, problem, texts, model.config.max_length, longer)
-    return build_judge(s, Sampler(model, slots, window), texts, problem.prompts)
+    return build_judge(s, driver.make_sampler(model, slots, window), texts, problem.prompts)
 
 
 def check_ranks_agree(s: Settings, ranks: Ranks) -> None:

@@ -1,9 +1,9 @@
 """What only a GPU can show, in about eight minutes: python -m bench.gpu [PART …]
 
     kernels     each against float64, in fp32 and bf16, beside plain torch in the same type
-    decode      tokens/s at 1, 16, 128 and 256 sequences for the shapes of Qwen2.5-0.5B, 1.5B and 7B
-                (random weights), beside the limit: the time to read weights and cache at the
-                measured bandwidth, or to multiply at the measured rate, whichever is longer
+    decode      a step of the sampler at the shapes of Qwen2.5-0.5B and 7B (random weights), with
+                PyTorch's attention and with kernels/decode.py, beside the limit: the time to read
+                weights and cache at the measured bandwidth, or to multiply at the measured rate
     step        whole steps at 0.5B's shape, with the judge: stages, and peak memory beside what
                 --dry-run says
     logprob     the loss kernel at 0.5B's and 7B's widths beside plain torch, Liger, TRL
@@ -18,27 +18,35 @@ the first three parts with tiny shapes, on a CPU where there is no GPU.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench import logprob, sampler
-from bench.measure import CUDA, DEVICE, RESULTS, ROOT, call_in_new_process, machine, seconds_of
+from bench.measure import (
+    CUDA,
+    DEVICE,
+    RESULTS,
+    call_in_new_process,
+    machine,
+    run_in_session,
+    seconds_of,
+)
 from bench.step import Ours, prepare
 from kernels.advantage import group_advantage
+from kernels.decode import decode_attention
 from kernels.logprob import linear_policy_loss
 from model import Config, Transformer
 from run import estimate, settings
-from sampler import Sampler
+from sampler import Sampler, SamplingParams
 
-SHAPES = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B"]
+SHAPES = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"]
 TINY = Config("qwen2", 500, 32, 64, 2, 2, 1, 16, 4096, True)
-PROMPT, NEW = 128, 128
+DECODING = [(SHAPES[0], 32), (SHAPES[0], 256), (SHAPES[1], 64)]  # model, sequences
+STEPS = 48  # of decoding, that are timed together
 LIMIT = 240  # seconds of a part that is a process of its own
 
 
@@ -76,10 +84,11 @@ def kernels(rehearse: bool) -> dict:
 
 
 def decode(rehearse: bool) -> dict:
+    """Milliseconds of a step by PyTorch's attention and by ours, and the share of the limit."""
     gpu = estimate.measure_machine(DEVICE)
     rows: dict[str, dict] = {"machine": gpu._asdict()}
     dtype = torch.float32 if rehearse else torch.bfloat16
-    for name in ["tiny"] if rehearse else SHAPES:
+    for name, count in [("tiny", 4)] if rehearse else DECODING:
         config = TINY if rehearse else estimate.find_config(name)
         with torch.device("meta"):
             model = Transformer(config).to(dtype)
@@ -87,30 +96,38 @@ def decode(rehearse: bool) -> dict:
         for p in model.parameters():
             p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
         size = sum(p.numel() for p in model.parameters())
-        cache = 2 * config.layers * config.kv_heads * config.head_dim  # numbers a token
-        for count in (1, 4) if rehearse else (1, 16, 128, 256):
-            decoder = Sampler(model, count, PROMPT + NEW)
-            draw = torch.Generator().manual_seed(count)
-            prompts = torch.randint(config.vocab_size, (count, PROMPT), generator=draw).tolist()
-            run = partial(decoder.generate, prompts, 1, seed=1)
-            run(max_new_tokens=NEW)  # graphs are captured
-            whole = min(seconds_of(lambda run=run: run(max_new_tokens=NEW)) for _ in range(3))
-            seconds = whole - seconds_of(lambda run=run: run(max_new_tokens=1))  # without prefill
-            read = (size + count * (PROMPT + NEW / 2) * cache) * dtype.itemsize
+        for context in (64,) if rehearse else (256, 1024, 2048):
+            read = (size + count * context * estimate.token_bytes(config, 1)) * dtype.itemsize
             by_bytes = read / (gpu.terabytes_a_second * 1e12)
             by_flops = 2 * size * count / (gpu.teraflops * 1e12)
-            row = rows[f"{name}, {count} sequences"] = {
-                "tokens/s": count * (NEW - 1) / seconds,
-                "of the limit": (NEW - 1) * max(by_bytes, by_flops) / seconds,
-                "binding": "bytes" if by_bytes > by_flops else "products",
-            }
-            print(f"  {name}, {count} sequences: {row['tokens/s']:,.0f} tokens/s, "
-                  f"{row['of the limit']:.0%} of the limit", flush=True)  # fmt: skip
-            del decoder, run
+            row = {"limit, ms": 1e3 * max(by_bytes, by_flops)}
+            for kind, attention in (("PyTorch", None), ("kernel", decode_attention)):
+                seconds = decoding_seconds(model, count, context, attention)
+                row |= {f"{kind}, ms": 1e3 * seconds, f"{kind}, of the limit": row["limit, ms"]
+                        / (1e3 * seconds)}  # fmt: skip
+            rows[f"{name}, {count} sequences, context {context}"] = row
+            print(f"  {name}, {count} sequences, context {context}: {row}", flush=True)
         del model
         if CUDA:
             torch.cuda.empty_cache()
     return rows
+
+
+def decoding_seconds(model, count: int, context: int, attention) -> float:
+    """Of a step, with `context` to `context` + STEPS cached tokens, whatever they are."""
+    decoder = Sampler(model, count, context + STEPS + 1, attention=attention)
+    decoder.limit.fill_(context)
+
+    @torch.inference_mode()
+    def run() -> None:
+        decoder.alive.fill_(True)
+        decoder.length.fill_(context)
+        decoder.num_generated.zero_()
+        for i in range(STEPS):
+            decoder.decode(count, context + i + 1, SamplingParams())
+
+    run()  # graphs are captured
+    return min(seconds_of(run) for _ in range(3)) / STEPS
 
 
 def step(rehearse: bool) -> dict:
@@ -135,10 +152,7 @@ def step(rehearse: bool) -> dict:
 
 def run_command(log, *command: str) -> dict:
     """One of our programs; the last line that it prints."""
-    subprocess.run(
-        [sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-        timeout=LIMIT, check=True,
-    )  # fmt: skip
+    run_in_session([sys.executable, *command], log, LIMIT)
     return {"last line": Path(log.name).read_text().strip().splitlines()[-1]}
 
 

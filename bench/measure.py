@@ -1,9 +1,11 @@
 """What the benchmarks share: seconds, bytes, other processes, results."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,16 +58,30 @@ def call_in_new_process(
 ):  # fmt: skip
     """What the function returns, as JSON; what it prints goes to `log`, or is shown."""
     module, name = function.__module__, function.__qualname__
+    if module == "__main__":  # of `python -m bench.gpu`
+        module = sys.modules[module].__spec__.name
     code = f"""import json, sys, {module} as module
 result = module.{name}(*json.loads(sys.argv[1]))
 open(sys.argv[2], "w").write(json.dumps(result))"""
     with tempfile.NamedTemporaryFile("r") as result:
         command = [python, "-c", code, json.dumps(args), result.name]
-        subprocess.run(
-            command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT if log else None,
-            env=os.environ | (env or {}), timeout=timeout,
-        )  # fmt: skip
+        run_in_session(command, log, timeout, env)
         return json.load(result)
+
+
+def run_in_session(command: list[str], log=None, timeout=None, env: dict | None = None) -> None:
+    """Run a command of the repository; at its end all that it has started is killed."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT if log else None,
+        env=os.environ | (env or {}), start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            code = process.wait(timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def take_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -43,10 +43,10 @@ from model import check_folder, load
 from rewards.build import build_judge, build_remote_judge
 from run.cache import JsonlCache, map_cached
 from run.distributed import Ranks, init_device, run_with_error_reporting
+from run.driver import make_sampler
 from run.estimate import params_of, refuse_without_room, token_bytes
 from run.files import atomic_write
 from run.settings import TEMPLATES, check_scoring
-from sampler import Sampler
 
 SCORE_MODES = ("written", "expected")
 TOO_LONG = "too long to judge"  # the text of judge.Judge's score
@@ -160,7 +160,7 @@ def load_judge(args, folder: Path, translations: list[Translation], device: torc
     advice = f"lower --max-num-seqs (now {slots} of {window} tokens), or take a smaller model"
     refuse_without_room(needed, device, advice)
     model = load(folder, dtype=dtype, device=device)
-    return build_judge(args, Sampler(model, slots, window), texts, prompts)
+    return build_judge(args, make_sampler(model, slots, window), texts, prompts)
 
 
 def judge_translations(

@@ -14,6 +14,7 @@ from judge import shown_translation
 from model import load
 from run.cache import JsonlCache, map_cached
 from run.distributed import Ranks
+from run.driver import make_sampler
 from run.problem import load_texts
 from run.settings import TEMPLATES
 from sampler import Sampler
@@ -49,7 +50,7 @@ def translate(
                 f"longest prompt: --max-new-tokens {args.max_new_tokens} does not fit, at most "
                 f"{room} does (--prompts {args.prompts})"
             )
-        return Sampler(model, args.max_num_seqs, longest + args.max_new_tokens)
+        return make_sampler(model, args.max_num_seqs, longest + args.max_new_tokens)
 
     def translate_set(one: TestSet) -> list[dict]:
         def work(indices) -> list[dict]:

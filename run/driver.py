@@ -1,15 +1,17 @@
 """One training run: the policy with its copies, and the loop that keeps them in step.
 
     device, ranks = init_device_and_ranks(s)
-    policy = build_policy(folder, s, device, ranks, cache)
+    policy = build_policy(folder, s, device, ranks, room)
     for step in train(policy, reward, batch, s, stop_ids, ranks, resume_from):
         ...                                             # weights are at rest: log, save, evaluate
 
 `ssr.py` and R-Zero's turns are such runs.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 import grpo
 from data.codec import PromptCodec, load_tokenizer
+from kernels.decode import decode_attention
 from model import Transformer, load
 from run.checkpoint import tensors_of
 from run.distributed import Ranks, init_device, sync_weights
@@ -72,25 +75,51 @@ def init_device_and_ranks(s) -> tuple[torch.device, Ranks]:
     return init_device(s.hang_timeout)
 
 
-def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, cache: SamplerRoom) -> Policy:
+def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, room: SamplerRoom) -> Policy:
     model = load(folder, dtype=torch.float32, device=device, shard=ranks.shard)
     # On a GPU the samplers have bf16 copies of the weights; the master weights stay fp32.
     half = torch.bfloat16 if device.type == "cuda" else None
     model.compute_dtype, model.checkpointing = half, half is not None
     judge = getattr(s, "judge", "live")
     alone = half is None and ranks.size == 1
-    sampler = Sampler(model if alone else unsharded_copy(model, half), cache.slots, cache.window)
+    sampler = make_sampler(model if alone else unsharded_copy(model, half), room.slots, room.window)
     reference = unsharded_copy(model, half) if s.track_kl or s.kl or judge == "frozen" else None
     judge_sampler, average = sampler, []
     if judge == "frozen":
-        judge_sampler = Sampler(reference, cache.judge_slots, cache.window)
+        judge_sampler = make_sampler(reference, room.judge_slots, room.window)
     if judge in ("ema", "previous"):
         average = [p.detach().clone() for p in model.parameters()]
-        judge_sampler = Sampler(unsharded_copy(model, half), cache.judge_slots, cache.window)
+        judge_sampler = make_sampler(unsharded_copy(model, half), room.judge_slots, room.window)
     if not (s.track_kl or s.kl):
         reference = None
     optimizer = grpo.make_optimizer(model, s)
     return Policy(model, optimizer, sampler, reference, judge_sampler, average)
+
+
+def make_sampler(model: Transformer, slots: int, window: int) -> Sampler:
+    """On a GPU, in bf16, our kernel decodes; SSR_PLAIN_DECODE=1 leaves that to PyTorch."""
+    weight, attention = model.head_weight, None
+    if weight.is_cuda and weight.dtype == torch.bfloat16 and not os.environ.get("SSR_PLAIN_DECODE"):
+        c = model.config
+        check_decode_kernel(c.heads, c.kv_heads, c.head_dim)
+        attention = decode_attention
+    return Sampler(model, slots, window, attention=attention)
+
+
+@cache
+def check_decode_kernel(H: int, K: int, E: int) -> None:
+    """Raise unless the kernel agrees with PyTorch on this GPU, where it may never have run."""
+    q, k, v = torch.randn(2, 1, H + 2 * K, E, device="cuda").bfloat16().split((H, K, K), dim=2)
+    past = torch.randn(2, 2, K, 512, E, device="cuda").bfloat16()
+    lengths = torch.tensor([3, 400], device="cuda")
+    ours, theirs = (
+        decode_attention(q, k, v, past.clone(), lengths, 512, impl) for impl in ("triton", "torch")
+    )
+    if (gap := float((ours - theirs).abs().max())) > 0.05:
+        raise RuntimeError(
+            f"kernels/decode.py and PyTorch differ by {gap:.2g} on {torch.cuda.get_device_name()}, "
+            "which is a bug: SSR_PLAIN_DECODE=1 goes on with PyTorch's attention"
+        )
 
 
 def load_frozen(

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from judge import RewardOutput, prompt_key
-from run.driver import load_frozen
-from sampler import Sample, Sampler
+from run.driver import load_frozen, make_sampler
+from sampler import Sample
 
 CHALLENGES = ("paper", "released", "random")
 TOP_P = 0.99
@@ -49,7 +49,7 @@ class Player:
     def __init__(self, folder: Path, s, game, device: torch.device):
         model, self.texts = load_frozen(folder, device)
         self.s, self.game = s, game
-        self.sampler = Sampler(model, s.max_num_seqs, window_size(s, model.config))
+        self.sampler = make_sampler(model, s.max_num_seqs, window_size(s, model.config))
 
     def sample(self, prompts: list[list[int]], n: int, keys: Sequence[int]) -> list[list[Sample]]:
         return self.sampler.generate(

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import advantage, logprob
+from kernels import advantage, decode, logprob
 
 TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # shared memory of a block
 V = 152_064
@@ -21,6 +21,11 @@ ROWS |= {"log_sums": "*fp32", "scale": "fp32"}
 BACKWARD = {**ROWS, "a_rows": "*fp32", "b_rows": "*fp32"}
 GROUPS = ("rewards", "advantages", "squares", "counts")
 GROUP_SIZE = {"N": 16, "BLOCK": 16, "BY_STD": True, "LEAVE_ONE_OUT": True, "EPSILON": 1e-6}
+CACHE = dict.fromkeys(("q", "k", "v", "keys", "values", "y"), "*bf16") | {"lengths": "*i64"}
+CACHE |= dict.fromkeys(("maxima", "sums", "partials"), "*fp32") | {"scale": "fp32"}
+SIZES = ("width", "span", "splits", "q_stride", "k_stride", "v_stride", "K", "L", "H")
+CACHE |= dict.fromkeys(SIZES, "i32")
+HEADS = {"ROWS": 16, "BLOCK": decode.BLOCK, "ONE_SPLIT": False}
 KERNELS = [  # kernel, types of its arguments, constants, options
     (logprob.row_kernel, {**ROWS, "logprobs": "*fp32"}, {"V": V, "BLOCK": 8192}, {"num_warps": 8}),
     *(
@@ -37,6 +42,16 @@ KERNELS = [  # kernel, types of its arguments, constants, options
         (advantage.group_kernel, dict.fromkeys(GROUPS, dtype), GROUP_SIZE, {})
         for dtype in ("*fp32", "*fp64")
     ),
+    *(  # Qwen2.5's heads at 0.5B and 7B, Qwen3's, and Llama 3's
+        (
+            decode.split_kernel,
+            CACHE,
+            HEADS | {"G": group, "E": E, "E_PAD": E},
+            {"num_warps": 4, "num_stages": 3},
+        )
+        for E, group in ((64, 7), (128, 7), (128, 2), (64, 4))
+    ),
+    (decode.combine_kernel, CACHE, {"E": 128, "E_PAD": 128, "SPLITS_PAD": 32}, {}),
 ]
 
 

@@ -8,6 +8,7 @@ float64 (another order of summation), plus a small constant.
 import torch
 
 from kernels.advantage import BASELINES, SCALES, group_advantage
+from kernels.decode import decode_attention
 from kernels.logprob import linear_logprob, linear_policy_loss
 
 LARGE = {"torch": 151_936, "triton": 9_001}  # several blocks of each kernel; slow to interpret
@@ -139,11 +140,39 @@ def ties_give_exactly_zero(impl, device, dtype=torch.float32):
                     assert (group_advantage(rewards, scale, baseline, impl) == 0).all()
 
 
+def decode_attention_is_exact(impl, device, dtype=torch.float32):
+    """Beside float64: sequences of any length, the shortest and longest among them; one span and
+    several; new keys and values are in the cache, and nothing else of it has changed."""
+    random = torch.Generator().manual_seed(4)
+    B, S, K, L = 3, 4, 2, 330
+    types = [dtype] if device == "cuda" or impl == "torch" else [dtype, torch.float16]
+    for kind in types:
+        for H, E, width, longest in ((14, 16, 300, 299), (2, 24, 64, 63), (8, 16, 330, 130)):
+            lengths = torch.tensor([0, longest // 2, longest], device=device)
+            qkv = torch.randn(B, 1, H + 2 * K, E, generator=random).to(device, kind)
+            cache = torch.randn(2, S, K, L, E, generator=random).to(device, kind)
+            results = []
+            for how, wide in ((impl, kind), ("torch", kind), ("torch", torch.float64)):
+                after = cache.to(wide).clone()
+                q, k, v = qkv.to(wide).split((H, K, K), dim=2)  # not contiguous, as in the model
+                y = decode_attention(q, k, v, after, lengths, width, how)
+                results.append((y.double(), after.double()))
+            (got, ours), (same, _), (truth, theirs) = results
+            assert torch.equal(ours, theirs)
+            written = (ours != cache.double()).any(-1)  # (2, S, K, L)
+            want = torch.zeros_like(written)
+            want[:, torch.arange(B), :, lengths] = True
+            assert torch.equal(written, want)
+            budget = 2 * (same - truth).abs().max() + 1e-6
+            assert (got - truth).abs().max() <= budget
+
+
 CASES = [
     linear_logprob_is_exact,
     policy_loss_is_exact,
     advantages_agree_with_float64,
     ties_give_exactly_zero,
+    decode_attention_is_exact,
 ]
 
 if __name__ == "__main__":  # TRITON_INTERPRET=1 python -m tests.kernel_cases

@@ -27,7 +27,7 @@ ARROWS = {  # module or folder -> the modules and folders of ours that it may im
     "rewards.family": "judge grpo data.codec",
     "rewards.toy": "judge toy.languages",
     "rewards": f"judge grpo data.codec sampler eval.comet toy rewards {BELOW}",
-    "run.driver": f"grpo judge data.codec model sampler {BELOW}",
+    "run.driver": f"grpo judge data.codec kernels model sampler {BELOW}",
     "run": "grpo judge model sampler kernels data eval.sets rewards toy run",
     "eval": f"judge model sampler data toy rewards eval run {BELOW}",
     "rzero": "grpo judge model sampler data toy run report rzero",

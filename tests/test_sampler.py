@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import model as ours
+from kernels.decode import decode_attention
 from sampler import Sampler, SamplingParams, common_prefix, draw, uniforms
 from tests.tiny import make_model
 
@@ -166,6 +167,17 @@ def test_samples_do_not_depend_on_batch_slots_or_order(exact_model, slots, size)
             assert [s.ids for s in group] == [s.ids for s in want[i]]
             for one, other in zip(group, want[i], strict=True):
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
+
+
+def test_another_attention_gives_the_same_samples(exact_model):
+    settings = {"n": 3, "max_new_tokens": 25, "stop_ids": STOPS, "seed": 5}
+    plain, other = (Sampler(exact_model, 5, 64, attention=x) for x in (None, decode_attention))
+    prompts = some_prompts(7, begin=(4, 5))
+    want, got = plain.generate(prompts, **settings), other.generate(prompts, **settings)
+    for mine, theirs in zip(want, got, strict=True):
+        assert [x.ids for x in mine] == [x.ids for x in theirs]
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-9)
 
 
 def test_checking_for_stops_rarely_changes_nothing(exact_model):
