@@ -76,9 +76,9 @@ class Settings:
     """Clip the probability ratio to 1 ± this. It has no effect with one update per batch."""
     kl: float = 0.0
     """Weight of a KL penalty towards the starting weights."""
-    track_kl: bool = True
-    """Log the KL divergence from the starting weights even if --kl is 0. Keeps a copy of those
-    weights in memory."""
+    track_kl: bool = False
+    """Log the KL divergence from the starting weights even if --kl is 0. It takes a whole copy of
+    those weights on every GPU, and a forward pass a step."""
     updates_per_batch: int = 1
     """Optimizer steps per batch; 1 is strictly on-policy."""
     loss_norm: str = "token"

@@ -38,8 +38,8 @@ SHAPES = {  # Config's numbers, tied or not: these models need no network
 # Billions of parameters by eval/comet.py's names; the others have about 0.6.
 COMETS = {"cometkiwi-xl": 3.5, "xcomet-xl": 3.5, "cometkiwi-xxl": 10.7, "xcomet-xxl": 10.7}
 EFFICIENCY = {"products": 0.45, "bytes": 0.65}
-# Seconds to start a block's operators on a CPU, fitted to bench.scaling; a GPU replays a graph.
-BLOCK_START = 4e-4
+# Seconds to start a block's operators: measured on a CPU; on a GPU 19 in a graph, a guess.
+BLOCK_START = {"cpu": 4e-4, "cuda": 3.4e-5}
 
 
 class Machine(NamedTuple):
@@ -286,7 +286,7 @@ def seconds(k: Workload, m: Machine) -> dict[str, float]:
         together = min(count, k.slots)
         cached = together * (before + new / 2) * token_bytes(c, k.itemsize)
         step = max((k.itemsize * N + cached) / bandwidth, 2 * N * together / flops)
-        step += 0 if k.cuda else c.layers * BLOCK_START
+        step += c.layers * BLOCK_START["cuda" if k.cuda else "cpu"]
         return count / together * new * step
 
     prefill = forward(count / s.samples_per_prompt, s.max_prompt_tokens) / flops
@@ -379,5 +379,7 @@ def fit_verdict(k: Workload, m: Machine) -> str:
     )
     if missing(other, m) <= 0:
         return f"{now} It would with {options}."
-    left = f"{options} would leave {missing(other, m) / 1e9:.1f} GB too much: " if options else ""
-    return f"{now} {left}use more or larger GPUs."
+    if not options:
+        return f"{now} Use more or larger GPUs."
+    left = f"{missing(other, m) / 1e9:.1f} GB too much"
+    return f"{now} {options} would leave {left}: use more or larger GPUs."

@@ -145,7 +145,7 @@ TEXTS = {"data": "wmt17-20", "source": "en", "target": "zh", "held_out": "wmt22"
 # The paper's model and loop; what is not public (batch, rates, lengths) is our choice.
 # Slots and micro-batches are chosen to fit on 8 GPUs of 80 GB (see --dry-run).
 SSR_ZERO = TEXTS | {
-    "model": "Qwen/Qwen2.5-7B", "eval_prompts": 256, "steps": 300, "max_num_seqs": 64,
+    "model": "Qwen/Qwen2.5-7B", "eval_prompts": 256, "steps": 300, "max_num_seqs": 128,
     "micro_batch_tokens": 8192,
 }  # fmt: skip
 PRESETS = {
@@ -159,6 +159,7 @@ PRESETS = {
     "toy": {
         "prompts": "toy", "score_mode": "expected", "steps": 100, "prompts_per_step": 24,
         "lr": 2e-4, "max_prompt_tokens": 32, "max_new_tokens": 20, "judge_max_new_tokens": 2,
+        "track_kl": True,
     },
 }  # fmt: skip
 BOUNDS = [  # (condition, how its violation is worded, settings)

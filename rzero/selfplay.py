@@ -96,7 +96,7 @@ PRESETS = {
     "toy": {
         "prompts_per_step": 32, "challenger_steps": 10, "solver_steps": 25, "solver_samples": 8,
         "questions": 128, "lr": 4e-4, "challenger_lr": 6e-4, "warmup_steps": 2, "max_num_seqs": 512,
-        "max_prompt_tokens": 21, "max_new_tokens": 41, "track_kl": False,
+        "max_prompt_tokens": 21, "max_new_tokens": 41,
     },
     # The paper's numbers, as far as published; lengths and the prompts are our choice.
     "r-zero-4b": {

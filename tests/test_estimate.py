@@ -94,7 +94,8 @@ def test_time_grows_with_the_work_and_shrinks_with_the_gpus():
 
 def test_a_judge_takes_time_where_one_is_asked():
     rewards = (*build.REWARDS, "random", "oracle", "external", "self+external")
-    stages = {name: seconds(work("Qwen/Qwen2.5-7B", 8, reward=name), H100) for name in rewards}
+    kinds = {x: work("Qwen/Qwen2.5-7B", 8, reward=x, track_kl=True) for x in rewards}
+    stages = {name: seconds(k, H100) for name, k in kinds.items()}
     judged = {name for name, times in stages.items() if "judge" in times}
     assert judged == {"self", "self+comet", "self+external", "pairs", "group", "cream"}
     for name in ("certainty", "confidence"):  # they read the samples once more
@@ -109,7 +110,7 @@ def test_the_papers_run_fits_on_eight_gpus_of_80_gb_and_32b_does_not(capsys):
     each, step = number_of(out, "evaluation, 3 of them"), number_of(out, "step ")
     hours = number_of(out, "50 steps, hours")
     assert hours * 3600 == pytest.approx(3 * each + 50 * step, rel=0.02)
-    large = ["--preset=ssr-zero-7b", "--model=Qwen/Qwen2.5-32B"]
+    large = ["--preset=ssr-zero-7b", "--model=Qwen/Qwen2.5-32B", "--track-kl"]
     for words in (["--dry-run=64xh100"],
                   ["--dry-run=64xh200", "--micro-batch-tokens=16384"]):  # fmt: skip
         with pytest.raises(SystemExit) as error:
@@ -121,13 +122,13 @@ def test_the_papers_run_fits_on_eight_gpus_of_80_gb_and_32b_does_not(capsys):
 
 
 def test_the_advice_fits():
-    k = work("Qwen/Qwen2.5-7B", 8, max_num_seqs=256, micro_batch_tokens=16384)
+    k = work("Qwen/Qwen2.5-7B", 8, max_num_seqs=256, micro_batch_tokens=16384, track_kl=True)
     advice = estimate.fit_verdict(k, H100).split("It would with ")[1].rstrip(".").split()
-    s = settings.parse(["--preset=ssr-zero-7b", "--max-num-seqs=256", *advice])
+    s = settings.parse(["--preset=ssr-zero-7b", "--max-num-seqs=256", "--track-kl", *advice])
     assert estimate.fit_verdict(k._replace(s=s), H100).startswith("It fits")
-    large = work("Qwen/Qwen2.5-72B", 8, max_num_seqs=8, track_kl=False)
+    large = work("Qwen/Qwen2.5-72B", 8, max_num_seqs=8)
     large = large.changed(micro_batch_tokens=large.longest)
-    assert estimate.fit_verdict(large, H100).endswith("on each. use more or larger GPUs.")
+    assert estimate.fit_verdict(large, H100).endswith("on each. Use more or larger GPUs.")
 
 
 def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
