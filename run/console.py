@@ -32,7 +32,7 @@ def check_dashboards(names: str) -> list[str]:
 
 class Console:
     def __init__(self, s, path: Path, measure: str | None, is_writer: bool):
-        """`measure`: the first of held-out texts. `mine`: rank 0 has dashboards and report."""
+        """`measure`: the first metric of held-out texts. `is_writer`: has dashboards and report."""
         self.s, self.path, self.measure, self.is_writer = s, path, measure, is_writer
         self.dashboards: list = []
         self.has_report = False

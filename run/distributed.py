@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Errors that explain themselves. The first match is used: subclasses come before RuntimeError.
-KINDS = (FloatingPointError, ValueError, OSError, torch.OutOfMemoryError, RuntimeError)
+ERRORS = (FloatingPointError, ValueError, OSError, torch.OutOfMemoryError, RuntimeError)
 
 
 class Stopping(BaseException):
@@ -76,7 +76,7 @@ class Ranks:
         except Stopping:
             outcome = Failure(Stopping, "")
         except Exception as error:
-            kind = next((k for k in KINDS if isinstance(error, k)), None)
+            kind = next((k for k in ERRORS if isinstance(error, k)), None)
             message = str(error) if kind else traceback.format_exc()
             outcome = Failure(kind or RuntimeError, message)
         self.set_stage(f"{what}, done")
@@ -218,14 +218,14 @@ def init_distributed(device: str, hang_timeout: float = 1800.0) -> Ranks:
     watchdog = threading.Thread(target=ranks.watch, args=(hang_timeout,), daemon=True)
     watchdog.start()
 
-    def part() -> None:
+    def leave() -> None:
         """Threads that are in C++ when the interpreter ends would abort the process."""
         ranks.over.set()
         watchdog.join(timeout=10)  # its store may be gone
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    atexit.register(part)
+    atexit.register(leave)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (rank 0 prints for all)
     return ranks

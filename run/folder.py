@@ -1,6 +1,6 @@
 """The folder of a run: its logs, its lock, and what is in it about the machine and the code.
 
-Rank 0 alone writes (`mine`); on the other ranks the same calls do nothing.
+Rank 0 alone writes (`is_writer`); on the other ranks the same calls do nothing.
 """
 
 import dataclasses

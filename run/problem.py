@@ -89,7 +89,8 @@ def toy_problem(s, ranks: Ranks) -> Problem:
     vocabulary = {word for entries in languages.vocabulary.values() for word in entries}
     if foreign := vocabulary - load_tokenizer(folder).get_vocab().keys():
         raise ValueError(f"--model {folder} was not made for --seed {s.seed}: its tokenizer does "
-                         f"not know {', '.join(sorted(foreign)[:3])} …")  # fmt: skip
+                         f"not know {', '.join(sorted(foreign)[:3])} …; leave --model out, or "
+                         "give the seed that it was made with")  # fmt: skip
     held_out = [languages.task("held-out", i) for i in range(s.eval_prompts)]
     eval_metrics = {"exact_match": per_segment(exact_match), "quality": per_segment(quality)}
     task = partial(languages.task, "train")
@@ -129,7 +130,8 @@ def data_problem(s, ranks: Ranks, comets: CometWorkers) -> Problem:
     for part in custom_parts(s.reward):
         needs_references = getattr(load_scorer(part), "references", False)
         if needs_references and not all(task.reference for task in training):
-            raise ValueError(f'{part}: not all texts of {s.data} have a "reference"')
+            raise ValueError(f'--reward {part} needs a "reference" of every text, and some of '
+                             f"{s.data} have none: leave those out")  # fmt: skip
     eval_metrics = build_eval_metrics(s, held_out, comets)
     order = loading.EpochShuffler(training, s.seed)
     digest = loading.hash_texts(training + held_out)

@@ -364,7 +364,7 @@ def test_a_reward_of_your_own_learns_and_is_part_of_the_run(pupil, texts, tmp_pa
     assert rows[1]["reward/asking"] == pytest.approx(0.25) and rows[1]["reward/self"] > 0
     bare = tmp_path / "bare.jsonl"
     bare.write_text(texts.read_text().replace('"reference"', '"note"'))
-    with pytest.raises(SystemExit, match=r'mine\.py:asking: not all texts .* have a "reference"'):
+    with pytest.raises(SystemExit, match=r'mine\.py:asking needs a "reference" of every text'):
         go(pupil, bare, tmp_path / "other", *words)
     file.write_text(OWN.replace("0.25", "0.5"))
     with pytest.raises(SystemExit, match=r"file of --reward .*mine\.py:asking it began with"):
