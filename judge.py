@@ -11,7 +11,7 @@ control tokens spelled out. What a translation's form can decide is decided befo
 
     tags missing, repeated, out of order, or cut off            format 0
     a tag, a control token or a score that the source lacks     format 0
-    no letters, or no translation for `is_translation`          format 0
+    no letters, or no translation for `is_translation`          format 0 (the latter is counted)
     too long to be judged                                       score 0
     the judge's output is no score                              no reward (NaN): left out, counted
 
@@ -341,8 +341,8 @@ class RewardOutput(NamedTuple):
     """The rewards of one prompt's samples."""
 
     total: list[float]  # (N,); NaN where a part has no value
-    # By name, (N,): "format" (1 or 0), each scorer's value (0 … 1, NaN, or 0 where the form was
-    # wrong), and "weight", where groups are weighted.
+    # By name, (N,): "format" (1 or 0), "wrong_language" (1 where that alone made it 0), each
+    # scorer's value (0 … 1, NaN, or 0 where the form was wrong), and "weight" of weighted groups.
     parts: dict[str, list[float]]
     judge_text: list[str]  # the first scorer's
     weight: float = 1.0  # of the group's advantages
@@ -363,7 +363,7 @@ class Reward:
     def __init__(
         self, texts, prompts: Prompts, scorers: dict[str, tuple[float, Scorer]],
         format_reward: str = "product", weigh: Callable | None = None,
-        is_translation: Callable[[str, Task], bool] | None = None,
+        is_translation: Callable[[str, Task], bool] = lambda answer, task: True,
     ):  # fmt: skip
         """`weigh(tasks, answers, scores, step)`: the groups' weights, from the first scorer's
         scores. `is_translation(answer, task)`: part of the format check, beyond the form."""
@@ -372,9 +372,13 @@ class Reward:
         self.weigh, self.is_translation = weigh, is_translation
 
     def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> list[RewardOutput]:
-        answers = [
-            [translation_in(self.texts, self.prompts, task, x, self.is_translation) for x in group]
+        formed = [  # (P, N): what has the right form, in whatever language
+            [translation_in(self.texts, self.prompts, task, x) for x in group]
             for task, group in zip(tasks, groups, strict=True)
+        ]
+        answers = [
+            [x if x is None or self.is_translation(x, task) else None for x in row]
+            for task, row in zip(tasks, formed, strict=True)
         ]
         scores, blind = {}, [task._replace(reference=None) for task in tasks]
         for name, (_, scorer) in self.scorers.items():
@@ -386,6 +390,7 @@ class Reward:
         judged = []
         for p, row in enumerate(answers):
             parts = {"format": [float(answer is not None) for answer in row]}
+            parts["wrong_language"] = [float(x != y) for x, y in zip(formed[p], row, strict=True)]
             for name, rows in scores.items():
                 parts[name] = [math.nan if x.value is None else x.value for x in rows[p]]
             # A missing score stays NaN, but a wrong format needs none.
@@ -401,9 +406,7 @@ class Reward:
         return judged
 
 
-def translation_in(
-    texts, prompts: Prompts, task: Task, sample, is_translation: Callable | None = None
-) -> str | None:
+def translation_in(texts, prompts: Prompts, task: Task, sample) -> str | None:
     """The translation in a sample, or None when its form earns nothing."""
     if not sample.stopped:
         return None
@@ -413,17 +416,13 @@ def translation_in(
     answer = texts.plain(read_answer(text) if prompts.tags else text).strip()
     control = {*texts.control.findall(answer)} - {*texts.control.findall(texts.plain(task.text))}
     forged = TAG.search(folded(answer)) or holds_score(answer, task.text)
-    if control or forged or not letters_only(answer):
-        return None
-    return answer if is_translation is None or is_translation(answer, task) else None
+    return None if control or forged or not letters_only(answer) else answer
 
 
-def shown_translation(
-    texts, prompts: Prompts, task: Task, sample, is_translation: Callable | None = None
-) -> tuple[str, bool]:
-    """What a reader gets, and whether its form was right. Unreadable output is kept verbatim:
-    dropping it would inflate metrics."""
+def shown_translation(texts, prompts: Prompts, task: Task, sample) -> tuple[str, bool]:
+    """What a reader gets, and whether its form was right, in whatever language. Unreadable output
+    is kept verbatim: dropping it would inflate metrics."""
     text = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
     answer = read_answer(text) if prompts.tags else text.strip()
-    right = translation_in(texts, prompts, task, sample, is_translation) is not None
+    right = translation_in(texts, prompts, task, sample) is not None
     return (text if answer is None else answer), right

@@ -27,7 +27,7 @@ import torch
 
 import grpo
 from data.codec import PromptCodec, load_tokenizer
-from data.languages import is_plausible_translation
+from data.languages import identifier_version, is_plausible_translation
 from judge import Reward, Task
 from model import Config, find_folder, read_config
 from rewards import family
@@ -156,6 +156,7 @@ def run_identity(s: Settings, problem: Problem, policy: driver.Policy, comets) -
     shape = {k: v for k, v in dataclasses.asdict(policy.model.config).items() if k != "hub"}
     identity = {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
     identity["tokenizer or chat template"] = fingerprint_tokenizer(problem.folder)
+    identity["language identifier"] = None if s.preset == "toy" else identifier_version()
     if s.judge_model and not s.judge_url:
         judge = find_folder(s.judge_model)
         identity["judge's weights"] = fingerprint(judge)

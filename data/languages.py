@@ -3,15 +3,18 @@
     language("zh") == "Chinese"                     # as the prompts say it
     is_plausible_translation("Gute Nacht.", Task("Good night.", "English", "German"))
 
-The latter is a part of the reward's format check: a copy of the source, or a text in another script
-than the target's, earns nothing, whatever a judge would say.
+The latter is a part of the reward's format check: a copy of the source, or a text in another
+language than the target, earns nothing, whatever a judge would say. Languages are told apart by
+their script and, if it is installed, by py3langid.
 """
 
+import importlib.metadata
+import importlib.util
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection
-from functools import lru_cache
+from collections.abc import Collection, Iterable
+from functools import cache, lru_cache
 
 from judge import Task, is_language, letters_only, nfkc
 
@@ -95,7 +98,7 @@ def code_pair(pair: tuple[str, str]) -> str:
     return "-".join(CODES.get(name, name) for name in pair)
 
 
-# --------------------------------------------------------------------------- copies and scripts
+# ------------------------------------------------------------------ copies and other languages
 
 # The scripts in the names of FLORES' files, as Unicode calls them.
 UNICODE = dict(
@@ -122,7 +125,13 @@ CODE = re.compile(r"[\d/@\\_=<>{}#$%|~^]|\w[.:]\w")  # or a number, or an addres
 
 
 def is_plausible_translation(answer: str, task: Task) -> bool:
-    return not (is_copy(answer, task) or is_wrong_script(answer, task))
+    wrong = is_copy(answer, task) or is_wrong_script(answer, task)
+    return not (wrong or is_identified_as_other(answer, task.target))
+
+
+def are_close(a: str, b: str) -> bool:
+    groups = [set(group.split()) for group in re.split(r"[|\n]", f"{CLOSE}|{a}")]
+    return any(group & {*a.split()} and group & {*b.split()} for group in groups)
 
 
 @lru_cache(maxsize=2**12)
@@ -144,11 +153,9 @@ def is_copy(answer: str, task: Task) -> bool:
     Where a right translation may be a copy, it is left to the judge: names, up to two words (eight
     letters in a script without spaces), and close languages."""
     source, words, names = words_in(task.text), words_in(answer), names_in(task.text)
-    groups = [set(group.split()) for group in re.split(r"[|\n]", f"{CLOSE}|{task.source}")]
-    close = any(x & {*task.source.split()} and x & {*task.target.split()} for x in groups)
     plain = [word for word in source.values() if not CODE.search(word)]
     length = sum(0.25 if re.match(f"[{UNSPACED}]", word) else 1 for word in plain)
-    if close or length <= 2 or names.issuperset(source):
+    if are_close(task.source, task.target) or length <= 2 or names.issuperset(source):
         return False
     a, b = letters_only(task.text), letters_only(answer)
     joined = a in b or (b in a and 2 * len(b) > len(a))
@@ -182,3 +189,64 @@ def is_wrong_script(answer: str, task: Task) -> bool:
     new = words.keys() - words_in(task.text) or words.keys() - names_in(task.text)
     counts = Counter(filter(None, (script_of(words[key]) for key in new)))
     return 3 * sum(counts[x] for x in SCRIPTS.get(task.target, counts)) < counts.total()
+
+
+# ------------------------------------------------- languages of one script: py3langid, if installed
+
+LABELS = {name: {"nb": "no", "zh_hant": "zh"}.get(CODES[name], CODES[name]) for name in SCRIPTS}
+IDENTIFIER = "py3langid~=0.4.0"  # whose probabilities docs/faq.md measures
+MIN_LETTERS, MIN_PROBABILITY = 20, 0.85
+
+
+@cache
+def identifier_version() -> str | None:
+    """None if it is not installed. The same on all ranks, and when a run is resumed."""
+    if not importlib.util.find_spec("py3langid"):
+        return None
+    version = importlib.metadata.version("py3langid")
+    if not version.startswith("0.4."):
+        raise ValueError(
+            f"py3langid {version} is installed, and the language check was measured with 0.4: "
+            f'pip install "{IDENTIFIER}", or uninstall it'
+        )
+    return f"py3langid {version}"
+
+
+@cache
+def load_identifier():
+    """(Its function text -> label and probability, the labels of those languages that it knows.)"""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    known = {*LABELS.values()} & {*identifier.labels}
+    identifier.set_languages(known)
+    return identifier.classify, known
+
+
+def is_identifiable(name: str) -> bool:
+    return bool(identifier_version()) and LABELS.get(name) in load_identifier()[1]
+
+
+def is_identified_as_other(answer: str, target: str) -> bool:
+    """Whether a long enough answer is, almost certainly, in a language not even close to `target`.
+    False without the identifier, and for a target that it does not know."""
+    if not is_identifiable(target) or len(letters_only(answer)) < MIN_LETTERS:
+        return False
+    label, probability = load_identifier()[0](answer)
+    names = [name for name, known in LABELS.items() if known == label]
+    return probability >= MIN_PROBABILITY and not any(are_close(name, target) for name in names)
+
+
+def describe_language_check(targets: Iterable[str]) -> str:
+    """How answers in a wrong language are recognised, in one line."""
+    targets = sorted(set(targets))
+    told = [name for name in targets if is_identifiable(name)]
+    line = "Answers in a wrong language are recognised by their script"
+    if told:
+        line += f" and, for {', '.join(told)}, by {identifier_version()}"
+    elif not identifier_version():
+        line += f' alone (pip install "{IDENTIFIER}" tells languages of one script apart)'
+    if unknown := [name for name in targets if name not in SCRIPTS]:
+        line += f"; for {', '.join(unknown)}, of no known script or of two, only copies are: use a "
+        line += "name from data/languages.py's table if it has the language"
+    return line

@@ -35,6 +35,7 @@ if __name__ == "__main__":  # as in ssr.py
 
 import torch
 
+from data.languages import describe_language_check, is_plausible_translation
 from data.loading import code_pair, split_entries
 from eval import cli, sets, table
 from eval.comet import DTYPES, NAMES, Comet, comet_rows, find_python, where
@@ -251,6 +252,7 @@ def print_results(
     """Write and print the table; `results` by metric, system and set."""
     columns: dict[str, dict] = {}
     unreadable: dict[str, dict] = {}
+    wrong_language, wrong_notes = {}, []
     for system in systems:
         columns[system.name] = {
             table.Column(one.direction, one.label, metric): by_set[system.name, one.file]
@@ -263,7 +265,18 @@ def print_results(
             readable = [row["readable"] for row in rows if row["readable"] is not None]
             share = 1 - sum(readable) / len(readable) if readable else None
             unreadable[system.name][one.direction, one.label] = share
-            write_segments(args.out, system, one, rows, results)
+            wrong = [
+                row["readable"] is not False
+                and not is_plausible_translation(row["translation"], task)
+                for row, task in zip(rows, one.tasks, strict=True)
+            ]
+            share, name = sum(wrong) / len(wrong), f"{system.name} {one.direction}/{one.label}"
+            wrong_language[name] = share
+            if share:
+                i = wrong.index(True)
+                text = " ".join(rows[i]["translation"].split())[:80]
+                wrong_notes.append(f"wrong language: {name} {share:.1%}, e.g. segment {i}: {text}")
+            write_segments(args.out, system, one, rows, wrong, results)
     rows = table.make_rows(columns, unreadable)
     if args.compare:
         rows = table.published(rows[0].cells) + rows
@@ -278,20 +291,25 @@ def print_results(
         "scored as they are",
         f"↑ ↓: better or worse than {systems[0].name} with p < 0.05 (paired bootstrap); none if a "
         f"set has fewer than {table.TOO_FEW} segments",
+        *wrong_notes,
     ] + [f"Only the first {args.first} segments of each set"] * bool(args.first)
     text = f"{table.to_markdown(rows)}\n\n" + "".join(f"- {note}\n" for note in notes)
     about = {"metrics": signatures, "sets": {one.entry: len(one.tasks) for one in test_sets}}
+    about |= {"wrong_language": wrong_language}
     atomic_write(args.out / "table.md", text)
     atomic_write(args.out / "table.json", table.to_json(rows, about | {"command": sys.argv}))
     print(f"\n{text}\n{args.out}/: table.md, table.json, and a folder for each system")
 
 
-def write_segments(out: Path, system: System, one: TestSet, rows: list[dict], results) -> None:
+def write_segments(
+    out: Path, system: System, one: TestSet, rows: list[dict], wrong: list[bool], results
+) -> None:
     lines = []
     for i, (task, row) in enumerate(zip(one.tasks, rows, strict=True)):
         scores = {m: by_set[system.name, one.file].segments[i] for m, by_set in results.items()}
         line = {"segment": i} | {k: v for k, v in task._asdict().items() if v is not None}
-        line |= {k: row[k] for k in ("translation", "readable")} | {"scores": scores}
+        line |= {k: row[k] for k in ("translation", "readable")}
+        line |= {"wrong_language": wrong[i], "scores": scores}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     (out / system.name).mkdir(parents=True, exist_ok=True)
     atomic_write(out / system.name / f"{one.file}.segments.jsonl", "".join(lines))
@@ -301,6 +319,7 @@ def evaluate(argv: list[str]) -> None:
     args = parse(argv)
     device, ranks = init_device(cli.HANG_TIMEOUT)
     test_sets = ranks.on_rank0("read the sets", lambda: load_sets(args))
+    print(describe_language_check(task.target for one in test_sets for task in one.tasks))
     metrics = parse_metrics(args, test_sets)
     systems = parse_systems(args, test_sets)
     segments = sum(len(one.tasks) for one in test_sets)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from data.languages import is_plausible_translation
 from eval.cli import hash_json, identify_weights, locate_model
 from eval.sets import TestSet
 from judge import shown_translation
@@ -60,9 +59,7 @@ def translate(
             )  # fmt: skip
             rows = []
             for i, (sample,) in zip(indices, groups, strict=True):
-                text, readable = shown_translation(
-                    texts, prompts, one.tasks[i], sample, is_plausible_translation
-                )
+                text, readable = shown_translation(texts, prompts, one.tasks[i], sample)
                 output = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
                 row = {"segment": i, "translation": text, "readable": readable}
                 rows.append(row | {"output": output, "tokens": len(sample.ids)})

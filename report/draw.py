@@ -60,8 +60,9 @@ PANELS = {
         {"groups/zero_variance": "all equal", "groups/distinct": "distinct"}, True),
     "length": Panel("Length of samples", "Tokens. A steady climb often only pleases the judge; a "
         "fall to almost nothing may, too.", {"length/mean": "mean", "length/max": "longest"}),
-    "unusable": Panel("Not usable", "Shares of judgements and of samples.",
-        {"judge/invalid": "no score", "length/truncated": "cut off"}),
+    "unusable": Panel("Not usable", "Shares of judgements and of samples; a wrong language may be "
+        "a copy. The training groups below show examples.", {"judge/invalid": "no score",
+        "length/truncated": "cut off", "reward/wrong_language": "wrong language"}),
     "gradient": Panel("Gradient norm", "Before clipping. If it spikes, lower --lr.",
         {"train/grad_norm": "norm"}),
     "gap": Panel("Sampler against trainer", "Difference of their log-probs: rounding, unless it "
@@ -73,6 +74,7 @@ def panels_for(runs: list[RunData]) -> dict[str, Panel]:
     """PANELS, with every component of the reward that the runs have."""
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
     parts = {key: key.removeprefix("reward/") for key in keys if key.startswith("reward/")}
+    parts.pop("reward/wrong_language", None)  # has another panel
     reward = PANELS["reward"]
     return PANELS | {"reward": reward._replace(keys=reward.keys | parts)}
 
@@ -234,6 +236,11 @@ def spread_out(values: list, most: int, always: tuple = ()) -> list:
     return [v for i, v in enumerate(values) if i % every == 0 or v in always]
 
 
+def wrong_language(run: RunData) -> list[dict]:
+    """The latest training group with an answer in a wrong language."""
+    return [g for g in run.groups if any(x.get("wrong_language") for x in g["samples"])][-1:]
+
+
 def sentences(runs: list[RunData]) -> dict:
     """Held-out texts, and how each run translated them greedily at some steps."""
     fields, texts, columns, cells = ("source", "to", "from", "reference"), {}, [], []
@@ -277,7 +284,7 @@ def page(runs: list[RunData]) -> str:
         "groups": [
             row | {"run": run.title}
             for run in runs
-            for row in spread_out(run.groups, GROUPS, run.groups[-1:])
+            for row in spread_out(run.groups, GROUPS, (*run.groups[-1:], *wrong_language(run)))
         ],
         "running": any(run.running for run in runs),
     }

@@ -64,11 +64,13 @@ class Console:
     def print_step(self, number: int, metrics: dict, latest: dict, left: float) -> None:
         """The most important first: a terminal cuts off the rest."""
         name, last = self.measure or "self", number == self.s.steps
+        wrong = metrics.get("reward/wrong_language", 0.0)
         parts = [
             f"step {number}/{self.s.steps}",
             *["ALARM"] * bool(latest.get("eval/alarm")),
             f"held-out {name} {latest[f'eval/{name}']:.3f} (step {latest['step']})",
             f"reward {metrics['reward/total']:.3f}",
+            *[f"wrong language {wrong:.0%}"] * (wrong > 0),
             f"{format_seconds(left)} left",
             f"entropy {metrics['policy/entropy']:.2f}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",

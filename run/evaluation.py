@@ -93,8 +93,7 @@ class Evaluation:
                     stop_ids=self.texts.stop_ids, seed=self.s.seed + 1, keys=mine,
                 )  # fmt: skip
                 shown.append([
-                    shown_translation(self.texts, self.problem.prompts, task, sample,
-                                      is_plausible_translation)
+                    shown_translation(self.texts, self.problem.prompts, task, sample)
                     for task, (sample,) in zip(tasks, groups, strict=True)
                 ])  # fmt: skip
             self.ranks.set_stage("evaluation 3/3, judge")
@@ -106,7 +105,8 @@ class Evaluation:
                 values = {name: f(tasks, texts) for name, f in self.problem.eval_metrics.items()}
                 rows.append([
                     {"text": text, "judge": scores[i][k].judge_text, "self": scores[i][k].value}
-                    | {"format": float(ok)} | {name: x[i] for name, x in values.items()}
+                    | {"format": float(ok and is_plausible_translation(text, tasks[i]))}
+                    | {name: x[i] for name, x in values.items()}
                     for i, (text, ok) in enumerate(translations)
                 ])  # fmt: skip
             return list(zip(*rows, strict=True))

@@ -50,7 +50,7 @@ def batch_metrics(
     for name in judged[0].parts:
         values = [x for row in judged for x in row.parts[name]]
         metrics[f"reward/{name}"] = mean([x for x in values if not math.isnan(x)])
-        if name != "format":
+        if name not in ("format", "wrong_language"):
             scores = [x for x, is_right in zip(values, formats, strict=True) if is_right]
             metrics[f"histogram/{name}"] = histogram(scores)
     metrics |= {

@@ -279,9 +279,11 @@ class RunMonitor:
 def describe_batch(metrics: dict, s, has_template: bool) -> str:
     """What the first batch was like, and which options would change what is wrong with it."""
     form, cut = metrics["reward/format"], metrics["length/truncated"]
+    wrong = metrics["reward/wrong_language"]
     scored = 1 - metrics["judge/invalid"]
     summary = f"{form:.0%} of the samples are of the right form, {cut:.0%} were cut off"
     summary += f", {scored:.0%} of what was judged has a score" if form else ""
+    summary += f", {wrong:.0%} are copies or in a wrong language" if wrong else ""
     advice = []
     if cut > 0.2:
         advice.append(f"longer samples: --max-new-tokens {2 * s.max_new_tokens}")

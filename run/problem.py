@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data import loading
 from data.codec import PromptCodec, load_tokenizer
+from data.languages import describe_language_check
 from eval import sets
 from judge import Prompts, Task
 from model import check_folder, find_folder
@@ -127,6 +128,7 @@ def data_problem(s, ranks: Ranks, comets: CometWorkers) -> Problem:
         f"out, longer than --max-prompt-tokens {s.max_prompt_tokens}; {len(held_out)} held out"
         f"{f' from {s.held_out}' if s.held_out else ''}; {len(training):,} to train on"
     )
+    print(describe_language_check(task.target for task in training))
     for part in custom_parts(s.reward):
         needs_references = getattr(load_scorer(part), "references", False)
         if needs_references and not all(task.reference for task in training):

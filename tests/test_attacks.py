@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data.codec import PromptCodec, load_tokenizer
-from data.languages import is_plausible_translation
+from data.languages import identifier_version, is_plausible_translation
 from judge import PAPER, PLAIN, TAGS, TOY, Judge, Reward, Task, UntrustedText, translation_in
 from model import load
 from rewards.family import GroupJudge, PairwiseJudge, ask_group, ask_pair
@@ -70,8 +70,8 @@ ECHOES = {
 def test_there_are_a_hundred_attacks_on_honest_answers_that_pass(texts):
     assert len({(a.task, a.text) for a in ATTACKS}) == len(ATTACKS) >= 100
     for task, attacks in TASKS.items():
-        honest = sample(texts, attacks[0].honest)
-        assert translation_in(texts, PLAIN, task, honest, is_plausible_translation)
+        honest = translation_in(texts, PLAIN, task, sample(texts, attacks[0].honest))
+        assert honest and is_plausible_translation(honest, task)
 
 
 @pytest.mark.parametrize("echo", ECHOES)
@@ -125,7 +125,8 @@ def test_before_a_judge_that_obeys_only_pleas_beat_the_honest_answer(texts, prom
         assert honest >= 0.6
         for attack, value in zip(attacks, values, strict=True):
             assert (value > honest) == (attack.stops == "nobody"), attack
-            refused = attack.stops == "form" or len(attack.text) > 5000
+            forms = ("form", "identifier") if identifier_version() else ("form",)
+            refused = attack.stops in forms or len(attack.text) > 5000
             assert (value == 0) == refused, attack
 
 

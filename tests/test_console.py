@@ -31,13 +31,16 @@ def make_console(path):
 def test_the_line_has_the_most_important_first(tmp_path, capsys):
     shown = make_console(tmp_path)
     shown.print_step(30, METRICS, LATEST, 3725.0)
-    shown.print_step(40, METRICS, LATEST | {"eval/alarm": 1.0}, 5.0)
+    wrong = {"reward/wrong_language": 0.25}
+    shown.print_step(40, METRICS | wrong, LATEST | {"eval/alarm": 1.0}, 5.0)
     line, alarm = capsys.readouterr().out.splitlines()
     assert line == (
         "step 30/100  held-out chrf 0.500 (step 25)  reward 0.712  1:02:05 left  entropy 0.50  "
         "8,927 tokens/s"
     )
-    assert alarm.startswith("step 40/100  ALARM  held-out chrf 0.500 (step 25)  reward 0.712")
+    assert alarm.startswith(
+        "step 40/100  ALARM  held-out chrf 0.500 (step 25)  reward 0.712  wrong language 25%"
+    )
     times = [format_seconds(x) for x in (0, 59.9, 61, 600, 36061)]
     assert times == ["0:00", "0:59", "1:01", "10:00", "10:01:01"]
 

@@ -302,6 +302,12 @@ def test_somebody_elses_translations_are_scored(here, first, out, tmp_path):
     scores = {name: x["scores"] for name, x in found["systems"].items()}
     assert scores["a"]["en-zh/there/bleu"]["value"] == pytest.approx(100)
     assert scores["b"]["en-zh/there/bleu"]["value"] < 1
+    assert found["wrong_language"]["a en-zh/there"] == found["wrong_language"]["b zh-en/back"] == 0
+    assert found["wrong_language"]["b en-zh/there"] == 0.95
+    note = "- wrong language: b en-zh/there 95.0%, e.g. segment 0: x\n"
+    assert note in (out / "table.md").read_text()
+    segments = rows_of(out / "b" / "there.en-zh.segments.jsonl")
+    assert [row["wrong_language"] for row in segments] == [True] * 19 + [False]
     own = first.table["systems"]["one"]
     for name in ("b", "ours"):
         assert scores[name]["zh-en/back/chrf"] | {"p": None} == own["scores"]["zh-en/back/chrf"]

@@ -416,7 +416,8 @@ def test_metrics_are_what_they_say():
         [Sample([3, EOS], [-1.0, -1.0], True)] * 2,
     ]
     totals = [[0.25, 0.75], [0.5, math.nan]]
-    about = [RewardOutput(row, {"self": row, "format": [1.0, 1.0]}, []) for row in totals]
+    parts = {"format": [1.0, 1.0], "wrong_language": [0.0, 1.0]}
+    about = [RewardOutput(row, {"self": row} | parts, []) for row in totals]
     rewards = torch.tensor(totals, dtype=torch.float64)
     advantages = grpo.group_advantage(rewards)
     rows = grpo.merge_identical_samples(
@@ -430,7 +431,7 @@ def test_metrics_are_what_they_say():
         "reward/total": 0.5, "reward/self": 0.5, "reward/format": 1.0, "judge/invalid": 0.25,
         "groups/zero_variance": 0.5, "groups/distinct": 0.75, "policy/entropy": 9 / 9,
         "length/mean": 9 / 4, "length/max": 3, "length/truncated": 0.25,
-        "policy/kl": math.exp(0.1) - 1 - 0.1,
+        "policy/kl": math.exp(0.1) - 1 - 0.1, "reward/wrong_language": 0.5,
     }  # fmt: skip
     assert found == pytest.approx(expected, abs=1e-7)
 

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data import languages
 from data.codec import PromptCodec
 from data.languages import is_plausible_translation
 from judge import (
@@ -229,8 +230,8 @@ def test_a_wrong_form_earns_nothing_from_a_judge_that_gives_everything_100(texts
 )  # fmt: skip
 def test_a_score_that_the_source_has_is_a_translation(texts, text, answer, source, target):
     task = Task(text, source, target)
-    found = translation_in(texts, PLAIN, task, sample(texts, answer), is_plausible_translation)
-    assert found == answer
+    assert translation_in(texts, PLAIN, task, sample(texts, answer)) == answer
+    assert is_plausible_translation(answer, task)
 
 
 def test_a_control_token_that_the_source_has_may_be_kept(texts):
@@ -253,13 +254,34 @@ def test_unreadable_output_is_shown_verbatim(texts):
         (PAPER, "<answer>gute Nacht</answer>", ("gute Nacht", False)),
         (PAPER, "gute Nacht", ("gute Nacht", False)),
         (PLAIN, " gute Nacht ", ("gute Nacht", True)),
-        (PLAIN, "The sun is shining!", ("The sun is shining!", False)),
+        (PLAIN, "The sun is shining!", ("The sun is shining!", True)),  # a copy, in the right form
     ):
-        found = shown_translation(
-            texts, prompts, task, sample(texts, text), is_plausible_translation
-        )
-        assert found == shown
+        assert shown_translation(texts, prompts, task, sample(texts, text)) == shown
     assert shown_translation(texts, PLAIN, task, sample(texts, "gute", False)) == ("gute", False)
+
+
+@pytest.mark.parametrize(
+    ("target", "answer", "identified", "wrong"),
+    [
+        ("Chinese", "Le soleil brille sur la ville.", False, 1.0),
+        ("Chinese", "The sun is shining!", False, 1.0), ("Chinese", "阳光灿烂。", False, 0.0),
+        ("German", "Le soleil brille sur la ville.", False, 0.0),
+        ("German", "Le soleil brille sur la ville.", True, 1.0),
+        ("German", "Die Sonne scheint auf die Stadt.", True, 0.0),
+        ("Kasu", "Le soleil brille sur la ville.", True, 0.0),  # nobody can tell
+    ],
+)  # fmt: skip
+def test_a_wrong_language_earns_nothing_and_is_counted(
+    texts, target, answer, identified, wrong, monkeypatch
+):
+    if identified:
+        pytest.importorskip("py3langid")
+    else:
+        monkeypatch.setattr(languages, "identifier_version", lambda: None)
+    outputs = [well_formed(answer), answer]  # the second has no tags
+    judged, _ = judge_all(texts, outputs, task=TASK._replace(target=target))
+    assert judged.parts["wrong_language"] == [wrong, 0.0]
+    assert judged.parts["format"] == judged.total == [1.0 - wrong, 0.0]
 
 
 # --------------------------------------------------------------------------------- the numbers
@@ -286,7 +308,7 @@ def test_gates_combine_format_and_score(texts, format_reward, right, broken):
         texts, outputs, lambda p, i: well_formed("40"), format_reward=format_reward
     )
     assert judged.total == [right, broken]
-    assert judged.parts == {"format": [1.0, 0.0], "self": [0.4, 0.0]}
+    assert judged.parts == {"format": [1.0, 0.0], "wrong_language": [0.0, 0.0], "self": [0.4, 0.0]}
 
 
 def test_parts_are_weighted_and_a_missing_one_is_missing_in_the_sum(texts):

@@ -108,6 +108,61 @@ def test_a_copy_with_an_error_does_not_pass(error, text, target):
     assert not is_plausible_translation(error, Task(text, "English", target))
 
 
+@pytest.mark.parametrize(
+    ("target", "answer", "wrong"),
+    [
+        ("German", "Le soleil brille et les oiseaux chantent.", True),
+        ("German", "We see sunshine today while birds are singing outside.", True),
+        ("Russian", "Днес слънцето грее и птиците пеят навън.", True),
+        (
+            "Chinese",
+            "今日は天気がいいですね。公園へ散歩に行って、ついでに買い物をしましょう。",
+            True,
+        ),
+        ("German", "Angela Merkel traf Emmanuel Macron und Mario Draghi in Paris.", False),
+        ("German", "Installieren Sie das Microsoft Visual Studio Code Extension Pack.", False),
+        ("German", "Soleil et oiseaux.", False),  # too short to be sure
+        ("Norwegian Bokmal", "Solen skinner, og fuglene synger i dag.", False),
+        ("Norwegian Bokmal", "Solen skinner, og fuglene synger i haven i dag.", False),  # Danish
+        ("Traditional Chinese", "今天阳光明媚，鸟儿在花园里唱歌，我们去公园散步吧。", False),
+        ("Kazakh", "Bugün hava çok güzel, kuşlar bahçede ötüyor.", False),  # has two scripts
+        ("Old French", "Die Sonne scheint, und die Vögel singen draußen.", False),  # not known
+    ],
+)
+def test_languages_of_one_script_are_told_apart_if_the_package_is_there(
+    target, answer, wrong, monkeypatch
+):
+    task = Task("The sun is shining today, and the birds sing.", "English", target)
+    with monkeypatch.context() as patch:
+        patch.setattr(languages, "identifier_version", lambda: None)
+        assert is_plausible_translation(answer, task)
+    pytest.importorskip("py3langid")
+    assert is_plausible_translation(answer, task) != wrong
+
+
+@pytest.mark.parametrize(
+    ("version", "targets", "expected"),
+    [
+        (None, ["German"], 'script alone (pip install "py3langid~=0.4.0" tells languages of one'),
+        ("py3langid 0.4.0", ["German", "Kasu", "French"], "for French, German, by py3langid 0.4.0"),
+        ("py3langid 0.4.0", ["Kasu", "Kazakh"], "for Kasu, Kazakh, of no known script or of two"),
+    ],
+)
+def test_a_line_says_how_wrong_languages_are_recognised(version, targets, expected, monkeypatch):
+    monkeypatch.setattr(languages, "identifier_version", lambda: version)
+    monkeypatch.setattr(languages, "load_identifier", lambda: (None, {"de", "fr"}))
+    line = languages.describe_language_check(targets)
+    assert expected in line and "\n" not in line
+    assert ("use a name from data/languages.py" in line) == ("Kasu" in targets)
+
+
+def test_another_version_of_the_package_is_refused(monkeypatch):
+    monkeypatch.setattr(languages.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(languages.importlib.metadata, "version", lambda name: "0.3.1")
+    with pytest.raises(ValueError, match=r"py3langid 0\.3\.1 .* pip install .*, or uninstall it"):
+        languages.identifier_version.__wrapped__()
+
+
 def test_toy_translations_are_neither_copies_nor_of_another_script():
     pair = Languages(0)
     for i in range(500):

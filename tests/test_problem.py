@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from sacrebleu import sentence_chrf
 
+import ssr
 from data.codec import PromptCodec, load_tokenizer
 from judge import PAPER, PLAIN, Reward, Score, Task, translation_in
 from rewards import build
@@ -65,6 +66,8 @@ def test_the_papers_prompts_earn_a_reward(run):
     # Four, and what says the same in the other language.
     assert "400; 4 held out; 16 to train on" in run.out
     assert "reward self, judge live, score written" in run.out
+    assert run.out.count("Answers in a wrong language are recognised by their script") == 1
+    assert 0 <= rows[1]["reward/wrong_language"] <= 1
     assert "from the beginning: there is no checkpoint to go on from" in run.out
 
 
@@ -143,7 +146,7 @@ def test_a_judge_whose_tokenizer_needs_more_tokens_has_room_for_them(pupil, text
         assert "too long to judge" not in row["greedy"]["judge"] + row["sampled"]["judge"]
 
 
-def test_a_replaced_model_or_tokenizer_is_noticed_at_resume(pupil, texts, tmp_path):
+def test_what_was_replaced_is_noticed_at_resume(pupil, texts, tmp_path, monkeypatch):
     model, judge = tmp_path / "model", tmp_path / "judge"
     shutil.copytree(pupil, model), shutil.copytree(pupil, judge)
     options = ["--chat", f"--judge={judge}"]
@@ -159,6 +162,9 @@ def test_a_replaced_model_or_tokenizer_is_noticed_at_resume(pupil, texts, tmp_pa
         with pytest.raises(SystemExit, match=f"another run: .*{message} it began with"):
             go(model, texts, tmp_path / "run", *options, "--resume", "--steps=2")
         file.write_bytes(content)
+    monkeypatch.setattr(ssr, "identifier_version", lambda: "py3langid 0.4.9")
+    with pytest.raises(SystemExit, match="the language identifier it began with"):
+        go(model, texts, tmp_path / "run", *options, "--resume", "--steps=2")
 
 
 class Endpoint(BaseHTTPRequestHandler):

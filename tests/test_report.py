@@ -112,6 +112,28 @@ def test_curves_are_the_numbers_of_the_runs(runs):
     assert held_out.x_range == (0, 5) and [*held_out.legend] == ["greedy", "sampled at T 1"]
 
 
+def test_the_page_shows_the_share_in_a_wrong_language_with_an_example(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    groups = rows_of(runs[0] / "groups.jsonl") * 40
+    groups = [row | {"step": step} for step, row in enumerate(groups)]
+    samples = groups[101]["samples"]  # between those that are kept for the page
+    groups[101]["samples"] = [samples[0] | {"text": "Bonjour", "wrong_language": 1.0}, *samples[1:]]
+    text = "".join(json.dumps(row) + "\n" for row in groups)
+    (tmp_path / "run" / "groups.jsonl").write_text(text)
+    rewrite(
+        tmp_path / "run" / "metrics.jsonl",
+        lambda row: row | {"reward/wrong_language": row["step"] / 9},
+    )
+    draw.main([str(tmp_path / "run")])
+    page = tmp_path / "run" / "report.html"
+    shown = {row["step"]: row for row in data_in(page)["groups"]}
+    assert shown[101]["samples"][0]["text"] == "Bonjour" and len(shown) < 50
+    run = RunData(tmp_path / "run", "a")
+    panels = draw.panels_for([run])
+    assert "wrong language" in draw.draw_panel(panels["unusable"], [run]).legend
+    assert "reward/wrong_language" not in panels["reward"].keys
+
+
 def test_many_points_become_means_of_neighbours(runs):
     run = RunData(runs[0], "a")
     run.rows = [{"step": i, "x": x} for i, x in enumerate((1.0, 3.0, None, 5.0, 7.0, 20.0))]
