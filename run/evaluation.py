@@ -19,7 +19,7 @@ from run.problem import Problem
 
 
 class Estimate(NamedTuple):
-    """A mean over held-out texts, with its standard error."""
+    """A mean over held-out texts, with its standard error: NaN of a single text."""
 
     step: int
     mean: float
@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
     @classmethod
     def of(cls, step: int, values: list[float | None]) -> "Estimate":
         values = present(values)
-        error = statistics.pstdev(values) / math.sqrt(len(values)) if values else math.nan
+        error = statistics.pstdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(step, mean(values), error)
 
     def significantly_above(self, other: "Estimate") -> bool:

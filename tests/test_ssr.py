@@ -249,6 +249,8 @@ def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
     assert watched.alarm_reason(R(0.6), R(0.7))  # against a later evaluation
     assert not watched.alarm_reason(R(0.78), R(0.7))
     assert Estimate.of(3, [1.0, 0.0, None, 1.0, 0.0]) == (3, 0.5, 0.25)
+    one, other = Estimate.of(0, [0.1]), Estimate.of(1, [0.9])
+    assert not other.significantly_above(one)  # a single text has no standard error
 
 
 # ------------------------------------------------------------------------------ what it refuses
