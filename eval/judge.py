@@ -275,7 +275,11 @@ def print_agreement(
     agreements = {name: compute_agreement([*texts.values()]) for name, texts in scored.items()}
     texts = len({t.task[:3] for t in translations})
     text = f"{judge}: {len(rows):,} translations of {texts:,} texts\n{describe_scores(rows)}\n\n"
-    text += to_markdown(agreements) if scored else 'There is no "score" to compare them with.'
+    if not any(t.scores for t in translations):
+        text += 'There is no "score" to compare them with.'
+    elif scored:
+        text += to_markdown(agreements)
+    text = text.rstrip()
     print(f"\n{text}\n\n{path}: the judge's score and text for each")
     atomic_write(path.with_suffix(".agreement.md"), text + "\n")
 

@@ -209,6 +209,17 @@ def test_a_file_is_judged_and_the_same_command_continues(toy_rows, tmp_path, cap
     assert (tmp_path / "elsewhere" / path.name).exists()
 
 
+def test_a_file_with_scores_is_not_called_one_without_when_the_judge_gives_none(tmp_path, capsys):
+    task = Task("Good night.", "English", "German")
+    for given in ({"score": 90}, {}):
+        rows = [{"segment": 0, "score": None, "judge": "Gute Nacht."}]
+        path = tmp_path / "judged.jsonl"
+        program.print_agreement([Translation(task, "Gute Nacht.", given)], rows, path, "model")
+        printed = capsys.readouterr().out
+        assert "not one of the judge's answers is a score, such as 'Gute Nacht.'" in printed
+        assert ('There is no "score"' in printed) == (given == {})
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
