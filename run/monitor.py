@@ -282,7 +282,7 @@ def describe_batch(metrics: dict, s, has_template: bool) -> str:
     wrong = metrics["reward/wrong_language"]
     scored = 1 - metrics["judge/invalid"]
     summary = f"{form:.0%} of the samples are of the right form, {cut:.0%} were cut off"
-    summary += f", {scored:.0%} of what was judged has a score" if form else ""
+    summary += f", {scored:.0%} of those have a reward" if form else ""
     summary += f", {wrong:.0%} are copies or in a wrong language" if wrong else ""
     advice = []
     if cut > 0.2:
