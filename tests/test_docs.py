@@ -13,7 +13,7 @@ from tests.runs import go, rows_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = "nproc_per_node nnodes rdzv-backend rdzv-endpoint max-restarts shutdown-timeout standalone"
-OTHERS += " help check"
+OTHERS += " help check deps"
 
 
 def anchors(page):
