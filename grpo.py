@@ -8,8 +8,8 @@ Interfaces the loop expects (it never inspects text):
 - `batch(number)`: the prompts of step 1, 2, …;
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards, NaN where there is none),
   `.parts` (name -> N numbers; "format" is 1 where something was judged), `.judge_text`, and
-  optionally `.weight` (of its advantages); optionally `reward.finish(judged)`, given all ranks'
-  groups;
+  optionally `.weight` (of its advantages) and `.part_weights` (name -> weight of the parts that
+  the total is the sum of); optionally `reward.finish(judged)`, given all ranks' groups;
 - `sampler`: `.model` and `.generate`, as in sampler.py;
 - `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of packed sequences, each prompt
   once before all its samples (`Transformer.forward`), and `.head_weight` (V, D).
@@ -20,13 +20,13 @@ Group Relative Policy Optimisation, as it is done here:
   exactly 0. A sample without a reward is left out of its group's mean and out of the loss.
 - Loss: clipped policy gradient (kernels/logprob.py). With one update a batch (default) the ratio of
   new to old probability is exactly 1, so nothing is clipped and the loss is minus the mean
-  advantage, about 0 whatever is learned. The sampler's log-probs are only compared with.
-- One normaliser over scored samples: total tokens ("token"), or length × number of samples for each
-  ("sequence"). It is known before the first backward, so gradients of micro-batches add up.
+  advantage, about 0 whatever is learned. The sampler's log-probs serve `importance_cap` alone.
+- One normaliser for all tokens of a step, known before the first backward, so that gradients of
+  micro-batches add up (`token_loss_weights`).
 - Identical samples of a prompt have the same gradient: they are trained once, with the weight of
   all. With several updates a batch, only those with equal advantages are.
-- A sample of advantage 0 is not trained, unless a KL pulls at it. If all are 0, no optimizer step
-  is taken. Truncated samples are trained like others; they only have no stop token to train.
+- A sample of advantage 0 is not trained, unless a KL or an entropy bonus pulls at it. If there is
+  nothing to train, no optimizer step is taken. What was cut off has no stop token to train.
 - Each rank samples and judges its share of the prompts, then trains its share of the micro-batches
   of the whole batch; gradients are summed (run/distributed.py). Every rank calls `train` with the
   same arguments, and gets the same steps.
@@ -38,12 +38,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.advantage import group_advantage
+from kernels.advantage import decoupled_advantage, group_advantage
 from kernels.logprob import linear_logprob, linear_policy_loss
 from run.distributed import Ranks, clip_gradients, sync_weights
 from run.metrics import Clock, batch_metrics
@@ -71,18 +72,31 @@ class Settings:
     """Maximum length of a translation; a longer one is cut off and counts as wrong format."""
     advantage_scale: str = "std"
     """What advantages are divided by: "std", the standard deviation of their group; "batch", that
-    of the whole batch; "none", nothing."""
+    of the whole batch; "none", nothing; "each": each part of the reward by its own, before they are
+    added with their weights (GDPO)."""
     clip: float = 0.2
     """Clip the probability ratio to 1 ± this. It has no effect with one update per batch."""
     kl: float = 0.0
     """Weight of a KL penalty towards the starting weights."""
+    entropy_bonus: float = 0.0
+    """Weight of the policy's entropy in the objective."""
+    importance_cap: float = 0.0
+    """Truncated importance sampling: weight each token by its probability under the trained weights
+    over that under the sampler's (bf16 on GPUs), at most this, such as 2. 0 is off;
+    policy/sampler_gap shows whether it is needed."""
+    overlong: str = "penalize"
+    """What becomes of samples that are cut off: "penalize", the reward of a wrong format; "mask",
+    they are left out; "soft", as "penalize", and a sample loses up to 1 in the last fifth of
+    --max-new-tokens (DAPO)."""
     track_kl: bool = False
     """Log the KL divergence from the starting weights even if --kl is 0. It takes a whole copy of
     those weights on every GPU, and a forward pass a step."""
     updates_per_batch: int = 1
     """Optimizer steps per batch; 1 is strictly on-policy."""
     loss_norm: str = "token"
-    """Give each "token" the same weight in the loss, or each "sequence"."""
+    """Give each "token" the same weight in the loss, or each "sequence"; "constant": each token,
+    divided by samples × --max-new-tokens (Dr. GRPO); "effective": each token, without the groups
+    whose samples are all equally good (DAPO)."""
     micro_batch_tokens: int = 16384
     """Maximum number of tokens in one forward and backward pass. Affects memory and speed, not the
     result."""
@@ -121,6 +135,7 @@ class Step:
     failure_streaks: dict[str, int]  # "valid score" … -> steps in a row without one, until this
     prompts: Sequence[Prompt] = ()
     judged: Sequence = ()  # the reward's results, by group
+    rewards: Tensor | None = None  # (P, N), NaN where there is none
     advantages: Tensor | None = None  # (P, N)
 
 
@@ -150,11 +165,7 @@ def train(
         groups, judged = rollout(prompts, number, sampler, reward, s, stop_ids, ranks, clock)
         if hasattr(reward, "finish"):
             judged = reward.finish(judged)
-        rewards = torch.tensor([group.total for group in judged], dtype=torch.float64)  # (P, N)
-        device = model.head_weight.device  # on a GPU the Triton kernel computes them
-        advantages = group_advantage(rewards.to(device), s.advantage_scale).cpu()
-        weights = [getattr(group, "weight", 1.0) for group in judged]
-        advantages *= torch.tensor(weights, dtype=advantages.dtype)[:, None]
+        rewards, advantages = rewards_and_advantages(groups, judged, s, model.head_weight.device)
         rows = merge_identical_samples(prompts, groups, rewards, advantages, s)
         reference = reference_logprobs(reference_model, rows, s, ranks)
         clock.stage("reference")
@@ -168,7 +179,7 @@ def train(
         num_tokens = trained["train/tokens"] * s.updates_per_batch
         metrics |= trained | clock.metrics(groups, num_tokens) | {"train/lr": rate}
         streaks = update_failure_streaks(metrics, streaks)
-        yield Step(number, metrics, groups, streaks, prompts, judged, advantages)
+        yield Step(number, metrics, groups, streaks, prompts, judged, rewards, advantages)
         check_health(streaks, judged)
 
 
@@ -203,13 +214,38 @@ def rollout(
 # --------------------------------------------------------------------------- what is trained
 
 
+def rewards_and_advantages(groups, judged, s: Settings, device) -> tuple[Tensor, Tensor]:
+    """(P, N) each. On a GPU the Triton kernel computes the advantages."""
+    tensor = partial(torch.tensor, dtype=torch.float64)
+    rewards = tensor([group.total for group in judged])
+    weights = getattr(judged[0], "part_weights", None) or {}
+    parts = [(w, tensor([x.parts[name] for x in judged])) for name, w in weights.items()]
+    parts = parts or [(1.0, rewards)]
+    if s.overlong == "mask":
+        is_cut = torch.tensor([[not sample.stopped for sample in group] for group in groups])
+        rewards = rewards.masked_fill(is_cut, math.nan)
+    if s.overlong == "soft":  # DAPO's: from 0 to 1 in the last fifth
+        lengths = tensor([[len(sample.ids) for sample in group] for group in groups])
+        excess = (5 * lengths / s.max_new_tokens - 4).clamp(min=0)
+        rewards, parts = rewards - excess, [*parts, (1.0, -excess)]
+    if s.advantage_scale == "each":
+        known = [(w, x.masked_fill(rewards.isnan(), math.nan).to(device)) for w, x in parts]
+        advantages = decoupled_advantage(known)
+    else:
+        advantages = group_advantage(rewards.to(device), s.advantage_scale)
+    return rewards, advantages.cpu() * tensor([[getattr(x, "weight", 1.0)] for x in judged])
+
+
 def merge_identical_samples(
     prompts: list[Prompt], groups: list[list], rewards: Tensor, advantages: Tensor, s: Settings
 ) -> list[TrainSample]:
     """Identical samples of a prompt become one row, though a noisy scorer may have given them
-    different rewards; samples without a reward are left out."""
+    different rewards; samples without a reward are left out, and with "effective" also groups
+    without a difference."""
     rows = []
     for p, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        if s.loss_norm == "effective" and not advantages[p].any():
+            continue
         copies: dict[tuple, list[int]] = {}
         for n in range(len(group)):
             if not math.isnan(rewards[p, n]):
@@ -225,13 +261,16 @@ def merge_identical_samples(
 
 
 def token_loss_weights(rows: list[TrainSample], s: Settings) -> list[float]:
-    """What a token of each row weighs in the loss, its copies counted; all rows' tokens sum to 1,
-    those of advantage 0 included."""
-    if s.loss_norm == "token":
-        total = sum(r.copies * len(r.ids) for r in rows)
-        return [r.copies / total for r in rows]
-    total = sum(r.copies for r in rows)
-    return [r.copies / (len(r.ids) * total) for r in rows]
+    """What a token of each row weighs in the loss, its copies counted: 1 / all rows' tokens, those
+    of advantage 0 included ("token", "effective"); 1 / (its row's tokens × samples) ("sequence");
+    1 / what the samples' tokens could be at most ("constant")."""
+    if s.loss_norm == "sequence":
+        total = sum(r.copies for r in rows)
+        return [r.copies / (len(r.ids) * total) for r in rows]
+    total = sum(r.copies * len(r.ids) for r in rows)
+    if s.loss_norm == "constant":
+        total = s.prompts_per_step * s.samples_per_prompt * s.max_new_tokens
+    return [r.copies / total for r in rows]
 
 
 def reference_logprobs(
@@ -261,13 +300,14 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """`updates_per_batch` optimizer steps, and the metrics of the last one.
 
-    The gap between sampler and trainer is the first one's, while both have the same weights.
+    Gap and ratio of sampler and trainer are the first one's, while both have the same weights.
     "train/skipped" counts updates without a finite gradient, "train/clipped" is the share of the
-    loss's weight whose ratio was clipped, "train/grad_norm" the norm before scaling down.
+    trained weight whose ratio was clipped, "train/grad_norm" the norm before scaling down.
     """
     stats = {"train/grad_norm": 0.0, "train/loss": 0.0, "train/clipped": 0.0, "train/skipped": 0.0}
-    stats |= {"policy/sampler_gap": math.nan, "policy/sampler_gap_max": math.nan}  # unmeasured
-    trainable = [i for i, row in enumerate(rows) if row.advantage != 0 or s.kl > 0]
+    means = ["sampler_gap"] + ["importance_ratio", "importance_capped"] * (s.importance_cap > 0)
+    stats |= {f"policy/{name}": math.nan for name in (*means, "sampler_gap_max")}  # unmeasured
+    trainable = [i for i, row in enumerate(rows) if row.advantage or s.kl or s.entropy_bonus]
     parts = pack(trainable, rows, s.micro_batch_tokens, ranks.size)
     num_tokens = sum(sum(map(sum, segments_of([rows[i] for i in part]))) for part in parts)
     stats |= {"train/rows": len(trainable), "train/tokens": num_tokens}
@@ -296,9 +336,12 @@ def update(
             loss, more = b.loss(model, s)
             loss.backward()
             mine.append({name: float(x) for name, x in {"loss": loss.detach(), **more}.items()})
-        totals = merge([x for theirs in ranks.gather(mine) for x in theirs])
+        parts = [x for theirs in ranks.gather(mine) for x in theirs]
+        totals = {  # sums, or maxima by name
+            k: (max if k.endswith("_max") else sum)(x[k] for x in parts) for k in parts[0]
+        }
         if number == 0:
-            stats["policy/sampler_gap"] = totals["sampler_gap"] / weight
+            stats |= {f"policy/{name}": totals[name] / weight for name in means}
             stats["policy/sampler_gap_max"] = totals["sampler_gap_max"]
         norm = clip_gradients(parameters, s.max_grad_norm)
         if math.isfinite(norm):  # one number: the ranks cannot disagree
@@ -306,15 +349,8 @@ def update(
         else:
             stats["train/skipped"] += 1
     optimizer.zero_grad(set_to_none=True)
-    stats |= {"train/loss": totals["loss"], "train/clipped": totals["clipped"]}
+    stats |= {"train/loss": totals["loss"], "train/clipped": totals["clipped"] / weight}
     return stats | {"train/grad_norm": norm}
-
-
-def merge(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Statistics of micro-batches are sums, or maxima by name."""
-    return {
-        name: (max if name.endswith("_max") else sum)([x[name] for x in parts]) for name in parts[0]
-    }
 
 
 def pack(which: Sequence[int], rows: list[TrainSample], most: int, size: int) -> list[list[int]]:
@@ -417,7 +453,8 @@ class MicroBatch:
         return linear_policy_loss(
             hidden, head, self.targets, self.advantages, self.weights, old_logprobs=self.old,
             ref_logprobs=self.reference, clip=(s.clip, s.clip), kl=s.kl, temperature=s.temperature,
-            sampler_logprobs=self.sampled,
+            sampler_logprobs=self.sampled, entropy_bonus=s.entropy_bonus,
+            importance_cap=s.importance_cap,
         )  # fmt: skip
 
 

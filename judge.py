@@ -346,6 +346,7 @@ class RewardOutput(NamedTuple):
     parts: dict[str, list[float]]
     judge_text: list[str]  # the first scorer's
     weight: float = 1.0  # of the group's advantages
+    part_weights: dict[str, float] | None = None  # of the parts that the total is the sum of
 
 
 class Reward:
@@ -391,9 +392,10 @@ class Reward:
         for p, row in enumerate(answers):
             parts = {"format": [float(answer is not None) for answer in row]}
             parts["wrong_language"] = [float(x != y) for x, y in zip(formed[p], row, strict=True)]
-            for name, rows in scores.items():
-                parts[name] = [math.nan if x.value is None else x.value for x in rows[p]]
             # A missing score stays NaN, but a wrong format needs none.
+            for name, rows in scores.items():
+                values = [math.nan if x.value is None else x.value for x in rows[p]]
+                parts[name] = [0.0 if a is None else x for a, x in zip(row, values, strict=True)]
             wrong, right = self.format_reward
             weighted = [(weight, parts[name]) for name, (weight, _) in self.scorers.items()]
             total = [
@@ -402,7 +404,10 @@ class Reward:
             ]
             if self.weigh:
                 parts["weight"] = [weights[p]] * len(row)
-            judged.append(RewardOutput(total, parts, [x.judge_text for x in first[p]], weights[p]))
+            part_weights = {"format": right - wrong} if right > wrong else {}
+            part_weights |= {name: weight for name, (weight, _) in self.scorers.items()}
+            texts = [x.judge_text for x in first[p]]
+            judged.append(RewardOutput(total, parts, texts, weights[p], part_weights))
         return judged
 
 

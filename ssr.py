@@ -177,7 +177,7 @@ def workload(s: Settings, config: Config, size: int, cuda: bool) -> estimate.Wor
 
 def dry_run(s: Settings) -> None:
     machine, count = estimate.machines(s.dry_run, any_gpu=s.preset != "toy")
-    if s.model:
+    if s.model and not (s.preset == "toy" and s.toy_tokens):
         config = estimate.find_config(s.model)
         if (folder := Path(s.model).expanduser()).is_dir():
             warn_about_prompts(s, load_tokenizer(folder))

@@ -2,6 +2,7 @@
 
     python -m bench.sweep rewards                    # ssr.py's toy with every reward
     python -m bench.sweep together                   # the self-reward and an outside scorer
+    python -m bench.sweep spread                     # the same, scaled: plain sum and GDPO
     python -m bench.sweep rzero                      # R-Zero without its parts
     python -m bench.sweep rewards random "majority vote" --seeds 5 --folder runs/mine
     python -m bench.sweep rewards -- --steps=1000    # what follows -- goes to every run
@@ -24,7 +25,10 @@ from typing import NamedTuple
 
 import torch
 
+from judge import Score
 from report.runs import read_rows
+from rewards import toy as toy_rewards
+from rewards.build import TOY_NOISE
 from toy import pretrain, programs
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +103,7 @@ def is_done(folder: Path) -> bool:
 
 
 def start_run(folder: Path, command: list[str]) -> subprocess.Popen:
-    command = [sys.executable, *command, f"--folder={folder}", "--no-report"]
+    command = [sys.executable, *command, f"--folder={folder}"]
     command += ["--resume"] * folder.exists()
     with folder.with_suffix(".log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -182,9 +186,27 @@ def build_skilled(seed: int) -> Path:
     return pretrain.language_model(pretrain.Recipe(seed=seed, skills=pretrain.SKILLS))
 
 
+def build_default(seed: int) -> Path:
+    return pretrain.language_model(pretrain.Recipe(seed=seed))
+
+
 def build_weak(seed: int) -> Path:
     """At the default, 3.5e6 tokens, the judge alone reaches the ceiling."""
     return pretrain.language_model(pretrain.Recipe(seed=seed, tokens=2e6))
+
+
+def scaled_external(factor: float):
+    """The toy's outside scorer with another spread, as a part of --reward."""
+    external = toy_rewards.external(0, TOY_NOISE)
+
+    def score(*asked) -> list[list[Score]]:
+        return [[Score(factor * x.value, x.judge_text) for x in row] for row in external(*asked)]
+
+    score.references = True
+    return score
+
+
+narrow, wide = scaled_external(0.1), scaled_external(10.0)
 
 
 def build_programs(seed: int) -> Path:
@@ -209,6 +231,11 @@ REWARDS = {
 }
 TOGETHER = {"self": [], "external": ["--reward=external"],
             "self + external": ["--reward=self+external"]}  # fmt: skip
+SPREAD = TOGETHER | {
+    "self + a tenth of external": [f"--reward=self+{__file__}:narrow"],
+    "self + ten times external": [f"--reward=self+{__file__}:wide"],
+    "self + external, GDPO": ["--reward=self+external", "--advantage-scale=each"],
+}
 CHALLENGER_ALONE = [
     "--iterations=1", "--challenger-steps=150", "--challenger-lr=1e-3", "--solver-steps=1",
     "--band=0.5",
@@ -225,6 +252,7 @@ TOY = [str(ROOT / "ssr.py"), "--preset=toy"]
 SWEEPS = {
     "rewards": Sweep(TOY, REWARDS, 3, build_skilled, reward_cells),
     "together": Sweep([*TOY, "--no-track-kl"], TOGETHER, 8, build_weak, reward_cells),
+    "spread": Sweep([*TOY, "--no-track-kl", "--steps=40"], SPREAD, 8, build_default, reward_cells),
     "rzero": Sweep(["-m", "rzero"], RZERO, 3, build_programs, rzero_cells),
 }
 

@@ -218,7 +218,7 @@ def blocks(folder: Path, *options: str) -> dict[str, str]:
             yield step
 
     with tempfile.TemporaryDirectory() as temporary, mock.patch.object(grpo, "train", watch):
-        argv = ["--preset=toy", "--no-report", f"--model={folder}", f"--folder={temporary}/run"]
+        argv = ["--preset=toy", f"--model={folder}", f"--folder={temporary}/run"]
         ssr.run_training(settings.parse([*argv, *options]))
     token = trip.token(trip.best.ids[trip.hard])
     head = ["", f"p of {token}", f"p of all of sample {trip.n}", "greedy translation"]

@@ -1,14 +1,13 @@
 """Group advantages: rewards (P, N) of N samples for each of P prompts -> advantages (P, N).
 
 The policy gradient stays unbiased when a baseline that does not depend on the sample is subtracted
-from its reward; GRPO uses the sample's group. With r_1 … r_n the rewards of a group that are not
-NaN:
+from its reward; GRPO uses the mean of the sample's group: a_i = r_i - mean(r), with r_1 … r_n the
+rewards of a group that are not NaN. With the mean of the others ("leave-one-out") it is
+a_i * n / (n - 1).
 
-    baseline "mean"           a_i = r_i - mean(r)
-    baseline "leave-one-out"  a_i = r_i - mean of the others = (r_i - mean(r)) * n / (n - 1)
-    scale "std"               a_i / (std(r) + 1e-6), unbiased: the paper family's choice
-    scale "batch"             a_i / (std over all samples of all groups, each about its own mean)
-    scale "none"              a_i
+    scale "std"     a_i / (std(r) + 1e-6), unbiased: the paper family's choice
+    scale "batch"   a_i / (std over all samples of all groups, each about its own mean)
+    scale "none"    a_i
 
 In a group whose rewards are all equal no sample is better than another, so every advantage must be
 exactly 0, not the residue of a rounded mean (a constant 51.33 leaves 4e-6 in its mean, which
@@ -50,31 +49,41 @@ def group_advantage(
     if impl == "auto":
         impl = "triton" if rewards.is_cuda and triton is not None else "torch"
     run = advantage_triton if impl == "triton" else advantage_torch
-    advantages, squares, counts = run(rewards, scale == "std", baseline == "leave-one-out")
-    if scale == "batch":
-        spread = (squares.sum() / (counts.sum() - 1).clamp(min=1)).sqrt()
-        advantages = advantages / (spread + EPSILON)
+    advantages = run(rewards, scale == "std")
+    if scale == "batch":  # they are still the deviations from their group's mean
+        others = ((~rewards.isnan()).sum() - 1).clamp(min=1)
+        advantages = advantages / ((advantages.square().sum() / others).sqrt() + EPSILON)
+    if baseline == "leave-one-out":
+        n = (~rewards.isnan()).sum(1, keepdim=True)
+        advantages = advantages * n / (n - 1).clamp(min=1)
     return advantages
+
+
+def decoupled_advantage(parts: list[tuple[float, Tensor]]) -> Tensor:
+    """Weights and rewards (P, N) of several scorers -> (P, N), by GDPO (arXiv 2601.05242): each is
+    scaled by its own std in the group, so that none wins by its spread, then their weighted sum by
+    its std in the batch. A sample needs all of them, or NaN in all.
+
+        paper: the batch's mean is subtracted / here: each group's, which is 0 up to rounding /
+        because a tie in all parts must stay exactly 0
+    """
+    total = sum(w * group_advantage(rewards) for w, rewards in parts)
+    return group_advantage(total.masked_fill(parts[0][1].isnan(), torch.nan), "batch")
 
 
 # ---------------------------------------------------------------------------------- reference
 
 
-def advantage_torch(
-    rewards: Tensor, by_std: bool, leave_one_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> advantages (P, N), sums of squared deviations (P,), numbers of rewards (P,)."""
+def advantage_torch(rewards: Tensor, by_std: bool) -> Tensor:
     known = ~rewards.isnan()
     n = known.sum(1, keepdim=True)  # (P, 1)
     peak = rewards.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
     below = torch.where(known, rewards - peak, 0.0)  # exactly 0 in a tie
     deviation = torch.where(known, below - below.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
+    if not by_std:
+        return deviation
     squares = deviation.square().sum(1, keepdim=True)
-    others = (n - 1).clamp(min=1)
-    advantage = deviation * n / others if leave_one_out else deviation
-    if by_std:
-        advantage = advantage / ((squares / others).sqrt() + EPSILON)
-    return advantage, squares[:, 0], n[:, 0]  # of one reward or none: 0 by itself
+    return deviation / ((squares / (n - 1).clamp(min=1)).sqrt() + EPSILON)
 
 
 # ---------------------------------------------------------------------------------- kernel
@@ -83,8 +92,8 @@ if triton is not None:
 
     @triton.jit
     def group_kernel(
-        rewards, advantages, squares, counts, N: tl.constexpr, BLOCK: tl.constexpr,
-        BY_STD: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr, EPSILON: tl.constexpr,
+        rewards, advantages, N: tl.constexpr, BLOCK: tl.constexpr, BY_STD: tl.constexpr,
+        EPSILON: tl.constexpr,
     ):  # fmt: skip
         """One program per group, which stays in registers."""
         group = tl.program_id(0).to(tl.int64)
@@ -96,27 +105,16 @@ if triton is not None:
         peak = tl.max(tl.where(known, reward, float("-inf")), 0)
         below = tl.where(known, reward - peak, 0.0)
         deviation = tl.where(known, below - tl.sum(below, 0) / tl.maximum(n, 1.0), 0.0)
-        square = tl.sum(deviation * deviation, 0)
-        others = tl.maximum(n - 1.0, 1.0)
-        advantage = deviation
-        if LEAVE_ONE_OUT:
-            advantage = deviation * n / others
         if BY_STD:
-            advantage = advantage / (tl.sqrt(square / others) + EPSILON)
-        tl.store(advantages + group * N + column, advantage, mask=inside)
-        tl.store(squares + group, square)
-        tl.store(counts + group, n)
+            variance = tl.sum(deviation * deviation, 0) / tl.maximum(n - 1.0, 1.0)
+            deviation = deviation / (tl.sqrt(variance) + EPSILON)
+        tl.store(advantages + group * N + column, deviation, mask=inside)
 
 
-def advantage_triton(
-    rewards: Tensor, by_std: bool, leave_one_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def advantage_triton(rewards: Tensor, by_std: bool) -> Tensor:
     P, N = rewards.shape
     advantages = torch.empty_like(rewards)
-    squares, counts = rewards.new_empty(P), rewards.new_empty(P)
     if rewards.numel():
         block = triton.next_power_of_2(N)
-        group_kernel[(P,)](
-            rewards, advantages, squares, counts, N, block, by_std, leave_one_out, EPSILON
-        )
-    return advantages, squares, counts
+        group_kernel[(P,)](rewards, advantages, N, block, by_std, EPSILON)
+    return advantages

@@ -64,11 +64,14 @@ def linear_policy_loss(
     kl: float = 0.0,
     temperature: float = 1.0,
     sampler_logprobs: Tensor | None = None,
+    entropy_bonus: float = 0.0,
+    importance_cap: float = 0.0,
     impl: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO loss of M completion tokens, and its statistics.
 
-        loss = Σ_i w_i (max(-A_i r_i, -A_i clip(r_i, 1 - low, 1 + high)) + kl · KL_i)
+        loss = Σ_i w_i (c_i max(-A_i r_i, -A_i clip(r_i, 1 - low, 1 + high))
+                        + kl · KL_i - entropy_bonus · H_i)
 
     `weights` (M,) w_i carry the denominator: 1 / (all completion tokens of the step, over every
     micro-batch and rank) for a token-normalised loss. Losses, gradients and statistics of
@@ -77,13 +80,17 @@ def linear_policy_loss(
     r_i = exp(log p - old). Without `old_logprobs` the step is strictly on-policy: r is exactly 1
     and its gradient that of log p, even if sampler and trainer round differently.
 
+    c_i = min(exp(old - sampler), importance_cap), a constant, corrects for a sampler whose
+    probabilities differ from the trainer's (truncated importance sampling); 1 without a cap.
+
     KL_i to `ref_logprobs` is valued by k3 = e^x - 1 - x with x = ref - log p: never negative and
     unbiased. The gradient of k3 is not that of the KL: over samples of the policy its mean is that
     of the reversed KL. The gradient used is r (log p - ref) d log p, whose mean is exactly that of
     KL(policy || ref); so with kl > 0 `loss` is for logging and backward() is not its derivative.
 
     Statistics, all Σ_i w_i x_i but the maximum: logprob, entropy, kl, clipped (share of tokens
-    whose gradient the clip removed), sampler_gap and sampler_gap_max (|log p - sampler's|).
+    whose gradient the clip removed), sampler_gap and sampler_gap_max (|log p - sampler's|); with a
+    cap importance_ratio, before it is capped, and importance_capped (share of tokens).
     """
     impl = check_inputs(hidden, weight, targets, temperature, impl)
     columns = [advantages, weights, old_logprobs, ref_logprobs, sampler_logprobs]
@@ -95,6 +102,8 @@ def linear_policy_loss(
             )
     if kl and ref_logprobs is None:
         raise ValueError(f"kl={kl} needs ref_logprobs")
+    if importance_cap and sampler_logprobs is None:
+        raise ValueError(f"importance_cap={importance_cap} needs sampler_logprobs")
 
     with torch.no_grad():
         chunks = Chunks(hidden, weight, targets, temperature, impl)
@@ -103,8 +112,10 @@ def linear_policy_loss(
         for part in chunks.parts():
             logprob, entropy, saved = chunks.forward(part)
             here = [None if x is None else x[part].to(entropy.dtype) for x in columns]
-            value, values, d_logprob = policy_loss(logprob, entropy, *here, clip, kl)
-            chunks.backward(part, saved, d_logprob, None)
+            value, values, *slopes = policy_loss(
+                logprob, entropy, *here, clip, kl, entropy_bonus, importance_cap
+            )
+            chunks.backward(part, saved, *slopes)
             del saved  # before the next chunk allocates as much
             loss = loss + value
             for name, x in values.items():
@@ -114,14 +125,20 @@ def linear_policy_loss(
     return PrecomputedGradient.apply(hidden, weight, loss, *gradients), stats
 
 
-def policy_loss(logprob, entropy, A, w, old, ref, sampler, clip, kl):
-    """Loss of some rows (R,), its statistics, and dL/d log p (R,)."""
+def policy_loss(logprob, entropy, A, w, old, ref, sampler, clip, kl, entropy_bonus, importance_cap):
+    """Loss of some rows (R,), its statistics, dL/d log p and dL/dH (R,)."""
+    stats = {"logprob": w * logprob, "entropy": w * entropy}
+    if importance_cap:
+        importance = ((logprob if old is None else old) - sampler).exp()
+        A = A * importance.clamp(max=importance_cap)
+        is_capped = importance > importance_cap
+        stats |= {"importance_ratio": w * importance, "importance_capped": w * is_capped}
     ratio = torch.ones_like(logprob) if old is None else (logprob - old).exp()
     clipped_ratio = ratio.clamp(1 - clip[0], 1 + clip[1])
     is_clipped = -A * clipped_ratio > -A * ratio
-    loss = w * torch.maximum(-A * ratio, -A * clipped_ratio)
+    loss = w * torch.maximum(-A * ratio, -A * clipped_ratio) - entropy_bonus * stats["entropy"]
     d_logprob = w * torch.where(is_clipped, 0.0, -A * ratio)
-    stats = {"logprob": w * logprob, "entropy": w * entropy, "clipped": w * is_clipped}
+    stats["clipped"] = w * is_clipped
     if ref is not None:
         gap = ref - logprob
         stats["kl"] = w * (gap.exp() - 1 - gap)
@@ -132,7 +149,7 @@ def policy_loss(logprob, entropy, A, w, old, ref, sampler, clip, kl):
         gap = (logprob - sampler).abs()
         stats["sampler_gap"] = (w * gap).sum()
         stats["sampler_gap_max"] = (gap * (w != 0)).amax()
-    return loss.sum(), stats, d_logprob
+    return loss.sum(), stats, d_logprob, -entropy_bonus * w if entropy_bonus else None
 
 
 def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature, impl: str) -> str:

@@ -44,7 +44,7 @@ class Console:
         """Call it when the folder exists and is locked."""
         if not self.is_writer:
             return
-        self.has_report = self.s.report
+        self.has_report = True
         for name in check_dashboards(self.s.log_to):
             try:
                 self.dashboards.append(DASHBOARDS[name](self.path, settings, first_step))

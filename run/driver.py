@@ -26,6 +26,7 @@ from run.checkpoint import tensors_of
 from run.distributed import Ranks, init_device, sync_weights
 from sampler import Sampler
 
+EMA_DECAY = 0.98  # per step, of --judge ema
 PREVIOUS_EVERY = 10  # steps for which --judge previous keeps its weights
 
 
@@ -64,7 +65,7 @@ class Policy:
 
     def update_judge(self, number: int, s) -> None:
         if self.judge_average:
-            decay = s.ema_decay if s.judge == "ema" else float(number % PREVIOUS_EVERY > 0)
+            decay = EMA_DECAY if s.judge == "ema" else float(number % PREVIOUS_EVERY > 0)
             sync_weights(self.judge_average, self.model.parameters(), decay)
             sync_weights(self.judge_sampler.model.parameters(), self.judge_average)
 

@@ -55,7 +55,8 @@ def batch_metrics(
             metrics[f"histogram/{name}"] = histogram(scores)
     metrics |= {
         # A reward is missing when a judgement is no score.
-        "judge/invalid": int(rewards.isnan().sum()) / max(sum(formats), 1),
+        "judge/invalid": sum(math.isnan(x) for row in judged for x in row.total)
+        / max(sum(formats), 1),
         "groups/zero_variance": float((advantages == 0).all(1).double().mean()),
         "groups/distinct": mean([len({tuple(x.ids) for x in g}) / len(g) for g in groups]),
         # An estimate from the tokens drawn: right on average, over trained and untrained groups.

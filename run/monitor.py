@@ -162,7 +162,7 @@ class RunMonitor:
             {
                 "text": texts.decode(sample.ids[: len(sample.ids) - sample.stopped]),
                 "cut": not sample.stopped,
-                "reward": judged.total[n],
+                "reward": float(step.rewards[0, n]),
                 "advantage": float(step.advantages[0, n]),
                 "judge": judged.judge_text[n],
             }
@@ -256,7 +256,7 @@ class RunMonitor:
             weights = "no step was better than the start: keep the model you began with (the last "
             weights += f"step's are in {path / 'last'})"
         print(f"\n{self.s.steps} steps in {seconds:.0f} s\nweights: {weights}"
-              + f"\nreport:  {path / 'report.html'}" * self.s.report)  # fmt: skip
+              f"\nreport:  {path / 'report.html'}")  # fmt: skip
         self.wait_for_save()
 
     def summarize_trend(self) -> str:

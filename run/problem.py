@@ -84,8 +84,12 @@ def load_texts(folder: Path, prompts: Prompts, chat: bool) -> PromptCodec:
 
 
 def toy_problem(s, ranks: Ranks) -> Problem:
-    recipe, languages = Recipe(s.seed, s.toy_tokens, skills=toy_skills(s)), Languages(s.seed)
-    folder = Path(s.model or ranks.rank0_then_all("make the toy", lambda: language_model(recipe)))
+    languages = Languages(s.seed)
+    if s.toy_tokens:
+        recipe = Recipe(s.seed, s.toy_tokens, skills=toy_skills(s))
+        folder = ranks.rank0_then_all("make the toy", lambda: language_model(recipe))
+    else:
+        folder = policy_folder(s, ranks)
     check_folder(folder)
     vocabulary = {word for entries in languages.vocabulary.values() for word in entries}
     if foreign := vocabulary - load_tokenizer(folder).get_vocab().keys():

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import textwrap
 import time
 from dataclasses import dataclass
@@ -49,8 +50,6 @@ class RunSettings(grpo.Settings):
     held_out: str = ""
     eval_prompts: int = 512
     """Number of held-out texts."""
-    report: bool = True
-    """Draw report.html in the background during the run and at its end."""
     max_num_seqs: int = 256
     """Maximum number of sequences decoded at the same time."""
     hang_timeout: float = 1800.0
@@ -68,7 +67,8 @@ class Settings(RunSettings):
     "toy" without."""
     model: str = ""
     """Hugging Face folder or hub id (Qwen2, Qwen2.5, Qwen3, Llama 3). The toy ships with a model
-    for seed 0; for other seeds it is pretrained and cached in $SSR_TOY_CACHE."""
+    for seed 0; for other seeds it is pretrained and cached in $SSR_TOY_CACHE. "toy:1.5e6" is the
+    toy after 1.5e6 tokens of pretraining instead of 3.5e6: its judge is unreliable."""
     data: str = ""
     """Texts to translate: JSON lines with "text", "source" and "target", plain text, Parquet, or
     WMT test sets; several separated by commas. The toy generates its own."""
@@ -114,14 +114,16 @@ class Settings(RunSettings):
     judge_samples: int = 1
     """Judgements averaged for each translation: one is greedy, several are sampled at temperature
     1."""
-    ema_decay: float = 0.98
-    """Decay per step of --judge ema."""
     comet: str = "cometkiwi"
     """COMET checkpoint of the reward: a short name (see eval/comet.py), hub id or folder."""
     comet_weight: float = 1.0
     """Weight of the COMET score next to the judge's score, which has weight 1."""
-    toy_tokens: float = 3.5e6
-    """Pretraining tokens of the toy; with fewer, its judge is unreliable."""
+
+    @property
+    def toy_tokens(self) -> float | None:
+        """Pretraining tokens of the toy; None if --model is a folder."""
+        tokens = re.fullmatch(r"toy:(\d+(?:\.\d+)?(?:e\d+)?)", self.model)
+        return float(tokens[1]) if tokens else None if self.model else 3.5e6
 
     @property
     def judge_model(self) -> str:
@@ -134,8 +136,9 @@ class Settings(RunSettings):
 
 
 CHOICES = {
-    "advantage_scale": SCALES,
-    "loss_norm": ("token", "sequence"),
+    "advantage_scale": (*SCALES, "each"),
+    "loss_norm": ("token", "sequence", "constant", "effective"),
+    "overlong": ("penalize", "mask", "soft"),
     "prompts": tuple(TEMPLATES),
     "score_mode": ("written", "expected"),
     "format_reward": FORMAT_REWARDS,
@@ -171,14 +174,14 @@ BOUNDS = [  # (condition, how its violation is worded, settings)
     (lambda v: v >= 0, "must be at least 0", "warmup_steps"),
     (lambda v: 0 < v < math.inf, "must be above 0", "lr max_grad_norm hang_timeout"),
     (lambda v: 1e-4 < v < math.inf, "must be above 0.0001", "temperature"),
-    (lambda v: 1e3 < v < math.inf, "must be above 1000", "toy_tokens"),
-    (lambda v: 0 <= v <= 1, "must lie in 0 … 1", "ema_decay min_lr_ratio clip"),
-    (lambda v: 0 <= v < math.inf, "must not be negative", "kl weight_decay comet_weight"),
+    (lambda v: 0 <= v <= 1, "must lie in 0 … 1", "min_lr_ratio clip"),
+    (lambda v: 0 <= v < math.inf, "must not be negative", 
+     "kl entropy_bonus importance_cap weight_decay comet_weight"),
 ]  # fmt: skip
 # These may change when a run is resumed: they affect no past step.
 RESUME_OVERRIDABLE = (
     "folder resume save_every eval_every max_num_seqs micro_batch_tokens hang_timeout steps "
-    "judge_url report log_to dry_run"
+    "judge_url log_to dry_run"
 )
 COMMON = (  # in this order in front of all others in --help
     "preset model data source target held_out steps seed prompts_per_step samples_per_prompt "
@@ -197,6 +200,9 @@ MOVED = {  # options of earlier versions, and what people look for -> what to us
     "clip_high": "use --clip",
     "threads": "set OMP_NUM_THREADS",
     "toy_skills": "the toy is taught what its --reward needs",
+    "toy_tokens": "use --model toy:1.5e6",
+    "ema_decay": "it is EMA_DECAY in run/driver.py",
+    "report": "report.html is always drawn",
     "learning_rate": "use --lr",
     "shard": "all ranks share one set of sharded weights",
     "device": "to hide the GPUs, set CUDA_VISIBLE_DEVICES to nothing",

@@ -120,7 +120,7 @@ MOVED = settings.MOVED | {
     "samples_per_prompt": "each player has its own: --challenger-samples, --solver-samples",
 }
 RESUME_OVERRIDABLE = (
-    "folder resume iterations save_every micro_batch_tokens max_num_seqs hang_timeout report"
+    "folder resume iterations save_every micro_batch_tokens max_num_seqs hang_timeout"
 )
 PLAYERS = ("challenger", "solver")
 SHOWN = {  # metric -> its label in the progress line
@@ -359,7 +359,7 @@ class SelfPlay:
         """In a process of its own, whose errors do not end the run."""
         folders = [(self.path / name).resolve() for name in PLAYERS]
         folders = [str(x) for x in folders if (x / "metrics.jsonl").is_file()]
-        if self.s.report and folders:
+        if folders:
             out = str((self.path / "report.html").resolve())
             command = [sys.executable, "-m", "report", *folders, "--out", out]
             subprocess.run(

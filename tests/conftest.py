@@ -49,6 +49,13 @@ def machine(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_report(request, monkeypatch):
+    """The page is drawn by a process of its own, which only tests of it need."""
+    if "report" not in request.node.name:
+        monkeypatch.setattr("run.console.Console.draw_report", lambda *_: None)
+
+
 def once(tmp_path_factory, name, make):
     """A folder that `make(folder)` fills, for all workers of pytest-xdist, once."""
     root = tmp_path_factory.getbasetemp()

@@ -17,13 +17,13 @@ from tests import processes
 
 TOY = [
     *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
-    *("--eval-every=2", "--no-report"),
+    "--eval-every=2",
 ]
 RANKS = [*TOY, "--prompts-per-step=5", "--eval-prompts=8", "--lr=2e-3", "--hang-timeout=600"]
 PAPER = [
     *("--preset=ssr-zero-7b", "--steps=1", "--prompts-per-step=4", "--samples-per-prompt=4"),
     *("--max-new-tokens=60", "--judge-max-new-tokens=40", "--max-prompt-tokens=400"),
-    *("--eval-prompts=4", "--eval-every=1", "--max-num-seqs=16", "--no-report"),
+    *("--eval-prompts=4", "--eval-every=1", "--max-num-seqs=16"),
 ]
 
 

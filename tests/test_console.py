@@ -25,7 +25,7 @@ LATEST = {"eval/chrf": 0.5, "step": 25}
 
 
 def make_console(path):
-    return Console(SimpleNamespace(steps=100, report=False, log_to=""), path, "chrf", True)
+    return Console(SimpleNamespace(steps=100, log_to=""), path, "chrf", True)
 
 
 def test_the_line_has_the_most_important_first(tmp_path, capsys):
@@ -74,7 +74,7 @@ def test_the_live_line_stays_one_line_in_a_narrow_terminal(toy, tmp_path, monkey
     """Each line overwrites the last, and none is longer than the terminal is wide."""
     monkeypatch.setenv("COLUMNS", "60")
     with contextlib.redirect_stdout(Terminal()) as out:
-        ssr.main([*SMALL, "--steps=4", "--no-report", f"--model={toy}",
+        ssr.main([*SMALL, "--steps=4", f"--model={toy}",
                   f"--folder={tmp_path / 'run'}"])  # fmt: skip
     lines = re.findall(r"\r\x1b\[K([^\r]*)", out.getvalue())
     assert [x for x in lines if x.startswith("step 0  evaluating 4 held-out texts …")]
@@ -159,7 +159,7 @@ def test_tensorboard_and_wandb_hold_what_metrics_jsonl_holds(toy, tmp_path):
     environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(packages)}
 
     def go(*more):
-        command = [sys.executable, str(ROOT / "ssr.py"), *options, "--no-report", *more]
+        command = [sys.executable, str(ROOT / "ssr.py"), *options, *more]
         subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
 
     go("--steps=2", "--save-every=1")

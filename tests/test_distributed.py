@@ -65,6 +65,8 @@ def few(steps):
 CLIPPED = {"updates_per_batch": 2, "max_grad_norm": 0.05, "loss_norm": "sequence", "steps": 4}
 CLIPPED |= {"advantage_scale": "batch", "micro_batch_tokens": 4096}
 ONE_PROMPT = {"prompts_per_step": 1, "samples_per_prompt": 2, "kl": 0.1, "steps": 3}
+ONE_PROMPT |= {"loss_norm": "constant", "entropy_bonus": 0.1, "importance_cap": 0.9}
+ONE_PROMPT |= {"advantage_scale": "each", "overlong": "soft"}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_any_number_of_ranks_makes_the_steps_of_one_process(tmp_path, size, chan
 def test_ranks_learn_what_one_process_learns(toy, tmp_path):
     one, two = (tmp_path / name for name in ("one", "two"))
     for size, run in ((1, one), (2, two)):
-        go_ranks(run, size, f"--model={toy}", "--steps=3", "--judge=ema", "--ema-decay=0.5")
+        go_ranks(run, size, f"--model={toy}", "--steps=3", "--judge=ema")
     rows = [untimed(rows_of(run / "metrics.jsonl")) for run in (one, two)]
     for a, b in zip(*rows, strict=True):
         for row in (a, b):
@@ -107,7 +109,7 @@ def test_ranks_learn_what_one_process_learns(toy, tmp_path):
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        (2, ["--judge=ema", "--ema-decay=0.5"]),
+        (2, ["--judge=ema"]),
         (1, ["--judge=ema", "--kl=0.1", "--updates-per-batch=2", "--score-mode=written"]),
     ],
 )

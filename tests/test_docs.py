@@ -51,7 +51,7 @@ def test_the_rewards_of_the_page_run_and_are_drawn(toy, tmp_path, monkeypatch):
     (code,), (commands,) = (re.findall(rf"(?s)```{x}\n(.*?)```", page) for x in ("python", "bash"))
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(code)
-    small = ["--steps=2", "--prompts-per-step=4", "--eval-prompts=4", "--no-report"]
+    small = ["--steps=2", "--prompts-per-step=4", "--eval-prompts=4"]
     for number, arguments in enumerate(re.findall(r"(?m)^python ssr\.py (.*)", commands)):
         run = tmp_path / f"run{number}"
         rows = go(run, toy, *small, small=arguments.split())

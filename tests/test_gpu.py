@@ -87,7 +87,7 @@ def test_gpu_the_toy_learns_in_bf16(toy, tmp_path):
     import ssr
 
     run = tmp_path / "run"
-    options = ["--preset=toy", "--steps=40", "--no-report"]
+    options = ["--preset=toy", "--steps=40"]
     ssr.main([*options, f"--model={toy}", f"--folder={run}"])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(row["policy/sampler_gap"] for row in rows[1:]) < 0.02

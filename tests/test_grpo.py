@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 
 import pytest
 import torch
@@ -89,11 +90,29 @@ def gradient_of_update(model, rows, s, reference=None):
     return optimizer.seen[-1], stats
 
 
-def log_probs(model, row, s):
-    """Of a row's tokens, alone and from log_softmax."""
+def distributions(model, row, s):
+    """At a row's tokens, alone and from log_softmax: (T, V)."""
     ids = torch.tensor([row.prompt + row.ids])
     log_p = (model.logits(model(ids))[0] / s.temperature).log_softmax(-1)
-    return log_p[len(row.prompt) - 1 : -1].gather(1, ids[0, len(row.prompt) :, None])[:, 0]
+    return log_p[len(row.prompt) - 1 : -1]
+
+
+def log_probs(model, row, s):
+    return distributions(model, row, s).gather(1, torch.tensor(row.ids)[:, None])[:, 0]
+
+
+def entropies(model, row, s):
+    log_p = distributions(model, row, s)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def importance(before, row, s):
+    """Of the weights before the first update, against the sampler's; 1 without a cap."""
+    if not s.importance_cap:
+        return torch.ones_like(before)
+    return (
+        (before - torch.tensor(row.logprobs, dtype=before.dtype)).exp().clamp(max=s.importance_cap)
+    )
 
 
 def naive_gradient(model, rows, s, reference=None):
@@ -104,13 +123,14 @@ def naive_gradient(model, rows, s, reference=None):
     sequences = sum(r.copies for r in rows)
     for i, row in enumerate(rows):
         log_p = log_probs(model, row, s)
+        denominator = {"token": tokens, "sequence": len(row.ids) * sequences,
+                       "constant": 3 * 4 * 6}[s.loss_norm]  # fmt: skip
         per_token = -row.advantage * (log_p - log_p.detach()).exp()
+        per_token = per_token * importance(log_p.detach(), row, s)
+        per_token = per_token - s.entropy_bonus * entropies(model, row, s)
         if reference is not None:  # the gradient of KL(policy || reference), as documented
             per_token = per_token + s.kl * log_p * (log_p - reference[i]).detach()
-        whole = row.copies * per_token.sum()
-        loss = loss + (
-            whole / tokens if s.loss_norm == "token" else whole / len(row.ids) / sequences
-        )
+        loss = loss + row.copies * per_token.sum() / denominator
     loss.backward()
     return gradients(model)
 
@@ -137,7 +157,10 @@ def assert_same(a, b, tolerance=1e-12):
 # ------------------------------------------------------------------------------- the gradient
 
 
-@pytest.mark.parametrize("norm", ["token", "sequence"])
+NORMS = ["token", "sequence", "constant"]  # "effective" is "token" of fewer rows
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_the_gradient_is_that_of_the_definition(norm, temperature):
     """Masks inferred from ids 0 or EOS, a dropped stop token, a missing temperature fail it."""
@@ -146,7 +169,7 @@ def test_the_gradient_is_that_of_the_definition(norm, temperature):
     assert_same(gradient_of_update(model, rows, s)[0], naive_gradient(model, rows, s))
 
 
-@pytest.mark.parametrize("norm", ["token", "sequence"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_gradients_do_not_depend_on_micro_batches_or_order(norm):
     model, s = tiny_model(), settings(loss_norm=norm)
     rows = some_rows(model)
@@ -161,7 +184,7 @@ def test_gradients_do_not_depend_on_micro_batches_or_order(norm):
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize("norm", ["token", "sequence"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_identical_samples_trained_once_give_the_gradient_of_all(updates, norm):
     """With two updates, the clip sees the advantages' signs: copies that differ stay apart."""
     s = settings(updates_per_batch=updates, loss_norm=norm, lr=0.1, clip=0.05)
@@ -180,6 +203,27 @@ def test_identical_samples_trained_once_give_the_gradient_of_all(updates, norm):
     assert_same(dict(model.named_parameters()), dict(apart.named_parameters()))
 
 
+@pytest.mark.parametrize("changes", [{"entropy_bonus": 0.3}, {"importance_cap": 0.4}])
+def test_entropy_bonus_and_importance_weights_are_those_of_the_definition(changes):
+    """A row of advantage 0 is trained for its entropy. The ratio is logged before it is capped."""
+    model, s = tiny_model(), settings(**changes, temperature=0.7, micro_batch_tokens=9)
+    rows = some_rows(model)
+    rows = [r._replace(logprobs=[x + 0.4 * (-1) ** t for t, x in enumerate(r.logprobs)])
+            for r in [rows[0]._replace(advantage=0.0), *rows[1:]]]  # fmt: skip
+    ours, stats = gradient_of_update(model, rows, s)
+    assert_same(ours, naive_gradient(model, rows, s))
+    assert max(g.abs().max() for g in ours.values()) > 1e-2
+    if s.importance_cap:
+        uncapped = dataclasses.replace(s, importance_cap=math.inf)
+        ratios = torch.cat([
+            importance(log_probs(model, r, s).detach(), r, uncapped).repeat(r.copies)
+            for r in rows[1:]
+        ])  # fmt: skip
+        capped = (ratios > s.importance_cap).double().mean()
+        assert stats["policy/importance_ratio"] == pytest.approx(float(ratios.mean()), abs=1e-9)
+        assert 0.2 < stats["policy/importance_capped"] == pytest.approx(float(capped), abs=1e-9)
+
+
 def test_the_kl_pulls_with_the_gradient_of_the_exact_kl():
     model, start = tiny_model(0), tiny_model(1)
     s = settings(kl=0.3)
@@ -196,28 +240,33 @@ def plain_ppo(model, rows, s, reference):
     """Token by token, copy by copy: the clipped objective as the papers write it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     tokens = sum(r.copies * len(r.ids) for r in rows)
+    divisor = tokens if s.loss_norm == "token" else 3 * 4 * 6
     with torch.no_grad():
         old = [log_probs(model, row, s) for row in rows]
     for _ in range(s.updates_per_batch):
         optimizer.zero_grad()
         loss, clipped = torch.zeros((), dtype=torch.float64), 0.0
         for row, before, ref in zip(rows, old, reference, strict=True):
-            for log_p, o, r in zip(log_probs(model, row, s), before, ref, strict=True):
+            columns = log_probs(model, row, s), before, ref, row.logprobs
+            for log_p, o, r, sampled in zip(*columns, strict=True):
                 ratio = (log_p - o).exp()
                 kept = ratio.clamp(1 - s.clip, 1 + s.clip)
                 objective = torch.minimum(ratio * row.advantage, kept * row.advantage)
+                objective = importance(o, row._replace(logprobs=sampled), s) * objective
                 clipped += row.copies / tokens * float(kept * row.advantage < ratio * row.advantage)
                 pull = s.kl * (ratio * (log_p - r)).detach() * log_p  # the exact KL's gradient
-                loss = loss + row.copies / tokens * (pull - objective)
+                loss = loss + row.copies / divisor * (pull - objective)
         loss.backward()
         optimizer.step()
     return clipped
 
 
-@pytest.mark.parametrize(("temperature", "kl"), [(0.7, 0.2), (1.3, 0.0)])
-def test_several_updates_are_those_of_the_clipped_objective(temperature, kl):
+@pytest.mark.parametrize(
+    ("temperature", "kl", "cap", "norm"), [(0.7, 0.2, 0.0, "token"), (1.3, 0.0, 1.1, "constant")]
+)
+def test_several_updates_are_those_of_the_clipped_objective(temperature, kl, cap, norm):
     s = settings(updates_per_batch=3, temperature=temperature, kl=kl, clip=0.05,
-                 micro_batch_tokens=14)  # fmt: skip
+                 importance_cap=cap, loss_norm=norm, micro_batch_tokens=14)  # fmt: skip
     model, twin = tiny_model(), tiny_model()
     rows = some_rows(model)
     reference = [torch.linspace(-3, -1, len(r.ids), dtype=torch.float64) for r in rows]
@@ -238,6 +287,113 @@ def test_a_missing_reward_is_left_out_of_group_and_denominator():
     weights = grpo.token_loss_weights(rows, s)
     assert weights == [2 / 8, 1 / 8]
     assert sum(w * len(r.ids) for w, r in zip(weights, rows, strict=True)) == 1
+
+
+def cut(ids):
+    return Sample(ids, [-1.0] * len(ids), False)
+
+
+def whole(ids):
+    return Sample([*ids, EOS], [-1.0] * (len(ids) + 1), True)
+
+
+@pytest.mark.parametrize("tokens", [9, 64])
+@pytest.mark.parametrize("norm", [*NORMS, "effective"])
+def test_every_normaliser_divides_by_what_it_says(norm, tokens):
+    """Sample by sample: a group with a difference, a tie, a missing reward beside a tie."""
+    s = settings(loss_norm=norm, micro_batch_tokens=tokens)
+    groups = [[whole([3, 4]), whole([5]), whole([3, 4]), cut([6] * 6)],
+              [whole([7]), whole([8, 9, 4]), whole([2]), whole([3])],
+              [whole([5, 5]), cut([3] * 6), whole([9]), whole([5, 7])]]  # fmt: skip
+    totals = [[1.0, 0.0, 1.0, 0.2], [0.3] * 4, [0.5, math.nan, 0.5, 0.5]]
+    judged = [RewardOutput(row, {}, []) for row in totals]
+    rewards, advantages = grpo.rewards_and_advantages(groups, judged, s, "cpu")
+    rows = grpo.merge_identical_samples(PROMPTS, groups, rewards, advantages, s)
+    model = tiny_model()
+    ours, _ = gradient_of_update(model, rows, s)
+    scored = [(p, n) for p in range(3) for n in range(4) if not math.isnan(totals[p][n])]
+    length = {(p, n): len(groups[p][n].ids) for p, n in scored}
+    model.zero_grad()
+    for p, n in scored:
+        divisor = {
+            "token": sum(length.values()), "sequence": length[p, n] * len(scored),
+            "constant": 3 * 4 * s.max_new_tokens, "effective": sum(length[0, n] for n in range(4)),
+        }[norm]  # fmt: skip
+        row = TrainSample(PROMPTS[p].ids, groups[p][n].ids, [], 0.0, 1)
+        (-advantages[p, n] * log_probs(model, row, s).sum() / divisor).backward()
+    assert_same(ours, gradients(model))
+
+
+def test_groups_without_a_difference_are_as_if_not_drawn_where_only_effective_ones_count():
+    """Not even a KL pulls at them, and a step of nothing else is none."""
+    model = tiny_model(dtype=torch.float32)
+    before = [p.clone() for p in model.parameters()]
+    s = settings(loss_norm="effective", kl=0.1, steps=2)
+    for step in loop(lambda *_: 0.5, s, model, start=tiny_model(1, torch.float32)):
+        assert step.metrics["train/rows"] == 0
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_each_part_of_a_reward_is_scaled_by_its_own_spread():
+    """GDPO's formula. A wrong format's parts are 0, one missing score is no reward, a part that
+    ties teaches nothing, and a tie of all parts gives exactly 0."""
+    s, nan = settings(advantage_scale="each"), math.nan
+    parts = [
+        {"format": [1, 1, 0, 1], "self": [0.9, 0.2, 0.0, nan], "comet": [8.0, 3.0, 0.0, 5.0]},
+        {"format": [1, 1, 1, 1], "self": [0.4, 0.4, 0.4, 0.4], "comet": [1.0, 9.0, 4.0, 4.0]},
+        {"format": [1, 1, 1, 1], "self": [51.33] * 4, "comet": [0.1] * 4},
+    ]
+    weights = {"format": 1.0, "self": 0.7, "comet": 2.0}
+    totals = [[sum(w * x[k][n] for k, w in weights.items()) for n in range(4)] for x in parts]
+    judged = [RewardOutput(total, x | {"seen": [7.0, 1.0, 0.0, nan]}, [], 1.0, weights)
+              for total, x in zip(totals, parts, strict=True)]  # fmt: skip
+    groups = [[whole([3])] * 4] * 3
+    _, ours = grpo.rewards_and_advantages(groups, judged, s, "cpu")
+    summed = []
+    for part, total in zip(parts, totals, strict=True):
+        scored = [n for n in range(4) if not math.isnan(total[n])]
+        summed.append([0.0] * 4)
+        for name, weight in weights.items():
+            values = [part[name][n] for n in scored]
+            if min(values) < max(values):
+                mean, std = statistics.fmean(values), statistics.stdev(values)
+                for n in scored:
+                    summed[-1][n] += weight * (part[name][n] - mean) / (std + 1e-6)
+    everything = [x for total, row in zip(totals, summed, strict=True)
+                  for t, x in zip(total, row, strict=True) if not math.isnan(t)]  # fmt: skip
+    expected = torch.tensor(summed, dtype=torch.float64) / (statistics.stdev(everything) + 1e-6)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    assert (ours[2] == 0).all() and ours[0, 3] == 0
+    scaled = [x._replace(parts=x.parts | {"comet": [1e3 * v for v in x.parts["comet"]]})
+              for x in judged]  # fmt: skip
+    again = grpo.rewards_and_advantages(groups, scaled, s, "cpu")[1]
+    torch.testing.assert_close(again, ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["none", "each"])
+def test_overlong_samples_are_penalized_left_out_or_penalized_the_longer_they_are(scale):
+    lengths, total = [10, 16, 17, 19, 20, 20], [0.9, 0.5, 0.4, 0.8, 0.0, 0.7]
+    groups = [[whole([3] * (n - 1)) for n in lengths[:4]] + [cut([3] * 20), whole([3] * 19)]]
+    judged = [RewardOutput(total, {"self": total}, [], 1.0, {"self": 1.0})]
+    found = {}
+    for overlong in ("penalize", "mask", "soft"):
+        s = settings(overlong=overlong, max_new_tokens=20, advantage_scale=scale)
+        found[overlong] = grpo.rewards_and_advantages(groups, judged, s, "cpu")
+    rewards, advantages = found["mask"]
+    rows = grpo.merge_identical_samples(PROMPTS[:1], groups, rewards, advantages, s)
+    assert [len(r.ids) for r in rows] == [10, 16, 17, 19, 20] and math.isnan(rewards[0, 4])
+    kept = torch.tensor([total[:4] + total[5:]], dtype=torch.float64)
+    alone = grpo.group_advantage(kept, "none" if scale == "none" else "std")
+    alone = alone if scale == "none" else alone / (alone.std() + 1e-6)
+    torch.testing.assert_close(advantages[0, [0, 1, 2, 3, 5]], alone[0])
+    assert found["penalize"][0].tolist() == [total]
+    # DAPO's R_length with L_max = 20 and L_cache = 4: 0 up to 16, then (16 - length) / 4, and -1.
+    punishment = [0, 0, -0.25, -0.75, -1, -1]
+    expected = [r + x for r, x in zip(total, punishment, strict=True)]
+    assert found["soft"][0][0].tolist() == pytest.approx(expected)
+    if scale == "none":
+        mean = statistics.fmean(expected)
+        assert found["soft"][1][0].tolist() == pytest.approx([x - mean for x in expected])
 
 
 def test_micro_batches_are_whole_even_and_a_multiple_of_the_ranks():
@@ -306,8 +462,13 @@ def test_a_tie_teaches_nothing_and_costs_nothing():
         assert torch.equal(a, b)
 
 
-def test_only_truncated_samples_with_one_reward_are_a_tie_and_no_nan():
-    for step in loop(lambda *_: 0.0, settings(steps=1), stop_ids=[]):
+@pytest.mark.parametrize("overlong", ["penalize", "mask", "soft"])
+def test_only_truncated_samples_with_one_reward_are_a_tie_and_no_nan(overlong):
+    """Where they are left out, the judge is not blamed for it."""
+    for step in loop(lambda *_: 0.0, settings(steps=1, overlong=overlong), stop_ids=[]):
+        assert step.metrics["judge/invalid"] == 0 == step.metrics["train/rows"]
+        total = step.metrics.pop("reward/total")
+        assert str(total) == {"penalize": "0.0", "mask": "nan", "soft": "-1.0"}[overlong]
         assert step.metrics["length/truncated"] == 1.0 and step.metrics["length/mean"] == 6
         unmeasured = {k for k, v in step.metrics.items() if not math.isfinite(v)}
         assert unmeasured == {"policy/sampler_gap", "policy/sampler_gap_max"}

@@ -309,18 +309,28 @@ def test_gates_combine_format_and_score(texts, format_reward, right, broken):
     )
     assert judged.total == [right, broken]
     assert judged.parts == {"format": [1.0, 0.0], "wrong_language": [0.0, 0.0], "self": [0.4, 0.0]}
+    of_format = {"zero-one": {"format": 1.0}, "plus-minus-one": {"format": 2.0}}.get(
+        format_reward, {}
+    )
+    assert judged.part_weights == of_format | {"self": 1.0}
 
 
 def test_parts_are_weighted_and_a_missing_one_is_missing_in_the_sum(texts):
+    """Whatever a scorer says of a sample of the wrong format, it is 0."""
+
     def fixed(*values):
         return lambda tasks, answers, step: [[Score(v, "") for v in values]]
 
     reward = Reward(
-        texts, PAPER, {"self": (1.0, fixed(0.5, None)), "external": (0.5, fixed(0.2, 0.2))}
-    )
-    [judged] = reward([TASK], [[sample(texts, well_formed(t)) for t in ("阳光", "晴天")]], 1)
+        texts, PAPER,
+        {"self": (1.0, fixed(0.5, None, None)), "external": (0.5, fixed(0.2, 0.2, 0.9))},
+    )  # fmt: skip
+    outputs = [well_formed("阳光"), well_formed("晴天"), "no tags"]
+    [judged] = reward([TASK], [[sample(texts, x) for x in outputs]], 1)
     assert judged.total[0] == pytest.approx(0.6) and math.isnan(judged.total[1])
-    assert judged.parts["external"] == [0.2, 0.2]
+    assert judged.total[2] == judged.parts["self"][2] == 0.0
+    assert judged.parts["external"] == [0.2, 0.2, 0.0]
+    assert judged.part_weights == {"self": 1.0, "external": 0.5}
 
 
 def test_only_scorers_that_ask_see_references_and_samples(texts):

@@ -147,13 +147,15 @@ def test_statistics_equal_hand_computed_ones():
     targets = torch.tensor([0, 1])  # p = 1/2 and 4/5
     w = torch.tensor([0.25, 0.75])
     ref, sampler = torch.tensor([0.25, 0.8]).log(), torch.tensor([0.5, 0.4]).log()
-    settings = {"ref_logprobs": ref, "sampler_logprobs": sampler}
+    settings = {"ref_logprobs": ref, "sampler_logprobs": sampler, "importance_cap": 1.5}
     _, stats, *_ = loss_and_grads(hidden, weight, targets, torch.zeros(2), w, **settings)
     want = {
         "logprob": 0.25 * -0.6931472 + 0.75 * -0.2231436,
         "entropy": 0.25 * 0.6931472 + 0.75 * 0.5004024,
         "kl": 0.25 * (0.5 - 1 + 0.6931472),
         "clipped": 0.0,
+        "importance_ratio": 0.25 * 1 + 0.75 * 2,  # before it is capped
+        "importance_capped": 0.75,
         "sampler_gap": 0.75 * 0.6931472,
         "sampler_gap_max": 0.6931472,
     }
@@ -205,6 +207,7 @@ def test_non_contiguous_tensors_are_handled():
         ({"impl": "cuda"}, "impl='cuda' is unknown"),
         ({"weights": torch.zeros(2)}, r"not \(2,\)"),
         ({"kl": 0.1}, "kl=0.1 needs ref_logprobs"),
+        ({"importance_cap": 2.0}, "importance_cap=2.0 needs sampler_logprobs"),
     ],
 )
 def test_bad_arguments_of_the_policy_loss_are_named(changes, match):

@@ -22,7 +22,7 @@ METRICS = ("cometkiwi-xxl", "xcomet-xxl")
 SMALL = [
     "--preset=ssr-x-zero-7b", "--prompts-per-step=4", "--samples-per-prompt=4", "--max-num-seqs=16",
     "--max-new-tokens=60", "--judge-max-new-tokens=40", "--max-prompt-tokens=400",
-    "--eval-prompts=4", "--eval-every=1", "--no-report",
+    "--eval-prompts=4", "--eval-every=1",
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from tests.runs import rows_of
 ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
-    *("--eval-every=2", "--no-report", "--steps=5"),
+    *("--eval-every=2", "--steps=5"),
     "--max-new-tokens=6",  # some are cut off, and so of the wrong form
 ]
 PAIRS = [("the old cat", "the new cat sat"), ("他在十号房间开会", "他在九号房间开会吗")]

@@ -22,13 +22,14 @@ import grpo
 import ssr
 from judge import Judge, Score
 from model import load, save
-from run import console, evaluation, folder, monitor, problem, settings
+from run import console, driver, evaluation, folder, monitor, problem, settings
 from run.evaluation import Estimate, Evaluation
 from sampler import Sampler
 from tests import processes, runs
 from tests.processes import ROOT
 from tests.runs import go, refuses, rows_of, untimed
 from toy.languages import Languages
+from toy.pretrain import Recipe
 
 OPTIONS = ("--steps=3", "--temperature=0.7")
 
@@ -155,23 +156,26 @@ def test_the_loop_never_sees_the_truth(run, toy, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--judge=ema", "--ema-decay=0.5", "--score-mode=written"],
+        ["--judge=ema", "--score-mode=written", "--overlong=mask", "--loss-norm=effective"],
         ["--judge=previous", "--score-mode=written", "--judge-samples=2"],
         ["--reward=random", "--no-track-kl"],
         ["--reward=self+external", "--kl=0.1", "--updates-per-batch=2", "--loss-norm=sequence"],
         ["--reward=oracle", "--format-reward=plus-minus-one", "--advantage-scale=batch"],
-        ["--reward=majority", "--advantage-scale=none"],
+        ["--reward=majority", "--advantage-scale=none", "--loss-norm=constant"],
+        ["--reward=self+external", "--advantage-scale=each", "--overlong=soft",
+         "--importance-cap=2", "--entropy-bonus=1e-3"],
     ],
-)
+)  # fmt: skip
 def test_every_switch_runs(toy, tmp_path, words):
     for row in go(tmp_path / "run", toy, "--steps=2", *words)[1:]:
         assert ("policy/kl" in row) == ("--no-track-kl" not in words)
+        assert ("policy/importance_ratio" in row) == ("--importance-cap=2" in words)
         if "--format-reward=plus-minus-one" in words:
             parts = 2 * row["reward/format"] - 1 + row["reward/oracle"]
             assert row["reward/total"] == pytest.approx(parts)
 
 
-def test_judges_of_the_policy_are_live_frozen_or_in_between(toy, tmp_path):
+def test_judges_of_the_policy_are_live_frozen_or_in_between(toy, tmp_path, monkeypatch):
     """A frozen judge judges the same sentence the same at the end; a live one does not. An EMA
     that keeps nothing is live, and one that keeps all is frozen."""
     words = ["--steps=4", "--lr=2e-4", "--min-lr-ratio=1"]
@@ -180,8 +184,10 @@ def test_judges_of_the_policy_are_live_frozen_or_in_between(toy, tmp_path):
         return untimed(go(tmp_path / name, toy, *words, *more))
 
     live, frozen = (trained(judge, f"--judge={judge}") for judge in ("live", "frozen"))
-    assert trained("all", "--judge=ema", "--ema-decay=1") == frozen != live
-    assert trained("nothing", "--judge=ema", "--ema-decay=0") == live
+    monkeypatch.setattr(driver, "EMA_DECAY", 1.0)
+    assert trained("all", "--judge=ema") == frozen != live
+    monkeypatch.setattr(driver, "EMA_DECAY", 0.0)
+    assert trained("nothing", "--judge=ema") == live
     for judge in ("live", "frozen"):
         rows, scores = rows_of(tmp_path / judge / "evaluations.jsonl"), {}
         for row in rows:
@@ -262,6 +268,9 @@ def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
         ("--sampels-per-prompt=4", r"unknown option .*; did you mean --samples-per-prompt\?"),
         ("--top-p=0.9", "--top-p=0.9: training needs log-probs of the whole distribution"),
         ("--preset=toys", "--preset toys is unknown; known: ssr-zero-7b, ssr-x-zero-7b, .*toy"),
+        ("--toy-tokens=1e6", "--toy-tokens=1e6: use --model toy:1.5e6"),
+        ("--model=toy:many", "toy:many: no folder with a config.json"),
+        ("--overlong=drop", "--overlong drop: use penalize, mask, soft"),
         ("--samples-per-prompt=1", "must be at least 2: a sample is compared with the others"),
         ("--steps=0", "--steps 0 must be at least 1"),
         ("--lr=nan", "--lr nan must be above 0"),
@@ -285,6 +294,13 @@ def test_what_cannot_work_is_refused_in_one_line(words, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(problem, "language_model", None)  # nothing is made before the checks
     refuses(words.split(), f"(?s)^ssr.py: .*{message}")
+
+
+def test_a_toy_of_less_pretraining_is_named_by_its_tokens():
+    """The settings' default is the recipe's, whose model is shipped."""
+    expected = {"": Recipe().tokens, "toy:1.5e6": 1.5e6, "toy:20000": 2e4, "a/b": None}
+    for model, tokens in expected.items():
+        assert settings.parse(["--preset=toy", f"--model={model}"]).toy_tokens == tokens
 
 
 def test_help_explains_every_option(capsys):
@@ -416,7 +432,7 @@ def test_the_toy_learns_to_translate_by_judging_itself_with_one_rank_and_with_tw
 def test_a_run_that_cheats_raises_the_alarm_in_terminal_and_report(tmp_path):
     """The command of the README: a weak judge and a high rate."""
     readme = (ROOT / "README.md").read_text()
-    words = re.search(r"(?m)^python ssr\.py (.*--toy-tokens 1.5e6 .*) --folder", readme)[1]
+    words = re.search(r"(?m)^python ssr\.py (.*--model toy:1.5e6 .*) --folder", readme)[1]
     command = [sys.executable, str(ROOT / "ssr.py"), "--preset=toy", *words.split()]
     run = subprocess.run([*command, "--folder=run"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
