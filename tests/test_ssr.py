@@ -269,7 +269,7 @@ def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
         ("--top-p=0.9", "--top-p=0.9: training needs log-probs of the whole distribution"),
         ("--preset=toys", "--preset toys is unknown; known: ssr-zero-7b, ssr-x-zero-7b, .*toy"),
         ("--toy-tokens=1e6", "--toy-tokens=1e6: use --model toy:1.5e6"),
-        ("--model=toy:many", "toy:many: no folder with a config.json"),
+        ("--model=toy:many", "toy:many: no such folder, and no hub id of the form org/name"),
         ("--overlong=drop", "--overlong drop: use penalize, mask, soft"),
         ("--samples-per-prompt=1", "must be at least 2: a sample is compared with the others"),
         ("--steps=0", "--steps 0 must be at least 1"),
