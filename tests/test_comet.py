@@ -16,8 +16,8 @@ import torch
 
 from eval import comet
 from eval.comet import Comet, find_python
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parent.parent
 slow = pytest.mark.slow
 
 
@@ -155,6 +155,12 @@ def test_an_interrupted_call_is_not_answered_in_the_next(stub, monkeypatch):
     assert scorer.score(make_rows(1)) == [1.0]
 
 
+def test_references_that_are_needed_are_asked_for_before_anything_is_sent(stub):
+    scorer = stub(LOADED.replace("False", "True") + "time.sleep(60)")
+    with pytest.raises(ValueError, match="comet22 needs references: rows must have 'ref'"):
+        scorer.score(make_rows(2, keys=("src", "mt")))
+
+
 @slow
 def test_a_failed_install_is_reported(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(comet, "REQUIREMENTS", tmp_path / "wanted.txt")
@@ -172,18 +178,6 @@ KINDS = ("regression", "kiwi", "unified", "xcomet", "referenceless")
 
 
 @pytest.fixture(scope="module")
-def scorers(comet_python, comet_checkpoints):
-    """One worker for each kind, all at once."""
-    made = {
-        kind: Comet(str(comet_checkpoints / kind), python=comet_python, batch_size=8)
-        for kind in KINDS
-    }
-    yield made
-    for scorer in made.values():
-        scorer.close()
-
-
-@pytest.fixture(scope="module")
 def texts():
     """Of mixed lengths; some empty, one longer than the encoder takes."""
     rows = make_rows(40)
@@ -194,7 +188,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def expected(comet_python, comet_checkpoints, texts, tmp_path_factory):
-    """What the library's `predict` gives, and the worker's code in half precision."""
+    """What the library's `predict` gives, and what the worker's code gives and says."""
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, texts)))
     script = str(ROOT / "tests" / "tiny_comet.py")
@@ -206,14 +200,13 @@ def expected(comet_python, comet_checkpoints, texts, tmp_path_factory):
 @pytest.mark.parametrize(
     "case", [*KINDS, "unified without references", "xcomet without references"]
 )
-def test_scores_are_those_of_predict(case, scorers, expected, texts):
+def test_scores_are_those_of_predict(case, expected):
     kind, _, without = case.partition(" ")
-    rows = [{"src": row["src"], "mt": row["mt"]} for row in texts] if without else texts
-    found = scorers[kind].score(rows)
-    assert len(set(expected[case]["predict"])) > 30
-    assert found == pytest.approx(expected[case]["predict"], abs=1e-5)
+    found = expected["scores"][case]
+    assert len(set(found["predict"])) > 30
+    assert found["float32"] == pytest.approx(found["predict"], abs=1e-5)
     if without:
-        assert found != pytest.approx(expected[kind]["predict"], abs=1e-3)
+        assert found["float32"] != pytest.approx(expected["scores"][kind]["predict"], abs=1e-3)
 
 
 @slow
@@ -222,25 +215,26 @@ def test_half_precision_is_close_and_the_workers_is_the_same(
 ):
     """At the median: XCOMET counts marked words, and one on the threshold may change sides."""
     for dtype, limit in (("bfloat16", 3e-3), ("float16", 3e-4)):
-        for case, scores in expected.items():
+        for case, scores in expected["scores"].items():
             pairs = zip(scores["predict"], scores[dtype], strict=True)
             assert statistics.median(abs(a - b) for a, b in pairs) < limit, (case, dtype)
             assert scores["predict"] != scores[dtype], (case, dtype)
     folder = str(comet_checkpoints / "xcomet")
+    plain = [{"src": row["src"], "mt": row["mt"]} for row in texts]
     with Comet(folder, dtype="bfloat16", batch_size=8, python=comet_python) as scorer:
-        assert scorer.score(texts) == pytest.approx(expected["xcomet"]["bfloat16"], abs=1e-5)
+        for case, rows in (("xcomet", texts), ("xcomet without references", plain)):
+            found = scorer.score(rows)
+            assert found == pytest.approx(expected["scores"][case]["bfloat16"], abs=1e-5)
 
 
 @slow
-def test_references_that_are_needed_are_known_before_anything_is_sent(scorers):
-    about = {kind: scorer.ready() for kind, scorer in scorers.items()}
+def test_a_worker_says_which_models_need_or_take_references(expected):
+    about = expected["about"]
     assert [k for k, a in about.items() if a["needs_reference"]] == ["regression"]
     takes = [k for k, a in about.items() if a["takes_reference"]]
     assert takes == ["regression", "unified", "xcomet"]
     kiwi = about["kiwi"]
     assert (kiwi["class"], kiwi["comet"], kiwi["revision"]) == ("UnifiedMetric", "2.2.7", None)
-    with pytest.raises(ValueError, match=r"/regression needs references: rows must have 'ref'"):
-        scorers["regression"].score(make_rows(2, keys=("src", "mt")))
 
 
 # Something happens inside the library when it sees certain texts.
@@ -279,7 +273,8 @@ def test_errors_inside_the_library_are_raised_and_the_worker_lives_on(
     folder = str(comet_checkpoints / "referenceless")
     with Comet(folder, python=comet_python, batch_size=8) as scorer:
         scores = scorer.score(texts)
-        assert scores == pytest.approx(expected["referenceless"]["predict"], abs=1e-5)
+        wanted = expected["scores"]["referenceless"]["predict"]
+        assert scores == pytest.approx(wanted, abs=1e-5)
         pid = scorer.process.pid
         with pytest.raises(RuntimeError, match="row 33 has the score nan: try dtype 'float32'"):
             scorer.score([*make_rows(33), {"src": "a", "mt": "odd", "ref": "b"}])
@@ -309,7 +304,7 @@ def test_a_worker_ends_with_its_parent(comet_python, comet_checkpoints, trouble)
 
 @slow
 def test_a_checkpoint_and_its_encoder_come_from_the_hubs_cache(
-    comet_python, comet_checkpoints, scorers, tmp_path, monkeypatch
+    comet_python, comet_checkpoints, expected, texts, tmp_path, monkeypatch
 ):
     def put(name, source):
         folder = tmp_path / "hub" / f"models--some--{name}"
@@ -328,9 +323,9 @@ def test_a_checkpoint_and_its_encoder_come_from_the_hubs_cache(
     torch.save(saved, file)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    rows = make_rows(5)
     with Comet("some/kiwi", python=comet_python) as scorer:
-        assert scorer.score(rows) == pytest.approx(scorers["kiwi"].score(rows), abs=1e-5)
+        wanted = expected["scores"]["kiwi"]["predict"]
+        assert scorer.score(texts) == pytest.approx(wanted, abs=1e-5)
         assert scorer.about["revision"] == REVISION
 
 

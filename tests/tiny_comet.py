@@ -3,13 +3,13 @@
     python tests/tiny_comet.py make FOLDER
     python tests/tiny_comet.py scores FOLDER ROWS.jsonl
 
-`scores` prints what the library's `predict` gives for each model, and what the worker's code gives
-with the encoder in half precision: {model: {"predict": [...], "bfloat16": [...], "float16": …}}.
+`scores` prints what the worker says about each model, and the scores that the library's `predict`
+and the worker's code give: {"about": {model: {…}}, "scores": {model: {"predict": […],
+"float32": […], "bfloat16": […], "float16": […]}}}.
 """
 
 import argparse
 import contextlib
-import copy
 import importlib.util
 import io
 import json
@@ -88,32 +88,38 @@ def make(folder: Path) -> None:
         torch.save(state | {"pytorch-lightning_version": pytorch_lightning.__version__}, file)
 
 
-def scores(folder: Path, rows: list[dict]) -> dict[str, dict[str, list[float]]]:
+def scores(folder: Path, rows: list[dict]) -> dict[str, dict]:
     file = Path(__file__).parent.parent / "eval" / "comet_worker.py"
     spec = importlib.util.spec_from_file_location("comet_worker", file)
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
     plain = [{key: row[key] for key in ("src", "mt")} for row in rows]
-    cases = {name: (name, rows) for name in MODELS}
-    cases |= {f"{name} without references": (name, plain) for name in ("unified", "xcomet")}
-    results = {}
-    for case, (name, given) in cases.items():
+    results: dict[str, dict] = {"about": {}, "scores": {}}
+    for name in MODELS:
         file = str(folder / name / "checkpoints" / "model.ckpt")
-        model = comet.load_from_checkpoint(file, local_files_only=True)
-        results[case] = {"predict": predict(model, given)}
-        for dtype in (torch.bfloat16, torch.float16):
-            half = worker.halved(copy.deepcopy(model), dtype).eval()
-            order = sorted(range(len(given)), key=lambda i: -sum(map(len, given[i].values())))
-            result = {}
-            for start in range(0, len(given), 8):  # as the client makes them
-                batch = order[start : start + 8]
-                result |= zip(batch, worker.score(half, [given[i] for i in batch]), strict=True)
-            results[case][str(dtype).removeprefix("torch.")] = [result[i] for i in sorted(result)]
+        cases = {name: rows}
+        if name in ("unified", "xcomet"):
+            cases[f"{name} without references"] = plain
+        library = comet.load_from_checkpoint(file, local_files_only=True)
+        for case, given in cases.items():
+            predicted = library.predict(given, 8, gpus=0, progress_bar=False, num_workers=0)
+            results["scores"][case] = {"predict": predicted.scores}
+        for dtype in ("bfloat16", "float16", "float32"):
+            settings = {"checkpoint": file, "device": "cpu", "dtype": dtype}
+            model, results["about"][name] = worker.load_comet(settings)
+            for case, given in cases.items():
+                results["scores"][case][dtype] = in_batches(worker, model, given)
     return results
 
 
-def predict(model, rows: list[dict]) -> list[float]:
-    return model.predict(rows, batch_size=8, gpus=0, progress_bar=False, num_workers=0).scores
+def in_batches(worker, model, rows: list[dict]) -> list[float]:
+    """As the client makes them."""
+    order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i].values())))
+    result = {}
+    for start in range(0, len(rows), 8):
+        batch = order[start : start + 8]
+        result |= zip(batch, worker.score(model, [rows[i] for i in batch]), strict=True)
+    return [result[i] for i in sorted(result)]
 
 
 if __name__ == "__main__":
