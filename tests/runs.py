@@ -31,6 +31,11 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
 def untimed(rows):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
