@@ -17,14 +17,10 @@ from data.__main__ import main
 from eval import sets
 from judge import Task
 from tests import corpora
+from tests.processes import ROOT
+from tests.runs import rows_of, write_rows
 
-ROOT = Path(__file__).parent.parent
 TEXT = {"text": "Good night.", "source": "English", "target": "Chinese"}
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +49,10 @@ def small_sets(wmt, monkeypatch):
 
 
 def test_json_lines_have_their_own_languages_or_those_of_the_file_or_of_all(tmp_path):
-    own = write(tmp_path / "a.jsonl", [TEXT, TEXT | {"target": "de", "reference": "Gute Nacht."}])
-    bare = write(tmp_path / "b.jsonl", [{"text": " Good\0 night. "}])
+    own = write_rows(
+        tmp_path / "a.jsonl", [TEXT, TEXT | {"target": "de", "reference": "Gute Nacht."}]
+    )
+    bare = write_rows(tmp_path / "b.jsonl", [{"text": " Good\0 night. "}])
     assert loading.load_corpus(f"{own}, {bare}", "en", "zh,fr").tasks == [
         Task("Good night.", "English", "Chinese"),
         Task("Good night.", "English", "German", "Gute Nacht."),
@@ -169,7 +167,7 @@ def test_wmts_sources_become_a_corpus_in_both_directions(small_sets, tmp_path, c
     out = tmp_path / "texts.jsonl"
     main(["wmt17-20:en-zh", f"--out={out}"])
     assert capsys.readouterr().out.startswith("wmt17-20:en-zh: 96 texts read, 96 kept\n")
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = rows_of(out)
     assert {"text": corpora.english("wmt18", 3), "source": "English", "target": "Chinese"} in rows
     assert {"text": corpora.chinese("wmt20", 0), "source": "Chinese", "target": "English"} in rows
     assert not any("reference" in row for row in rows)
@@ -220,7 +218,7 @@ def test_held_out_sets_take_both_directions_of_the_pairs_asked(small_sets):
 
 def test_a_set_of_ones_own_is_a_file_and_may_repeat_a_sentence(tmp_path):
     rows = [TEXT | {"reference": "晚安。"}] * 2
-    file = write(tmp_path / "mine.jsonl", rows)
+    file = write_rows(tmp_path / "mine.jsonl", rows)
     assert sets.load_set(str(file)) == [Task(*rows[0].values())] * 2
 
 

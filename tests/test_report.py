@@ -16,9 +16,9 @@ import ssr
 from report import charts, draw
 from report.runs import RunData
 from tests.browser import drive, needs_chromium
-from tests.runs import rows_of
+from tests.processes import ROOT
+from tests.runs import rows_of, write_rows
 
-ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset=toy", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-prompts=16"),
     *("--eval-every=2", "--steps=5"),
@@ -29,8 +29,7 @@ NASTY = 'a</script><img src=x onerror="throw 1"> & {{data}} <b>'
 
 
 def rewrite(path, change):
-    rows = [change(row) or row for row in rows_of(path)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, [change(row) or row for row in rows_of(path)])
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,9 @@ def runs(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     good, bad = folder / "good", folder / "bad"
     ssr.main([*SMALL, f"--model={toy}", f"--folder={good}"])
-    row, *rows = rows_of(good / "evaluations.jsonl")
-    row["reference"][:2] = [reference for reference, _ in PAIRS]
-    (good / "evaluations.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [row, *rows]))
+    rows = rows_of(good / "evaluations.jsonl")
+    rows[0]["reference"][:2] = [reference for reference, _ in PAIRS]
+    write_rows(good / "evaluations.jsonl", rows)
     shutil.copytree(good, bad)
     values = {0: (0.75, 0.5), 2: (0.5, 0.6), 4: (0.125, 0.7), 5: (0.0, 0.9)}
 
@@ -92,12 +91,7 @@ def test_the_page_is_one_file_that_loads_nothing_and_no_text_becomes_a_part_of_i
     cells = [cell for row in data_in(page)["rows"] for cell in row["cells"]]
     assert NASTY in [cell["text"] for cell in cells] and "<img" not in text
     titles = re.findall("<figure><h3>(.*?)</h3>", text)
-    assert titles == [
-        *("Held-out quality", "The judge&#x27;s own score, held-out"),
-        *("Reward of the step&#x27;s samples", "Correlation of judge and quality", "Entropy"),
-        *("KL from the start", "Groups", "Length of samples", "Not usable", "Gradient norm"),
-        *("Sampler against trainer", "self, fine", "self, hacked"),
-    ]
+    assert len(titles) == 13 and titles[-2:] == ["self, fine", "self, hacked"]
 
 
 def test_curves_are_the_numbers_of_the_runs(runs):
@@ -251,8 +245,7 @@ def test_players_of_r_zero_are_on_one_page(tmp_path):
     for name in rows:
         (tmp_path / name).mkdir()
         (tmp_path / name / "settings.json").write_text(json.dumps(settings))
-        text = "".join(json.dumps(row) + "\n" for row in rows[name])
-        (tmp_path / name / "metrics.jsonl").write_text(text)
+        write_rows(tmp_path / name / "metrics.jsonl", rows[name])
     players = [str(tmp_path / name) for name in rows]
     challenger, solver = (RunData(Path(path), path) for path in players)
     text = "4 steps: nothing was measured on held-out texts."
