@@ -28,31 +28,17 @@ CACHE |= dict.fromkeys(SIZES, "i32")
 HEADS = {"ROWS": 16, "BLOCK": decode.BLOCK, "ONE_SPLIT": False}
 KERNELS = [  # kernel, types of its arguments, constants, options
     (logprob.row_kernel, {**ROWS, "logprobs": "*fp32"}, {"V": V, "BLOCK": 8192}, {"num_warps": 8}),
-    *(
-        (
-            logprob.gradient_kernel,
-            {**BACKWARD, "gradient": dtype},
-            {"V": V, "BLOCK": 4096, "HAS_B": has_b},
-            {},
-        )
-        for dtype in ("*bf16", "*fp32")
-        for has_b in (False, True)
-    ),
-    *(
-        (advantage.group_kernel, dict.fromkeys(GROUPS, dtype), GROUP_SIZE, {})
-        for dtype in ("*fp32", "*fp64")
-    ),
-    *(  # Qwen2.5's heads at 0.5B and 7B, Qwen3's, and Llama 3's
-        (
-            decode.split_kernel,
-            CACHE,
-            HEADS | {"G": group, "E": E, "E_PAD": E},
-            {"num_warps": 4, "num_stages": 3},
-        )
-        for E, group in ((64, 7), (128, 7), (128, 2), (64, 4))
-    ),
     (decode.combine_kernel, CACHE, {"E": 128, "E_PAD": 128, "SPLITS_PAD": 32}, {}),
 ]
+for dtype in ("*bf16", "*fp32"):
+    for has_b in (False, True):
+        block = {"V": V, "BLOCK": 4096, "HAS_B": has_b}
+        KERNELS.append((logprob.gradient_kernel, {**BACKWARD, "gradient": dtype}, block, {}))
+for dtype in ("*fp32", "*fp64"):
+    KERNELS.append((advantage.group_kernel, dict.fromkeys(GROUPS, dtype), GROUP_SIZE, {}))
+for E, group in ((64, 7), (128, 7), (128, 2), (64, 4)):  # Qwen2.5's heads at 0.5B and 7B, Qwen3's,
+    heads = HEADS | {"G": group, "E": E, "E_PAD": E}  # and Llama 3's
+    KERNELS.append((decode.split_kernel, CACHE, heads, {"num_warps": 4, "num_stages": 3}))
 
 
 def compile_for(target: str, kernel, types: dict, constants: dict, options: dict) -> str:
