@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.codec import PromptCodec, load_tokenizer
-from judge import PAPER, PLAIN, TOY, Judge, Reward, Score, Task, UntrustedText
+from judge import PAPER, PLAIN, TOY, Judge, Reward, Score, Task
 from model import load
 from rewards import family
-from rewards.family import ask_group, ask_pair
+from rewards.family import ask_pair
 from run import driver, estimate, problem, settings
 from sampler import Sample, Sampler
 from tests import corpora, test_problem
@@ -21,8 +21,8 @@ from tests.test_distributed import assert_same_run
 from tests.test_judge import Scripted, sample, well_formed
 from tests.test_ssr import go, rows_of, untimed
 from tests.tiny import make_model, make_tokenizer
-from toy.languages import Languages, quality
-from toy.pretrain import SKILLS, PretrainingCorpus, Recipe, language_model
+from toy.languages import Languages
+from toy.pretrain import Recipe, language_model
 
 TASK = Task("The sun is shining.", "English", "Chinese")
 
@@ -64,9 +64,9 @@ def test_certainty_is_the_divergence_of_uniform_from_p():
         assert torch.equal(family.self_certainty(torch.full((3, 152_064), value)), torch.zeros(3))
 
 
-def logits_of(folder, texts, prompts, ids):
+def logits_of(folder, texts, prompts, ids, task=TASK):
     """The logits that drew a sample, in fp64, from transformers: (tokens, V)."""
-    prompt = texts.encode([prompts.ask(TASK)])[0]
+    prompt = texts.encode([prompts.ask(task)])[0]
     theirs = AutoModelForCausalLM.from_pretrained(folder).double()
     with torch.no_grad():
         logits = theirs(torch.tensor([[*prompt, *ids]])).logits[0]
@@ -91,14 +91,18 @@ def drawn(texts, text):
 
 
 def test_certainty_is_its_mean_over_all_tokens_the_stop_too(folder, texts, monkeypatch):
+    """Whatever else is in the batch, so for any number of ranks; a wrong form is not scored."""
     monkeypatch.setattr(family, "LOGITS", 430 * 7)  # so many rows at once, and the rest
-    group = [drawn(texts, well_formed(answer)) for answer in ("阳光灿烂", "太阳", "阳光灿烂")]
-    (judged,) = confidences(folder, texts, PAPER, "certainty", [group])
-    for x, value in zip(group, judged.total, strict=True):
-        logits = logits_of(folder, texts, PAPER, x.ids)
-        expected = (logits.logsumexp(-1) - logits.mean(-1) - math.log(430)).mean()
-        assert value == pytest.approx(float(expected), rel=1e-5)
-    assert judged.total[0] == judged.total[2] != judged.total[1]
+    tasks = [TASK, TASK._replace(text="Two and three.")]
+    answers = (well_formed("阳光灿烂"), well_formed("太阳"), "no tags", well_formed("阳光灿烂"))
+    group = [drawn(texts, answer) for answer in answers]
+    judged = confidences(folder, texts, PAPER, "certainty", [group] * 2, tasks)
+    for task, row in zip(tasks, judged, strict=True):
+        for i in (0, 1):
+            logits = logits_of(folder, texts, PAPER, group[i].ids, task)
+            expected = (logits.logsumexp(-1) - logits.mean(-1) - math.log(430)).mean()
+            assert row.total[i] == pytest.approx(float(expected), rel=1e-5)
+        assert row.total[3] == row.total[0] and row.total[2] == 0.0
 
 
 def test_an_answers_confidence_is_that_of_its_own_tokens(folder, texts):
@@ -132,18 +136,6 @@ def test_without_tags_all_but_the_stop_is_the_answer(folder, texts):
 def test_a_token_that_holds_a_part_of_the_answer_is_inside(pieces, inside):
     texts = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
     assert family.answer_span(texts, list(range(len(pieces)))) == inside
-
-
-def test_certainty_does_not_depend_on_what_else_is_in_the_batch(folder, texts):
-    """Nor, therefore, on the number of ranks. A wrong form is not scored."""
-    tasks = [TASK._replace(text=text) for text in ("One.", "Two and three.")]
-    groups = [[drawn(texts, well_formed(f"阳光 {i} {j}")) for j in range(5)] for i in range(2)]
-    groups[1][2] = drawn(texts, "no tags")
-    whole = confidences(folder, texts, PAPER, "certainty", groups, tasks)
-    for i in range(2):
-        (alone,) = confidences(folder, texts, PAPER, "certainty", [groups[i]], [tasks[i]])
-        assert alone.total == pytest.approx(whole[i].total, rel=1e-5)
-    assert whole[1].total[2] == 0.0 < min(whole[1].total[:2])
 
 
 # ------------------------------------------------------------------------------ pairs and groups
@@ -268,15 +260,6 @@ def test_a_group_has_a_score_for_each_or_for_none(texts, answer, values):
     assert {s.value for s in scores} == values
 
 
-def test_placeholders_in_candidates_are_not_filled():
-    """tests/test_attacks.py tries fences and control tokens."""
-    tricks = "{second}", "{text2} {candidates}"
-    for parts in (ask_pair(PAPER, TASK, *tricks), ask_group(PAPER, TASK, tricks)):
-        untrusted = [part for part in parts if isinstance(part, UntrustedText)]
-        assert untrusted == [TASK.text, *tricks]
-        assert "{" not in "".join(part for part in parts if not isinstance(part, UntrustedText))
-
-
 # ---------------------------------------------------------------------------- majority and CREAM
 
 
@@ -300,12 +283,16 @@ def test_kendalls_tau_of_equal_reversed_and_tied_rankings():
 
 def test_a_groups_weight_is_its_judges_agreement(texts):
     def judge(*values):
-        return lambda tasks, answers, step: [[Score(v, "") for v in row] for row in values]
+        def score(tasks, answers, step):
+            assert not any(task.reference for task in tasks)  # nobody is shown the truth
+            return [[Score(v, "") for v in row] for row in values]
+
+        return score
 
     now, then = judge([1, 2, 3], [1, 2, 3], [1, 2, 3]), judge([1, 2, 3], [3, 2, 1], [2, 2, 2])
     reward = Reward(texts, PAPER, {"self": (1.0, now)}, weigh=partial(family.agreement, then))
     group = [sample(texts, well_formed(x)) for x in "甲乙丙"]
-    judged = reward([TASK] * 3, [group] * 3, 1)
+    judged = reward([TASK._replace(reference="the truth")] * 3, [group] * 3, 1)
     assert [group.weight for group in judged] == [1.0, -1.0, 0.0]
     assert [group.total for group in judged] == [[1, 2, 3]] * 3
 
@@ -390,27 +377,3 @@ def test_the_estimate_counts_candidates_and_questions():
     assert twice["judge"] == pytest.approx(2 * time["judge"])
     pairs, group = (parts(reward=x)[0]["its KV cache"] for x in ("pairs", "group"))
     assert group > pairs > live["its KV cache"]
-
-
-# ------------------------------------------------------------------------------ what is taught
-
-
-def test_skills_say_the_truth(monkeypatch):
-    corpus = PretrainingCorpus(Languages(0), Recipe(skills=SKILLS), "some")
-    tasks, real = [], PretrainingCorpus.sentence
-    monkeypatch.setattr(
-        PretrainingCorpus, "sentence", lambda self: tasks.append(real(self)) or tasks[-1]
-    )  # fmt: skip
-    for _ in range(200):
-        for make_row in (corpus.comparison, corpus.rating):
-            prompt, (*answer, end) = make_row()
-            reference = tasks[-1][1].reference
-            assert end == "<eos>" and prompt[-1] == "=>"
-            texts = " ".join(prompt[:-1]).split("||")[1:]
-            values = [quality(text, reference) for text in texts]
-            if prompt[0] == "compare":
-                better, worse = values if answer == ["first"] else values[::-1]
-                assert len(texts) == 2 and better > worse
-            else:
-                assert 2 <= len(texts) <= 4
-                assert [int(x) for x in answer] == [round(10 * v) * 10 for v in values]
