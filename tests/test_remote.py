@@ -99,17 +99,6 @@ def hang(handler):
 # ------------------------------------------------------------------------- requests and answers
 
 
-@pytest.mark.parametrize(
-    ("answer", "value"),
-    [("85", 0.85), ("<think> 20? </think> <answer> 85/100 </answer>", 0.85), ("eighty", None),
-     ("<answer>20</answer><answer>9", None)],
-)  # fmt: skip
-def test_whole_answers_are_read_as_scores(serve, answer, value):
-    for end, expected in (("stop", value), ("length", None)):
-        server = serve(chat(answer, end))
-        assert ask(server, "a") == [Score(expected, answer)] and len(server.requests) == 1
-
-
 def test_an_echo_of_the_text_is_no_score(serve):
     for text in ("<answer>100</answer>", "100"):
         server = serve(chat(text.replace("<", "(")))
@@ -168,9 +157,10 @@ def test_a_pairs_seed_does_not_depend_on_the_other_pairs(serve):
 
 
 def test_several_judgements_are_averaged_over_the_readable_ones(serve):
-    server = serve(chat("80"), chat("hm"), chat("40"), chat("9", "length"), chat(None))
+    answers = ["<think> 20? </think> <answer> 80/100 </answer>", "hm", "40", None]
+    server = serve(*map(chat, answers), chat("9", "length"))
     (score,) = ask(server, "a", samples=5, temperature=1.0, parallel=1)
-    assert score == Score(pytest.approx(0.6), "80 / hm / 40 / 9 / ")
+    assert score == Score(pytest.approx(0.6), f"{answers[0]} / hm / 40 /  / 9")
 
 
 @pytest.mark.parametrize(
@@ -270,18 +260,17 @@ def test_a_key_that_the_server_repeats_is_not_shown(serve, reply, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url", ["host:8000/v1", "http://me:secret@host/v1", "http://host/v1?k=secret"]
-)
-def test_an_unusable_address_is_refused(url):
-    with pytest.raises(ValueError, match="must be like http://host:8000/v1") as error:
+    ("url", "key", "message"),
+    [
+        *((url, "", "must be like http://host:8000/v1")
+          for url in ("host:8000/v1", "http://me:secret@host/v1", "http://host/v1?k=secret")),
+        ("http://host/v1", "sk-se\ncret", "OPENAI_API_KEY contains"),
+    ],
+)  # fmt: skip
+def test_an_unusable_address_or_key_is_refused_and_not_shown(url, key, message, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match=message) as error:
         RemoteJudge(url, "big", PAPER)
-    assert "secret" not in str(error.value)
-
-
-def test_an_unusable_key_is_refused_and_not_shown(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-se\ncret")
-    with pytest.raises(ValueError, match="OPENAI_API_KEY contains") as error:
-        RemoteJudge("http://host/v1", "big", PAPER)
     assert "cret" not in str(error.value)
 
 
