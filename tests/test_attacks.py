@@ -9,7 +9,18 @@ from transformers import AutoTokenizer
 
 from data.codec import PromptCodec, load_tokenizer
 from data.languages import identifier_version, is_plausible_translation
-from judge import PAPER, PLAIN, TAGS, TOY, Judge, Reward, Task, UntrustedText, translation_in
+from judge import (
+    PAPER,
+    PLAIN,
+    TAGS,
+    TOY,
+    Judge,
+    Reward,
+    Task,
+    UntrustedText,
+    translation_in,
+    without_tags,
+)
 from model import load
 from rewards.family import GroupJudge, PairwiseJudge, ask_group, ask_pair
 from sampler import Sampler
@@ -150,6 +161,7 @@ def test_no_attack_ends_its_fence_or_its_turn_or_brings_a_tag(tokenizer, chat):
             assert forged == control, attack
             prompt, honest = texts.decode(ids), texts.decode(known)
             assert [prompt.count(tag) for tag in TAGS] == [honest.count(tag) for tag in TAGS]
+            assert without_tags(attack.text) in parts  # with no placeholder in it filled
             given = bare.encode([[part] for part in parts if isinstance(part, UntrustedText)])
             assert fenced(prompt) == [bare.decode(x) for x in given], attack
 

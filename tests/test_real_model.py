@@ -30,7 +30,7 @@ ENV["PATH"] = f"{Path(sys.executable).parent}:{ENV['PATH']}"
 PLAIN_CHAT = ["--chat", "--prompts=plain"]
 SMALL_RUN = """--preset=ssr-zero-0.5b --reward=certainty --steps=2 --prompts-per-step=1
     --samples-per-prompt=4 --max-prompt-tokens=64 --max-new-tokens=6 --judge-max-new-tokens=1
-    --eval-prompts=1 --eval-metrics=none --max-num-seqs=4 --warmup-steps=0 --no-report"""
+    --eval-prompts=1 --eval-metrics=none --max-num-seqs=4 --warmup-steps=0"""
 TASKS = [
     Task("Good morning, my friend!", "English", "French", "Bonjour, mon ami !"),
     Task("Hello!", "English", "Spanish", "¡Hola!"),
