@@ -11,6 +11,7 @@ from bench import logprob, loop, sampler, step, sweep
 from bench.sweep import Sweep, run_sweep
 from run import settings
 from rzero import selfplay
+from tests.runs import write_rows
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
@@ -80,8 +81,7 @@ def test_rzero_row_shows_every_iteration_and_the_challengers_first_and_last_step
         (tmp_path / f"{seed}" / "result.json").write_text(json.dumps(table))
         names = ("questions/depth", "questions/different", "reward/repetition")
         steps = [{"step": 0}, *(dict.fromkeys(names, x) for x in (1, 7, 2))]
-        lines = "".join(json.dumps(x) + "\n" for x in steps)
-        (tmp_path / f"{seed}" / "challenger" / "metrics.jsonl").write_text(lines)
+        write_rows(tmp_path / f"{seed}" / "challenger" / "metrics.jsonl", steps)
     cells = sweep.rzero_cells({"R-Zero": [tmp_path / "0", tmp_path / "1"]}, "R-Zero")
     assert cells["held-out, sampled"] == "0.4 → 0.4" and cells["rose each time"] == "1 of 2"
     assert cells["learned from"] == "20" and cells["depth of questions"] == "1 → 2"
@@ -100,7 +100,7 @@ def test_options_of_all_rows_exist(toy):
 def test_sweep_of_the_toy_runs(toy, tmp_path, capsys, monkeypatch):
     rewards = sweep.SWEEPS["rewards"]._replace(build_model=lambda seed: toy)
     monkeypatch.setitem(sweep.SWEEPS, "rewards", rewards)
-    argv = ["rewards", "random", "majority vote", "--seeds=1", f"--folder={tmp_path / 'all'}"]
+    argv = ["rewards", "majority vote", "--seeds=1", f"--folder={tmp_path / 'all'}"]
     sweep.main([*argv, "--", "--steps=2", "--prompts-per-step=2", "--eval-prompts=4"])
     assert "| majority vote | " in capsys.readouterr().out
 
@@ -120,14 +120,14 @@ def test_gpu_script_is_rehearsed(tmp_path):
 
 @pytest.mark.slow
 def test_benchmarks_run(monkeypatch):
-    monkeypatch.setitem(step.ROWS, "hidden 64", (*step.ROWS["hidden 64"][:3], 3))
-    monkeypatch.setitem(step.ROWS, "toy", (*step.ROWS["toy"][:3], 5))
-    small, toy = step.run(["hidden 64", "toy"], 1)["rows"]
-    assert small["seconds"]["ours"] > 0 and small["memory"]["ours"] > 1e6
+    monkeypatch.setitem(step.ROWS, "toy", (None, (4, 4, 20), "truth", 5))
+    [toy] = step.run(["toy"], 1)["rows"]
+    assert toy["seconds"]["ours"] > 0 and toy["memory"]["ours"] > 1e6
     assert toy["until"]["ours"]["steps"] == 5 and 0.3 < toy["until"]["ours"]["curve"][0] < 0.8
-    stages = loop.run([], 8)["stages"]
+    stages = loop.run([], 6)["stages"]
     assert [*stages] == ["sample", "judge", "reference", "train"]
     assert all(0 < x["limit"] < x["operators"] for x in stages.values())
+    monkeypatch.setattr(sampler, "NEW", 8)
     [row] = sampler.run(["small"], 1)["rows"]
     assert row["ratio"] > 0
     sides = logprob.compare((256, 32, 500), 1)["sides"]
