@@ -150,7 +150,7 @@ def test_dashboards_that_are_unknown_or_missing_are_refused(monkeypatch):
 def test_tensorboard_and_wandb_hold_what_metrics_jsonl_holds(toy, tmp_path):
     """The real ones, W&B offline; a run that is stopped and goes on is one run there."""
     packages = tmp_path / "packages"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(packages)]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--target", str(packages)]
     pins = tmp_path / "pins.txt"
     pins.write_text(re.sub(r"(?m)^(torch|triton).*\n", "", (ROOT / "requirements.txt").read_text()))
     subprocess.run([*pip, "-c", str(pins), "tensorboard", "wandb"], check=True)
