@@ -318,7 +318,8 @@ def test_a_reward_of_your_own_learns_and_is_part_of_the_run(pupil, texts, tmp_pa
     file.write_text(OWN)
     words = [f"--reward=self+{file}:asking"]
     rows = go(pupil, texts, run, *words)
-    assert rows[1]["reward/asking"] == pytest.approx(0.25) and rows[1]["reward/self"] > 0
+    assert rows[1]["reward/asking"] == pytest.approx(0.25 * rows[1]["reward/format"])
+    assert rows[1]["reward/self"] > 0
     bare = tmp_path / "bare.jsonl"
     bare.write_text(texts.read_text().replace('"reference"', '"note"'))
     with pytest.raises(SystemExit, match=r'mine\.py:asking needs a "reference" of every text'):
