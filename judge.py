@@ -15,9 +15,9 @@ control tokens spelled out. What a translation's form can decide is decided befo
     too long to be judged                                       score 0
     the judge's output is no score                              no reward (NaN): left out, counted
 
-Only what the judge wrote itself is read: output that repeats a text it was asked about is an echo.
-A plea, which a judge may obey, has no form that tells it from a translation: it stays inside its
-fence. Letters: P tasks, N samples of each.
+Only what the judge wrote itself, after its thinking, is read: output that repeats a text it was
+asked about is an echo. A plea, which a judge may obey, has no form that tells it from a
+translation: it stays inside its fence. Letters: P tasks, N samples of each.
 """
 
 import hashlib
@@ -185,8 +185,8 @@ def holds_score(answer: str, source: str) -> bool:
 
 
 def is_echo(answer: str, question: Sequence[str]) -> bool:
-    """Whether a judge's answer without tags repeats a text that it was asked about."""
-    answer = nfkc(answer).strip().casefold()
+    """Whether a judge's answer without tags repeats a text that it was asked about, or is empty."""
+    answer = nfkc(after_thinking(answer) or "").strip().casefold()
     texts = [nfkc(part).casefold() for part in question if isinstance(part, UntrustedText)]
     return "<answer>" not in answer and any(answer in text for text in texts)
 
@@ -203,9 +203,17 @@ def read_answer(text: str) -> str | None:
     return answers[-1].strip() if answers else None
 
 
+def after_thinking(text: str) -> str | None:
+    """What follows the last </think>, which a prompt may have opened; None in an open <think>."""
+    answer = text.rpartition("</think>")[2]
+    return None if "<think>" in answer else answer
+
+
 def answer_text(text: str) -> str | None:
-    """What stands in the last <answer>, all of a text without any, None where one was cut off."""
-    if text.rfind("<answer>") > text.rfind("</answer>"):
+    """After the thinking: what stands in the last <answer>, all of a text without any, None where
+    one was cut off."""
+    text = after_thinking(text)
+    if text is None or text.rfind("<answer>") > text.rfind("</answer>"):
         return None
     answer = read_answer(text)
     return text if answer is None else answer
@@ -248,7 +256,7 @@ def prompt_key(step: int, ids: Sequence[int]) -> int:
 
 class Judgement(NamedTuple):
     judge_text: str
-    own: bool  # the judge's own to the end: neither cut off nor an echo
+    own: bool  # the judge's own to the end: neither cut off, nor still thinking, nor an echo
 
 
 def average_judgements(judgements: Sequence[Judgement], read: Callable = parse_score) -> Score:
@@ -310,7 +318,8 @@ class Judge:
 
     def read(self, sample, question: list[str]) -> Judgement:
         text = self.texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
-        return Judgement(text, sample.stopped and not is_echo(text, question))
+        echo = is_echo(self.texts.thought_start + text, question)
+        return Judgement(text, sample.stopped and not echo)
 
     def next_probs(self, questions: list[list[str]], ids: list[int]) -> dict[int, list[float]]:
         """The probabilities of `ids` as the next token, after those questions that fit."""
@@ -413,12 +422,10 @@ class Reward:
 
 def translation_in(texts, prompts: Prompts, task: Task, sample) -> str | None:
     """The translation in a sample, or None when its form earns nothing."""
-    if not sample.stopped:
+    text, answer = texts.read(sample)
+    if not sample.stopped or answer is None or (prompts.tags and not format_ok(text)):
         return None
-    text = texts.decode(sample.ids[:-1])
-    if prompts.tags and not format_ok(text):
-        return None
-    answer = texts.plain(read_answer(text) if prompts.tags else text).strip()
+    answer = texts.plain(read_answer(answer) if prompts.tags else answer).strip()
     control = {*texts.control.findall(answer)} - {*texts.control.findall(texts.plain(task.text))}
     forged = TAG.search(folded(answer)) or holds_score(answer, task.text)
     return None if control or forged or not letters_only(answer) else answer
@@ -427,7 +434,8 @@ def translation_in(texts, prompts: Prompts, task: Task, sample) -> str | None:
 def shown_translation(texts, prompts: Prompts, task: Task, sample) -> tuple[str, bool]:
     """What a reader gets, and whether its form was right, in whatever language. Unreadable output
     is kept verbatim: dropping it would inflate metrics."""
+    _, answer = texts.read(sample)
+    answer = read_answer(answer or "") if prompts.tags else answer
     text = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
-    answer = read_answer(text) if prompts.tags else text.strip()
     right = translation_in(texts, prompts, task, sample) is not None
-    return (text if answer is None else answer), right
+    return (text if answer is None else answer.strip()), right

@@ -68,7 +68,7 @@ def run_training(s: Settings) -> None:
 
         # What is learned: the texts, the prompts, how held-out translations are measured.
         problem = toy_problem(s, ranks) if s.preset == "toy" else data_problem(s, ranks, comets)
-        texts = PromptCodec(load_tokenizer(problem.folder), s.chat, problem.prompts.tags)
+        texts = PromptCodec(load_tokenizer(problem.folder), s.chat)
         warn_about_prompts(s, texts.tokenizer)
 
         # The model and its sampler; the judge is the same model, unless another one is named.
@@ -180,7 +180,7 @@ def dry_run(s: Settings) -> None:
     if s.model and not (s.preset == "toy" and s.toy_tokens):
         config = estimate.find_config(s.model)
         if (folder := Path(s.model).expanduser()).is_dir():
-            warn_about_prompts(s, load_tokenizer(folder))
+            warn_about_prompts(s, PromptCodec(load_tokenizer(folder), s.chat).tokenizer)
     else:
         recipe = Recipe(seed=s.seed, skills=toy_skills(s))
         config = model_config(recipe, make_tokenizer(Languages(s.seed), recipe.skills))

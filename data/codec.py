@@ -3,6 +3,7 @@
     texts = PromptCodec(load_tokenizer(folder), chat=True)
     ids = texts.encode([PLAIN.ask(task)])          # what the model continues
     texts.decode(ids[0])                           # control tokens are written out
+    texts.read(sample)                             # its text, and what follows its thinking
 
 A prompt is a list of strings. Those of a template are tokenised as they are; an `UntrustedText`,
 from data or from a model, is tokenised apart from them, with its control tokens spelled out.
@@ -13,7 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from judge import UntrustedText, nfkc
+from judge import UntrustedText, after_thinking, nfkc
 
 
 def load_tokenizer(folder: Path):
@@ -29,12 +30,16 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
+THOUGHTS = re.compile(r"(\s*<think>.*?</think>)*", re.DOTALL)
+SWITCH = "enable_thinking"  # of a chat template
+
+
 class PromptCodec:
     """Converts between text and token ids. Control tokens come from templates alone."""
 
-    def __init__(self, tokenizer, chat: bool = False, thinking: bool = True):
-        """`chat`: a prompt is a user's turn in the tokenizer's chat template. `thinking=False`
-        turns thinking off where that template has a switch."""
+    def __init__(self, tokenizer, chat: bool | str = False):
+        """`chat`: a prompt is a user's turn in the tokenizer's chat template, with thinking off
+        where that has a switch, or (chat="thinking") on."""
         self.tokenizer = tokenizer
         # Not control tokens: runs of spaces and line ends, and what unknown text becomes.
         added = {t: i for t, i in tokenizer.get_added_vocab().items() if len(t.strip()) > 1}
@@ -44,10 +49,22 @@ class PromptCodec:
         self.begin = first if first == [tokenizer.bos_token_id] else []  # as in Llama 3
         self.stop_ids = [tokenizer.eos_token_id]
         self.turn, self.notes = ("", ""), []  # around a prompt; changes to the chat template
+        self.thought_start = ""  # of an answer, where the template writes it: open, or empty
+        tokens = [x for x in ("<think>", "</think>") if x in added]
+        if len(tokens) == 1:
+            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has {tokens[0]} alone of "
+                             "<think> and </think>: add the other, or remove it")  # fmt: skip
+        self.thinks = bool(tokens)
         if chat:
             self.begin = []  # the template has it
+            thinking = chat == "thinking"
             self.turn, end, self.notes = chat_turn(tokenizer, thinking)
             self.stop_ids += [i for i in self.pieces([end])[0][:1] if i in self.control_ids]
+            self.thought_start = "".join(self.turn[1].partition("<think>")[1:])
+            self.thinks |= bool(self.thought_start) or SWITCH in tokenizer.get_chat_template()
+            if thinking and not self.thinks:
+                raise ValueError(f"{tokenizer.name_or_path}: --chat thinking needs a chat template "
+                                 f"with {SWITCH} or a token <think>: use --chat alone")  # fmt: skip
 
     def encode(self, prompts: Sequence[list[str]]) -> list[list[int]]:
         before, after = self.turn
@@ -82,6 +99,17 @@ class PromptCodec:
         """With control tokens written out."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
+    def read(self, sample) -> tuple[str, str | None]:
+        """A sample's text, and what a reader gets of it: for a model that thinks, what follows the
+        thoughts it begins with, or None if one never ends. The text has an empty thought in their
+        place: the model's own may name tags, and a prompt may have asked for one more."""
+        text = self.thought_start + self.decode(sample.ids[: len(sample.ids) - sample.stopped])
+        end = THOUGHTS.match(text).end() if self.thinks else 0
+        answer = text[end:]
+        if self.thinks and answer.lstrip().startswith("<think>"):
+            return text, None
+        return "<think></think>" * (end > 0) + answer, answer
+
     def one_token(self, text: str) -> int:
         ids = self.pieces([text])[0]
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
@@ -92,9 +120,9 @@ class PromptCodec:
 TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template takes where it has no clock
 
 
-def chat_turn(tokenizer, thinking: bool = True) -> tuple[tuple[str, str], str, list[str]]:
+def chat_turn(tokenizer, thinking: bool) -> tuple[tuple[str, str], str, list[str]]:
     """(What a chat template writes before and after a user's text), what ends an answer, and notes
-    on changes: a fixed date in place of today's, and no thinking where it can be turned off."""
+    on a fixed date in place of today's and on thinking."""
     name, mark, notes = tokenizer.name_or_path, "THE-TEXT", []
     if not tokenizer.chat_template:
         raise ValueError(f"{name}: the tokenizer has no chat template: leave the chat option out")
@@ -107,13 +135,16 @@ def chat_turn(tokenizer, thinking: bool = True) -> tuple[tuple[str, str], str, l
     if template != own:
         notes.append(f"The chat template writes today's date; {TODAY} is used instead, so that "
                      "prompts do not change from day to day")  # fmt: skip
-    if not thinking and "enable_thinking" in template:
-        options["enable_thinking"] = False
-        notes.append("Thinking is disabled in the chat template: the prompts have no place for it")
+    if SWITCH in template:
+        options[SWITCH] = thinking
+        state = "on" if thinking else "off (--chat thinking turns it on)"
+        notes.append(f"Thinking is {state} in the chat template")
     user, assistant = ({"role": role, "content": mark} for role in ("user", "assistant"))
     prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
     whole = tokenizer.apply_chat_template([user, assistant], **options)
     if prompt.count(mark) != 1 or whole.count(mark) != 2:
         raise ValueError(f"{name}: the chat template does not set down a user's words as they are")
     before, after = prompt.split(mark)
+    if after_thinking(after) is None:
+        notes.append("The chat template begins every answer with <think>: the model thinks")
     return (before, after), whole.rsplit(mark)[-1].strip(), notes

@@ -47,7 +47,7 @@ from rewards.build import checkpoint_id
 from run.cache import JsonlCache, map_cached
 from run.distributed import Ranks, init_device, run_with_error_reporting
 from run.files import atomic_write
-from run.settings import TEMPLATES
+from run.settings import CHAT, TEMPLATES
 
 PAPER_SETS = "wmt23:zh-en,wmt24:zh-en,flores200:zh-en,wmt23:en-zh,wmt24:en-zh,flores200:en-zh"
 
@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--compare", action="store_true", help="add the paper's rows to the table")
     option("--first", type=cli.positive, help="only this many segments of each set")
     option("--prompts", choices=list(TEMPLATES), default="paper")
-    option("--chat", action="store_true", help="use the tokenizer's chat template")
+    option("--chat", default=False, help="use the tokenizer's chat template", **CHAT)
     option("--max-new-tokens", type=cli.positive, default=1024)
     option(
         "--max-num-seqs",

@@ -33,7 +33,6 @@ if __name__ == "__main__":  # as in ssr.py
 import numpy as np
 import torch
 
-from data.codec import PromptCodec, load_tokenizer
 from data.loading import parsed, tasks_of
 from eval import cli
 from eval.score import bootstrap, interval
@@ -46,7 +45,8 @@ from run.distributed import Ranks, init_device, run_with_error_reporting
 from run.driver import make_sampler
 from run.estimate import params_of, refuse_without_room, token_bytes
 from run.files import atomic_write
-from run.settings import TEMPLATES, check_scoring
+from run.problem import load_texts
+from run.settings import CHAT, TEMPLATES, check_scoring
 
 SCORE_MODES = ("written", "expected")
 TOO_LONG = "too long to judge"  # the text of judge.Judge's score
@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--model", required=True, help="folder, hub id or toy: the judge")
     option("--judge-url", default="", help="OpenAI-compatible endpoint that serves --model")
     option("--prompts", choices=list(TEMPLATES), default="paper")
-    option("--chat", action="store_true", help="use the tokenizer's chat template")
+    option("--chat", default=False, help="use the tokenizer's chat template", **CHAT)
     option(
         "--score-mode",
         "--reading",
@@ -139,7 +139,7 @@ def load_judge(args, folder: Path, translations: list[Translation], device: torc
     """A judge whose KV cache fits the longest of the translations that the model has positions
     for. The memory that is there is checked before the model is loaded."""
     config, _ = check_folder(folder)
-    texts, prompts = PromptCodec(load_tokenizer(folder), args.chat), TEMPLATES[args.prompts]
+    texts, prompts = load_texts(folder, args.chat), TEMPLATES[args.prompts]
     questions = [prompts.ask_judge(t.task, t.text, args.score_mode) for t in translations]
     new_tokens = args.judge_max_new_tokens if args.score_mode == "written" else 1
     windows = [len(ids) + new_tokens for ids in texts.encode(questions)]

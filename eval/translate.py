@@ -32,7 +32,7 @@ def translate(
     """Rows by set. The model is loaded only if something is left to translate."""
     folder = ranks.rank0_then_all("fetch the model", lambda: locate_model(system.model))
     prompts = TEMPLATES[args.prompts]
-    texts = load_texts(folder, prompts, args.chat)
+    texts = load_texts(folder, args.chat)
     key = {"model": identify_weights(folder), "prompts": args.prompts, "chat": args.chat}
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     key |= {"max_new_tokens": args.max_new_tokens, "dtype": dtype}

@@ -80,8 +80,7 @@ def self_scorers(s, judge: Judge) -> dict:
     if s.reward == "certainty":
         scorer = Confidence(self_certainty, lambda ids: range(len(ids)), *policy)
     elif s.reward == "confidence":
-        answer = partial(answer_span, texts) if prompts.tags else lambda ids: range(len(ids) - 1)
-        scorer = Confidence(top_gap, answer, *policy)
+        scorer = Confidence(top_gap, partial(answer_span, texts), *policy)
     elif s.reward == "pairs":
         scorer = PairwiseJudge(judge)
     elif s.reward == "group":
@@ -180,12 +179,14 @@ class Confidence:
 
 
 def answer_span(texts: PromptCodec, ids: list[int]) -> range:
-    """The tokens of the last <answer>'s text, without white space at its ends. A token counts if it
-    holds any part of it (a tokenizer may merge "> a"), or a part of one of its characters."""
+    """The tokens of the last <answer>'s text, or of all after the thinking, without white space at
+    its ends. A token counts if it holds any part of it (a tokenizer may merge "> a"), or a part of
+    one of its characters."""
     ids = ids[:-1]  # the stop
     text = texts.decode(ids)
-    start = text.rfind("<answer>") + len("<answer>")
-    answer = text[start : text.rfind("</answer>")]
+    tags = [tag for tag in ("</think>", "<answer>") if tag in text]
+    start = max((text.rfind(tag) + len(tag) for tag in tags), default=0)
+    answer = text[start:].partition("</answer>")[0]
     start, end = start + len(answer) - len(answer.lstrip()), start + len(answer.rstrip())
 
     def length(count: int) -> int:

@@ -124,7 +124,7 @@ def check_decode_kernel(H: int, K: int, E: int) -> None:
 
 
 def load_frozen(
-    folder: Path, device: torch.device, chat: bool = False
+    folder: Path, device: torch.device, chat: bool | str = False
 ) -> tuple[Transformer, PromptCodec]:
     """A model that is only sampled from, and its text codec."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

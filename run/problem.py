@@ -61,23 +61,9 @@ def policy_folder(s, ranks: Ranks) -> Path:
     return ranks.rank0_then_all("fetch the model", lambda: find_folder(s.model))
 
 
-def load_texts(folder: Path, prompts: Prompts, chat: bool) -> PromptCodec:
-    """The text codec of the model that translates. A model is refused if its answers would contain
-    a thought that the format has no place for, or that already begins in the prompt."""
+def load_texts(folder: Path, chat: bool | str) -> PromptCodec:
     check_folder(folder)  # first: transformers would blame the tokenizer for a bad config.json
-    texts = PromptCodec(load_tokenizer(folder), chat, thinking=prompts.tags)
-    after = texts.turn[1]
-    if after.rfind("<think>") > after.rfind("</think>"):
-        raise ValueError(
-            f"{folder}: its chat template begins every answer with <think>, so no translation "
-            "would have the right form: leave --chat out, or use a model that can answer without "
-            "thinking"
-        )
-    if not (chat or prompts.tags) and "<think>" in texts.tokenizer.get_added_vocab():
-        raise ValueError(
-            f"{folder}: this model thinks, and --prompts plain has no place for a thought: use "
-            "--chat, which disables thinking, or --prompts paper"
-        )
+    texts = PromptCodec(load_tokenizer(folder), chat)
     for note in texts.notes:
         print(note)
     return texts
@@ -110,7 +96,7 @@ def data_problem(s, ranks: Ranks, comets: CometWorkers) -> Problem:
 
     corpus, held_out_set = ranks.on_rank0("read the texts", read)
     folder, prompts = policy_folder(s, ranks), TEMPLATES[s.prompts]
-    texts = load_texts(folder, prompts, s.chat)
+    texts = load_texts(folder, s.chat)
 
     def fitting(name: str, tasks: list[Task], count: int) -> list[Task]:
         lengths = map(len, texts.encode([prompts.ask(task) for task in tasks]))

@@ -50,6 +50,9 @@ class RunSettings(grpo.Settings):
     held_out: str = ""
     eval_prompts: int = 512
     """Number of held-out texts."""
+    chat: bool | str = False
+    """Wrap prompts in the tokenizer's chat template, as a user turn. Thinking is off where that
+    has a switch; "--chat thinking" turns it on."""
     max_num_seqs: int = 256
     """Maximum number of sequences decoded at the same time."""
     hang_timeout: float = 1800.0
@@ -83,8 +86,6 @@ class Settings(RunSettings):
     prompts: str = "paper"
     """Prompt templates: "paper" (think, then answer in tags), "plain" (the bare instruction) or
     "toy"."""
-    chat: bool = False
-    """Wrap prompts in the tokenizer's chat template, as a user turn."""
     score_mode: str = "written"
     """How a score is read: the number that the judge writes ("written", paper), or the mean of the
     possible scores under the judge's probabilities ("expected")."""
@@ -178,6 +179,8 @@ BOUNDS = [  # (condition, how its violation is worded, settings)
     (lambda v: 0 <= v < math.inf, "must not be negative", 
      "kl entropy_bonus importance_cap weight_decay comet_weight"),
 ]  # fmt: skip
+# For argparse: --chat alone, or --chat thinking.
+CHAT = {"nargs": "?", "const": True, "choices": ["thinking"], "metavar": "thinking"}
 # These may change when a run is resumed: they affect no past step.
 RESUME_OVERRIDABLE = (
     "folder resume save_every eval_every max_num_seqs micro_batch_tokens hang_timeout steps "
@@ -256,13 +259,18 @@ def parse_fields(argv: list[str], cls: type, presets: dict, program: str, about:
     fields.sort(key=lambda f: first.index(f.name) if f.name in first else len(first))
     common, others = (parser.add_argument_group(title) for title in ("most used", "all others"))
     for f in fields:
-        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        if f.name == "dry_run":
-            kind = {"nargs": "?", "const": "here", "metavar": "GPUS"}
         text = (docs[f.name] + shown_default(f, presets)).replace("%", "%%")
         group = common if f.name in first else others
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif f.name == "dry_run":
+            kind = {"nargs": "?", "const": "here", "metavar": "GPUS"}
+        elif f.name == "chat":
+            kind = CHAT
+            group.add_argument("--no-chat", dest="chat", action="store_const", const=False,
+                               help=argparse.SUPPRESS)  # fmt: skip
+        else:
+            kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         group.add_argument(option(f.name), dest=f.name, help=text, **kind)
     given, unknown = parser.parse_known_args(list(map(new_name, argv)))
     for argument in unknown:
@@ -434,12 +442,15 @@ def describe_run(s: Settings) -> str:
 
 def warn_about_prompts(s: Settings, tokenizer) -> None:
     """Warn of prompts that cannot work, before anything is sampled."""
-    if s.prompts != "paper":
-        return
-    if s.max_new_tokens < 256:
-        print(f"--prompts paper asks for a thought before the answer: with --max-new-tokens "
-              f"{s.max_new_tokens} many samples will be cut off; --prompts plain asks for the "
-              "translation alone")  # fmt: skip
-    if tokenizer.chat_template and not s.chat and s.model != PRESETS[s.preset].get("model"):
+    paper, thinking = s.prompts == "paper", s.chat == "thinking"
+    if (paper or thinking) and s.max_new_tokens < (1024 if thinking else 256):
+        asks = "--chat thinking" if thinking else "--prompts paper"
+        instead = "--chat alone" if thinking else "--prompts plain"
+        print(
+            f"{asks} asks for a thought before the answer: with --max-new-tokens "
+            f"{s.max_new_tokens} many samples will be cut off; {instead} asks for less"
+        )
+    own = s.model == PRESETS[s.preset].get("model")
+    if paper and tokenizer.chat_template and not s.chat and not own:
         print("The model has a chat template: if it is an instruct model, ask it with --chat "
               "--prompts plain")  # fmt: skip

@@ -47,7 +47,7 @@ class Player:
     """A frozen model that writes questions or answers them."""
 
     def __init__(self, folder: Path, s, game, device: torch.device):
-        model, self.texts = load_frozen(folder, device)
+        model, self.texts = load_frozen(folder, device, s.chat)
         self.s, self.game = s, game
         self.sampler = make_sampler(model, s.max_num_seqs, window_size(s, model.config))
 
@@ -59,8 +59,8 @@ class Player:
 
     def parse_question(self, sample: Sample) -> str | None:
         """None also where the Solver's prompt would be longer than --max-prompt-tokens."""
-        text = self.texts.decode(sample.ids[:-1]) if sample.stopped else ""
-        if (question := self.game.parse_question(text)) is None:
+        text = self.texts.read(sample)[1] if sample.stopped else None
+        if text is None or (question := self.game.parse_question(text)) is None:
             return None
         [ids] = self.texts.encode([self.game.solver_prompt(question)])
         return question if len(ids) <= self.s.max_prompt_tokens else None

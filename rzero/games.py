@@ -37,8 +37,9 @@ class Quiz:
         return answer is not None and len(set(self.cluster_answers([truth, answer]))) == 1
 
     def answer(self, texts: PromptCodec, sample, question: str) -> str | None:
-        """None for a sample that was cut off."""
-        return self.text_answer(texts.decode(sample.ids[:-1]), question) if sample.stopped else None
+        """None for a sample that was cut off, or thinks to its end."""
+        text = texts.read(sample)[1] if sample.stopped else None
+        return None if text is None else self.text_answer(text, question)
 
     def majority(self, answers: list[str | None]) -> tuple[float, str]:
         """The majority's share of all answers, readable or not, and the majority's answer."""

@@ -37,7 +37,6 @@ import torch
 
 import grpo
 from data import loading
-from data.codec import PromptCodec, load_tokenizer
 from model import read_config
 from report.runs import read_rows
 from run import driver, estimate, settings
@@ -47,7 +46,7 @@ from run.distributed import Ranks, Stopping, run_with_error_reporting
 from run.folder import RunFolder, save_with_tokenizer
 from run.metrics import mean
 from run.monitor import StopOnSignal
-from run.problem import policy_folder
+from run.problem import load_texts, policy_folder
 from run.settings import RunSettings
 from rzero.challenger import CHALLENGES, ChallengerReward, Player, window_size, write_questions
 from rzero.games import Mathematics, Quiz
@@ -138,7 +137,7 @@ class SelfPlay:
         self.s, self.game, self.device, self.ranks = s, game, device, ranks
         self.path, self.iteration = Path(s.folder), 0
         self.folders = {x: RunFolder(self.path / x, ranks.rank == 0) for x in (".", *PLAYERS)}
-        self.texts = PromptCodec(load_tokenizer(game.folder))
+        self.texts = load_texts(game.folder, s.chat)
         self.held_out = self.solver_prompts(game.held_out)
         if (longest := max((len(p.ids) for p in self.held_out), default=0)) > s.max_prompt_tokens:
             raise ValueError(f"--max-prompt-tokens {s.max_prompt_tokens}: a held-out question has "

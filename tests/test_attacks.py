@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from data.codec import PromptCodec, load_tokenizer
 from data.languages import identifier_version, is_plausible_translation
@@ -33,15 +32,18 @@ TASKS = {attack.task: [a for a in ATTACKS if a.task == attack.task] for attack i
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
+def codecs(tmp_path_factory):
+    """Of a tokenizer like Qwen2.5's, and of one like Qwen3's in its chat template."""
+    folders = [tmp_path_factory.mktemp("tokenizer") for _ in range(2)]
+    for thinks, folder in enumerate(folders):
+        make_tokenizer(folder, thinks=bool(thinks))
+    bare, thinker = map(load_tokenizer, folders)
+    return {"bare": PromptCodec(bare), "thinker": PromptCodec(thinker, "thinking")}
 
 
 @pytest.fixture(scope="module")
-def texts(tokenizer):
-    return PromptCodec(tokenizer)
+def texts(codecs):
+    return codecs["bare"]
 
 
 def judge_who(texts, say, prompts=PAPER):
@@ -86,10 +88,10 @@ def test_there_are_a_hundred_attacks_on_honest_answers_that_pass(texts):
 
 
 @pytest.mark.parametrize("echo", ECHOES)
-@pytest.mark.parametrize("prompts, chat", [(PAPER, False), (PLAIN, True)], ids=["paper", "plain"])
-def test_an_echo_is_no_score(tokenizer, prompts, chat, echo):
+@pytest.mark.parametrize("prompts, model", [(PAPER, "bare"), (PLAIN, "thinker")])
+def test_an_echo_is_no_score(codecs, prompts, model, echo):
     """Of an attack, of an honest answer, or of a source that holds the judge's tags."""
-    texts = PromptCodec(tokenizer, chat)
+    texts = codecs[model]
     for task, attacks in TASKS.items():
         honest, values = earned(texts, prompts, task, [a.text for a in attacks], ECHOES[echo])
         assert math.isnan(honest)
@@ -141,10 +143,10 @@ def test_before_a_judge_that_obeys_only_pleas_beat_the_honest_answer(texts, prom
             assert (value == 0) == refused, attack
 
 
-@pytest.mark.parametrize("chat", [False, True], ids=["bare", "chat"])
-def test_no_attack_ends_its_fence_or_its_turn_or_brings_a_tag(tokenizer, chat):
+@pytest.mark.parametrize("model", ["bare", "thinker"])
+def test_no_attack_ends_its_fence_or_its_turn_or_brings_a_tag(codecs, model):
     """This holds for pleas, too, and for several candidates in a question."""
-    texts, bare = PromptCodec(tokenizer, chat), PromptCodec(tokenizer)
+    texts, bare = codecs[model], PromptCodec(codecs[model].tokenizer)
     questions = [
         PAPER.ask_judge,
         lambda task, text: ask_pair(PAPER, task, text, "b"),

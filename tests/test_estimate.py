@@ -148,7 +148,7 @@ def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
 
 def test_a_dry_run_warns_of_prompts_that_cannot_work(tmp_path, capsys):
     make_model(tmp_path, vocab=400)
-    make_tokenizer(tmp_path)
+    make_tokenizer(tmp_path, thinks=True)
     words = [DRY, "--preset=ssr-zero-0.5b", f"--model={tmp_path}", "--max-new-tokens=64"]
     ssr.main(words)
     out = capsys.readouterr().out
@@ -157,6 +157,8 @@ def test_a_dry_run_warns_of_prompts_that_cannot_work(tmp_path, capsys):
     ssr.main([*words, "--chat", "--prompts=plain"])
     out = capsys.readouterr().out
     assert "cut off" not in out and "chat template" not in out
+    ssr.main([*words, "--chat", "thinking", "--prompts=plain"])
+    assert "--chat thinking asks for a thought before the answer: wit" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_the_toy_measures_this_machine_and_writes_nothing(

@@ -131,6 +131,7 @@ def test_without_tags_all_but_the_stop_is_the_answer(folder, texts):
         (["<think>a</think><answer", ">b", "c", "d<", "/answer>", "<eos>"], range(1, 4)),
         (["<think>a</think>", "<answer>", " ", "b", " ", "</answer>", "<eos>"], range(3, 4)),
         (["<think>a</think>", "<answer>b</answer>", " ", "<eos>"], range(1, 2)),
+        (["<think>a<answer>", "</think>", "\n", "b", " c", " ", "<eos>"], range(3, 5)),
     ],
 )  # fmt: skip
 def test_a_token_that_holds_a_part_of_the_answer_is_inside(pieces, inside):

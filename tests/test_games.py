@@ -10,8 +10,10 @@ import pytest
 
 from data.codec import PromptCodec, load_tokenizer
 from judge import UntrustedText
+from rzero.challenger import Player
 from rzero.games import Mathematics, Quiz, load_held_out
 from sampler import Sample
+from tests.tiny import make_tokenizer
 from toy.programs import (
     DEEPEST,
     HELD_OUT,
@@ -51,10 +53,24 @@ def test_label_is_the_majority_answer(answers, majority):
 
 
 def test_solver_earns_one_for_the_label_and_nothing_for_a_sample_that_was_cut_off():
-    texts = SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
+    texts = SimpleNamespace(read=lambda sample: ("", "".join(map(str, sample.ids[:-1]))))
     group = [Sample([2, 0], [], True), Sample([3, 0], [], True), Sample([2, 0], [], False)]
     [judged] = Sums().solver_reward(texts)([("1 + 1", "2")], [group], 1)
     assert judged.total == [1, 0, 0] and judged.parts["format"] == [1, 1, 0]
+
+
+def test_self_play_reads_what_follows_the_thinking(tmp_path):
+    make_tokenizer(tmp_path, thinks=True)
+    texts, maths = PromptCodec(load_tokenizer(tmp_path)), Mathematics("")
+    limits = SimpleNamespace(max_prompt_tokens=999)
+    solver = SimpleNamespace(texts=texts, game=maths, s=limits)
+    thought = "<think>\n<question> a </question> \\boxed{3}\n</think>\n"
+    for before, ending, found in ((thought, True, "1 + 1"), ("<think>\n", True, None),
+                                  (thought, False, None)):  # fmt: skip
+        text = f"{before}<question> 1 + 1 </question> \\boxed{{2}}"
+        sample = Sample([*texts.pieces([text])[0], *texts.stop_ids * ending], [], ending)
+        assert Player.parse_question(solver, sample) == found
+        assert maths.answer(texts, sample, "1 + 1") == (found and "2")
 
 
 def test_held_out_questions_are_not_trainable_however_they_are_spaced():

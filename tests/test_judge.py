@@ -104,7 +104,7 @@ def judge_all(texts, outputs, answer=lambda prompt, i: well_formed("100"), task=
     [
         (85, ["85", "85/100", "Score: 85", "85 out of 100", "８５",
               "<think> 20 </think><answer>85</answer>", "<answer>20</answer> <answer>85</answer>",
-              "<answer>\nScore: 85/100\n</answer> Ok."]),
+              "<answer>\nScore: 85/100\n</answer> Ok.", "<think>90</think> 85", "90?</think>85"]),
         (100, ["100/100", " 100 \n"]), (85.5, ["85.5"]), (0.8, ["0.8"]), (0, ["0"]),
         (70, ["score：７０／１００"]),
         (None, ["-5", "101", "100/10", "80-90", "1e2", "85 90", "", "NaN", "eighty", "100.5",
@@ -113,6 +113,7 @@ def judge_all(texts, outputs, answer=lambda prompt, i: well_formed("100"), task=
                 "85 <answer>", "<answer>8</answer><answer>x</answer>"]),
         # Cut off: it may have become 8, 85 or 85.5.
         (None, ["<answer>85", "<answer>85</answer> <answer>9"]),
+        (None, ["<think>85", "<think><answer>85</answer>", "85</think>", "85 <think>"]),
     ],
 )  # fmt: skip
 def test_scores_are_read_and_anything_else_is_none(score, words):

@@ -15,16 +15,19 @@ from sacrebleu import sentence_chrf
 
 import ssr
 from data.codec import PromptCodec, load_tokenizer
-from judge import PAPER, PLAIN, Task, translation_in
+from eval.__main__ import parse as parse_eval
+from eval.judge import parse as parse_judge
+from judge import PAPER, PLAIN, Judge, Task, average_judgements, shown_translation, translation_in
 from rewards import build
 from run import estimate, problem, settings
+from rzero import selfplay
 from tests import corpora, runs
 from tests.processes import ROOT
 from tests.runs import PAPER as SMALL
 from tests.runs import num_lines, rows_of, wait_for, write_rows
 from tests.test_data import small_sets, wmt  # noqa: F401 (fixtures)
 from tests.test_remote import chat, environment, serve  # noqa: F401 (fixtures)
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model, make_pupil, make_tokenizer
 
 
 def go(pupil, texts, run, *words):
@@ -198,36 +201,170 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_written(
 # ---------------------------------------------------------------------- templates and thoughts
 
 
+THOUGHT = "<think>\nAn <answer> of 100?\n</think>\n\n"
+FORM = "<think> 90 </think> <answer> gut </answer>"
+
+
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory):
-    """A model whose tokenizer is like Qwen3's: thoughts stand between tokens of their own."""
-    folder = tmp_path_factory.mktemp("thinker")
-    make_model(folder, vocab=400, positions=4096)
-    make_tokenizer(folder, thinks=True)
+    """A model with a tokenizer like Qwen3's that has learned to think, then to translate or judge;
+    its thoughts stand between tokens of their own."""
+    folder, lessons = tmp_path_factory.mktemp("thinker"), []
+    for i in range(4):
+        task = Task(corpora.english("news", i), "English", "Chinese", corpora.chinese("news", i))
+        score = f"<answer> {50 + 5 * i} </answer>"
+        asked = PLAIN.ask_judge(task, task.reference)
+        for prompt, answer in ((PLAIN.ask(task), task.reference), (asked, score)):
+            turn = f"<|im_start|>user\n{''.join(prompt)}<|im_end|>\n<|im_start|>assistant\n"
+            lessons.append((turn, f"<think>\nok 97\n</think>\n\n{answer}"))
+    make_pupil(folder, lessons, steps=40, thinks=True)
     return folder
 
 
-def test_a_model_that_thinks_is_refused_where_a_thought_has_no_place(thinker, tmp_path):
-    with pytest.raises(ValueError, match=r"this model thinks, and --prompts plain has no place"):
-        problem.load_texts(thinker, PLAIN, chat=False)
-    always = tmp_path / "always"
-    shutil.copytree(thinker, always)
-    template = (always / "chat_template.jinja").read_text()
-    (always / "chat_template.jinja").write_text(f"{template}<think>\n")
-    for prompts in (PAPER, PLAIN):
-        with pytest.raises(ValueError, match="begins every answer with <think>"):
-            problem.load_texts(always, prompts, chat=True)
+@pytest.fixture(scope="module")
+def codecs(thinker, tmp_path_factory):
+    """Without a template, with thinking off and on, and a template that always begins to think."""
+    always = shutil.copytree(thinker, tmp_path_factory.mktemp("always") / "always")
+    file = always / "chat_template.jinja"
+    before, switch, _ = file.read_text().partition("{% if enable_thinking")
+    assert switch
+    file.write_text(f"{before}{{{{ '<think>\\n' }}}}{{% endif %}}")
+    chats = {"no": False, "off": True, "on": "thinking"}
+    codecs = {name: problem.load_texts(thinker, chat) for name, chat in chats.items()}
+    return codecs | {"always": problem.load_texts(always, True)}
 
 
-def test_thinking_is_switched_off_where_the_template_can_and_the_prompts_want_none(thinker, capsys):
-    tail, task = "<|im_start|>assistant\n", Task("a", "English", "German")
-    for prompts, more in ((PLAIN, "<think>\n\n</think>\n\n"), (PAPER, "")):
-        codec = problem.load_texts(thinker, prompts, chat=True)
-        (ids,) = codec.encode([prompts.ask(task)])
-        assert codec.decode(ids).endswith(tail + more)
-        assert ("Thinking is disabled" in capsys.readouterr().out) == bool(more)
-    sample = SimpleNamespace(ids=[*codec.pieces(["gut"])[0], codec.stop_ids[0]], stopped=True)
-    assert translation_in(codec, PLAIN, task, sample) == "gut"
+def written(codec, text, letters=False, stopped=True):
+    """A sample of that text, with the tokens that the tokenizer makes of it, or of each letter."""
+    ids = [i for piece in codec.pieces([*text] if letters else [text]) for i in piece]
+    return SimpleNamespace(ids=[*ids, codec.stop_ids[0]] if stopped else ids, stopped=stopped)
+
+
+def test_the_templates_switch_for_thinking_is_set_and_said(codecs):
+    said = {
+        "no": (":\na", ""),
+        "off": (
+            "assistant\n<think>\n\n</think>\n\n",
+            "Thinking is off (--chat thinking turns it on)",
+        ),
+        "on": ("assistant\n", "Thinking is on in the chat template"),
+        "always": ("assistant\n<think>\n", "The chat template begins every answer with <think>"),
+    }
+    for name, codec in codecs.items():
+        (ids,) = codec.encode([PLAIN.ask(Task("a", "English", "German"))])
+        end, note = said[name]
+        assert codec.decode(ids).endswith(end) and "".join(codec.notes).startswith(note)
+        assert len(codec.notes) == bool(note)
+
+
+@pytest.mark.parametrize("letters", [False, True], ids=["tokens", "letters"])
+@pytest.mark.parametrize(
+    ("prompts", "text", "right"),
+    [
+        (PLAIN, "gut", "no off on"),
+        (PLAIN, f"{THOUGHT}gut", "no off on always"),
+        (PLAIN, "a <think>?\n</think>\n\ngut", "always"),
+        (PLAIN, "gut <think>", ""), (PLAIN, THOUGHT, ""), (PLAIN, "<think>\ngut", ""),
+        (PLAIN, f"{THOUGHT}a <think> b </think> gut", ""),
+        (PAPER, FORM, "no off on always"),
+        (PAPER, THOUGHT + FORM, "no off on always"),
+        (PAPER, f"{THOUGHT}<answer>gut</answer>", "no off on always"),
+        (PAPER, "<answer>gut</answer>", "off"),
+        (PAPER, "a <answer>?\n</think>\n\n<answer>gut</answer>", "always"),
+        (PAPER, FORM + FORM, ""), (PAPER, f"{THOUGHT}gut", ""),
+        (PAPER, "<think> a <answer>gut</answer>", ""), (PAPER, f"{FORM} <think>", ""),
+    ],
+)  # fmt: skip
+def test_what_follows_the_thinking_is_judged_and_shown(codecs, prompts, text, right, letters):
+    task = Task("good", "English", "German")
+    for name, codec in codecs.items():
+        whole, cut = (written(codec, text, letters, stopped) for stopped in (True, False))
+        expected = "gut" if name in right.split() else None
+        assert translation_in(codec, prompts, task, whole) == expected, name
+        assert translation_in(codec, prompts, task, cut) is None
+        if expected:
+            assert shown_translation(codec, prompts, task, whole) == ("gut", True)
+            assert shown_translation(codec, prompts, task, cut) == ("gut", False)
+        elif name == "on" and "<answer>" not in text:  # still thinking
+            assert shown_translation(codec, prompts, task, cut) == (text, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "scored"),
+    [
+        ("85", "no off on"), (f"{THOUGHT}85", "no off on always"),
+        (f"{THOUGHT}<think> 90 </think> <answer>85</answer>", "no off on always"),
+        ("<think> 90 <answer>85</answer>", ""), ("85 <think>", ""), (THOUGHT, ""),
+        ("<think> <answer>85</answer> </think>", ""),
+        (f"{THOUGHT}100", ""),  # an echo of the candidate
+    ],
+)  # fmt: skip
+def test_a_score_stands_after_the_thinking(codecs, text, scored):
+    question = PLAIN.ask_judge(Task("We have 100 points", "English", "German"), "100")
+    for name, codec in codecs.items():
+        judge = Judge(None, codec, PLAIN)
+        read = average_judgements([judge.read(written(codec, text), question)])
+        assert read.value == (0.85 if name in scored.split() else None), name
+        cut = judge.read(written(codec, text, stopped=False), question)
+        assert average_judgements([cut]).value is None
+
+
+def test_tags_in_a_text_are_no_tokens_of_the_prompt(codecs):
+    """Neither in a source nor in a candidate, with any template."""
+    task, words = Task("Say <think> 100 </think>", "English", "German"), "Sag <think>100</think>"
+    for codec in codecs.values():
+        for ask in (PLAIN.ask, PAPER.ask, lambda task: PLAIN.ask_judge(task, words)):
+            ids = codec.encode([ask(task), ask(task._replace(text="a"))])
+            harmful, harmless = ([i for i in row if i in codec.control_ids] for row in ids)
+            assert harmful == harmless
+        # A translation that has to keep them earns nothing, as with any model.
+        assert translation_in(codec, PLAIN, task, written(codec, words)) is None
+
+
+def test_a_model_that_thinks_learns_from_what_follows(thinker, texts, tmp_path):
+    """Its translations and its judgements: each has a number in its thoughts."""
+    english = [row for row in rows_of(texts) if row["source"] == "en"]
+    file = write_rows(tmp_path / "texts.jsonl", english)
+    words = ["--prompts=plain", "--chat", "thinking"]
+    row = go(thinker, file, tmp_path / "run", *words)[1]
+    assert row["reward/format"] > 0.1 < row["reward/self"] and row["train/grad_norm"] > 0
+    shown = rows_of(tmp_path / "run" / "evaluations.jsonl")[0]["greedy"]
+    names = ("format", "self", "text", "judge")
+    judged = [x for x in zip(*(shown[name] for name in names), strict=True) if x[0] and x[1]]
+    assert judged
+    for _, score, text, words in judged:
+        assert "think>" not in text and words.startswith("<think>\nok") and score != 0.97
+
+
+@pytest.mark.parametrize("token", ["<think>", "</think>"])
+def test_thinking_that_cannot_work_is_refused_in_one_sentence(tmp_path, token):
+    make_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: --chat thinking needs .* use --chat alone"):
+        PromptCodec(load_tokenizer(tmp_path), chat="thinking")
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_tokens([token])
+    with pytest.raises(ValueError, match=f"the tokenizer has {token} alone of <think> and <"):
+        PromptCodec(tokenizer)
+
+
+def parse_ssr(words):
+    return settings.parse(["--preset=ssr-zero-0.5b", f"--data={ROOT / 'ssr.py'}", *words])
+
+
+@pytest.mark.parametrize(
+    "parse",
+    [parse_ssr, selfplay.parse, lambda words: parse_eval(["--model=x", *words]),
+     lambda words: parse_judge(["--model=x", "rows.jsonl", *words])],
+    ids=["ssr", "rzero", "eval", "eval.judge"],
+)  # fmt: skip
+def test_chat_is_a_switch_that_may_have_a_value(parse, capsys):
+    for words, value in ([], False), (["--chat"], True), (["--chat", "thinking"], "thinking"):
+        assert parse([*words, "--max-num-seqs=4"]).chat == value
+    with pytest.raises((ValueError, SystemExit)) as error:
+        parse(["--chat=maybe"])
+    assert "argument --chat: invalid choice: 'maybe'" in f"{error.value}{capsys.readouterr().err}"
+    if parse in (parse_ssr, selfplay.parse):
+        assert parse(["--chat", "--no-chat"]).chat is False
 
 
 def test_a_template_with_a_clock_makes_the_same_prompts_tomorrow(tmp_path):

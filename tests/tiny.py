@@ -68,10 +68,16 @@ QWEN_CHAT = (  # as Qwen2.5's: a system's turn, then the others, then the begin 
 )
 
 
-THINKING_CHAT = QWEN_CHAT.replace(  # a switch as Qwen3's: no thought is an empty one
-    "assistant\\n' }}{% endif %}",
-    "assistant\\n' }}{% if enable_thinking is defined and not enable_thinking %}"
-    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}",
+THINKING_CHAT = (  # as Qwen3's: earlier answers lose their thoughts, and a switch, on unless it
+    # is false, decides whether an empty thought stands where the answer begins
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
+    "{% if loop.last %}{{ '<think>\\n' + parts[:-1]|join|replace('<think>', '')|trim }}"
+    "{{ '\\n</think>\\n\\n' }}{% endif %}{{ parts[-1]|trim }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
 
 
@@ -100,11 +106,13 @@ def make_tokenizer(
     fast.save_pretrained(folder)
 
 
-def make_pupil(folder: Path, lessons: list[tuple[str, str]], steps: int, seed=0) -> None:
+def make_pupil(
+    folder: Path, lessons: list[tuple[str, str]], steps: int, seed=0, thinks=False
+) -> None:
     """A tiny Qwen2 with a tokenizer of its own that has heard answers to some prompts: what it says
     mostly ends, in the right form, and means little."""
-    make_tokenizer(folder, [a + b for a, b in lessons], 700)
-    model = make_model(folder, vocab=700, positions=4096, seed=seed, head_dim=16).train()
+    make_tokenizer(folder, [a + b for a, b in lessons], 700, thinks)
+    model = make_model(folder, vocab=702, positions=4096, seed=seed, head_dim=16).train()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [tokenizer.encode(a) for a, _ in lessons]
     ends = [[*tokenizer.encode(b), tokenizer.eos_token_id] for _, b in lessons]
