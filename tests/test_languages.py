@@ -121,9 +121,10 @@ def test_a_copy_with_an_error_does_not_pass(error, text, target):
         ),
         ("German", "Angela Merkel traf Emmanuel Macron und Mario Draghi in Paris.", False),
         ("German", "Installieren Sie das Microsoft Visual Studio Code Extension Pack.", False),
+        ("German", "Heute läuft 'Harry Potter and the Order of the Phoenix'.", False),
         ("German", "Soleil et oiseaux.", False),  # too short to be sure
         ("Norwegian Bokmal", "Solen skinner, og fuglene synger i dag.", False),
-        ("Norwegian Bokmal", "Solen skinner, og fuglene synger i haven i dag.", False),  # Danish
+        ("Norwegian Bokmal", "Hvornår går vi så hjem igen efter fødselsdagen?", False),  # Danish
         ("Traditional Chinese", "今天阳光明媚，鸟儿在花园里唱歌，我们去公园散步吧。", False),
         ("Kazakh", "Bugün hava çok güzel, kuşlar bahçede ötüyor.", False),  # has two scripts
         ("Old French", "Die Sonne scheint, und die Vögel singen draußen.", False),  # not known
