@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 import grpo
 from data.codec import PromptCodec, load_tokenizer
@@ -36,6 +37,34 @@ class SamplerRoom(NamedTuple):
     window: int  # tokens of a sequence
     slots: int
     judge_slots: int = 1  # of a judge with weights of its own
+
+
+class HostAdamW(torch.optim.AdamW):
+    """AdamW whose moments stay in host memory and visit the weights' device, one parameter's at a
+    time: the same kernel on the same numbers gives the same bits. The copies are blocking."""
+
+    def __init__(self, made: torch.optim.AdamW):
+        super().__init__(made.param_groups)
+        for p in self.param_groups[0]["params"]:
+            zeros = {key: torch.zeros_like(p, device="cpu") for key in ("exp_avg", "exp_avg_sq")}
+            self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            number, *host = self.state[p].values()
+            visiting = [x.to(p.device, copy=True) for x in host]
+            adamw(
+                [p], [p.grad], *([x] for x in visiting), [], [number], fused=True, amsgrad=False,
+                beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+                eps=group["eps"], maximize=False,
+            )  # fmt: skip
+            for kept, new in zip(host, visiting, strict=True):
+                kept.copy_(new)
 
 
 @dataclass
@@ -94,6 +123,8 @@ def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, room: Samp
     if not (s.track_kl or s.kl):
         reference = None
     optimizer = grpo.make_optimizer(model, s)
+    if s.offload_optimizer:
+        optimizer = HostAdamW(optimizer)
     return Policy(model, optimizer, sampler, reference, judge_sampler, average)
 
 

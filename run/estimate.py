@@ -38,6 +38,7 @@ SHAPES = {  # Config's numbers, tied or not: these models need no network
 # Billions of parameters by eval/comet.py's names; the others have about 0.6.
 COMETS = {"cometkiwi-xl": 3.5, "xcomet-xl": 3.5, "cometkiwi-xxl": 10.7, "xcomet-xxl": 10.7}
 EFFICIENCY = {"products": 0.45, "bytes": 0.65}
+HOST_RATE = 8.0  # GB a second between a GPU and pageable host memory, over PCIe: assumed
 # Seconds to start a block's operators: measured on a CPU; on a GPU 19 in a graph, a guess.
 BLOCK_START = {"cpu": 4e-4, "cuda": 3.4e-5}
 
@@ -88,7 +89,7 @@ def machines(gpus: str, any_gpu: bool) -> tuple[Machine, int]:
         if torch.cuda.is_available():
             return measure_machine(torch.device("cuda")), torch.cuda.device_count()
         return (MACHINES["h100"], 8) if any_gpu else (measure_machine(torch.device("cpu")), 1)
-    count, _, name = gpus.rpartition("x") if gpus[0].isdigit() else ("1", "", gpus)
+    count, _, name = gpus.partition("x") if gpus[0].isdigit() else ("1", "", gpus)
     if name not in MACHINES or not count.isdecimal() or int(count) < 1:
         raise ValueError(
             f"--dry-run {gpus}: use a number and a GPU, such as 8xh100, of {', '.join(MACHINES)}"
@@ -150,6 +151,11 @@ class Workload(NamedTuple):
     def itemsize(self) -> int:
         """Bytes of a weight that samples or judges."""
         return 2 if self.cuda else 4
+
+    @property
+    def offloaded(self) -> bool:
+        """On a CPU host memory is the memory."""
+        return self.cuda and self.s.offload_optimizer
 
     @property
     def comets(self) -> list[str]:
@@ -218,7 +224,9 @@ def memory(k: Workload) -> dict[str, float]:
     N, block, root = params_of(c)
     window = min(k.template + k.longest + k.judge_tokens + 64, c.max_length)
     slot = window * token_bytes(c, k.itemsize)
-    parts = {"weights, fp32": 4 * N / k.G, "gradients, fp32": 4 * N / k.G, "AdamW": 8 * N / k.G}
+    parts = {"weights, fp32": 4 * N / k.G, "gradients, fp32": 4 * N / k.G}
+    if not k.offloaded:
+        parts["AdamW"] = 8 * N / k.G
     if k.cuda or k.G > 1:
         parts["the sampler's copy"] = size * N
     parts["its KV cache"] = k.slots * slot
@@ -247,8 +255,15 @@ def memory(k: Workload) -> dict[str, float]:
     # Gathered weights and their gradients, then in fp32 on their way to their shards.
     whole = (2 * block + root) * (2 * size + 4) if k.G > 1 else size * c.vocab_size * c.hidden_size
     chunk = min(CHUNK_BYTES["cuda" if k.cuda else "cpu"], 4 * k.train_tokens * c.vocab_size)
-    parts["while training"] = size * kept + whole + 2 * chunk
+    visiting = 8 * c.vocab_size * c.hidden_size / k.G if k.offloaded else 0  # one parameter's AdamW
+    parts["while training"] = max(size * kept + whole + 2 * chunk, visiting)
     return parts
+
+
+def host_bytes(k: Workload) -> float:
+    """Host memory for each GPU under --offload-optimizer: AdamW's state, and the copy of it and of
+    the weights while a checkpoint is written."""
+    return k.offloaded * (8 + 12) * params_of(k.c)[0] / k.G
 
 
 def peak(parts: dict[str, float]) -> float:
@@ -259,6 +274,8 @@ def check_room(k: Workload, device: torch.device) -> None:
     """Before anything is loaded."""
     advice = "--dry-run shows what for, and what would help"
     refuse_without_room(peak(memory(k)), device, advice)
+    advice = "that is host memory, of which --offload-optimizer takes 20 bytes a parameter"
+    refuse_without_room(host_bytes(k), torch.device("cpu"), advice)
 
 
 def refuse_without_room(needed: float, device: torch.device, advice: str) -> None:
@@ -309,6 +326,8 @@ def seconds(k: Workload, m: Machine) -> dict[str, float]:
     micro_batches = math.ceil(k.train_tokens / s.micro_batch_tokens)
     traffic = micro_batches * (2 * k.itemsize + 4) * N / (m.link * 1e9) * (k.G > 1)
     parts["train"] = s.updates_per_batch * max(compute, traffic)
+    if k.offloaded:  # both moments, there and back
+        parts["offload"] = s.updates_per_batch * 16 * N / k.G / (HOST_RATE * 1e9)
     return parts
 
 
@@ -341,6 +360,7 @@ def format_estimate(k: Workload, m: Machine, name: str) -> str:
         f"{'memory of each':28}       GB",
         *(f"{part:28} {amount / 1e9:8.2f}" for part, amount in parts.items()),
         f"{'peak':28} {peak(parts) / 1e9:8.2f} of {m.gigabytes:,.0f}",
+        *[f"{'host memory':28} {host_bytes(k) / 1e9:8.2f}"] * k.offloaded,
         "",
         f"{'seconds of a step':28} longest  a quarter as long",
         *(f"{stage:28} {time:7.3g}  {short[stage]:7.3g}" for stage, time in longest.items()),
@@ -366,6 +386,7 @@ def fit_verdict(k: Workload, m: Machine) -> str:
         ("micro_batch_tokens", batch, k.s.micro_batch_tokens > batch),
         ("max_num_seqs", 64, k.slots > 64),
         ("track_kl", False, k.s.track_kl and not k.s.kl and k.s.judge != "frozen"),
+        ("offload_optimizer", True, k.cuda and not k.offloaded),
         *(("max_num_seqs", slots, k.slots > slots) for slots in (32, 16, 8)),
     ]
     changes, other = {}, k
@@ -374,7 +395,7 @@ def fit_verdict(k: Workload, m: Machine) -> str:
             changes[name] = value
             other = k.changed(**changes)
     options = " ".join(
-        "--no-track-kl" if name == "track_kl" else f"--{name.replace('_', '-')} {value}"
+        f"--{'no-' * (value is False)}{name.replace('_', '-')}" + f" {value}" * (value > 1)
         for name, value in changes.items()
     )
     if missing(other, m) <= 0:

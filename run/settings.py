@@ -55,6 +55,8 @@ class RunSettings(grpo.Settings):
     has a switch; "--chat thinking" turns it on."""
     max_num_seqs: int = 256
     """Maximum number of sequences decoded at the same time."""
+    offload_optimizer: bool = False
+    """Keep AdamW's state, eight bytes a parameter, in host memory instead of the GPU's."""
     hang_timeout: float = 1800.0
     """Seconds to wait for a rank that makes no progress before the run is aborted."""
     dry_run: str = ""
@@ -184,7 +186,7 @@ CHAT = {"nargs": "?", "const": True, "choices": ["thinking"], "metavar": "thinki
 # These may change when a run is resumed: they affect no past step.
 RESUME_OVERRIDABLE = (
     "folder resume save_every eval_every max_num_seqs micro_batch_tokens hang_timeout steps "
-    "judge_url log_to dry_run"
+    "judge_url log_to dry_run offload_optimizer"
 )
 COMMON = (  # in this order in front of all others in --help
     "preset model data source target held_out steps seed prompts_per_step samples_per_prompt "

@@ -119,7 +119,8 @@ MOVED = settings.MOVED | {
     "samples_per_prompt": "each player has its own: --challenger-samples, --solver-samples",
 }
 RESUME_OVERRIDABLE = (
-    "folder resume iterations save_every micro_batch_tokens max_num_seqs hang_timeout"
+    "folder resume iterations save_every micro_batch_tokens max_num_seqs hang_timeout "
+    "offload_optimizer"
 )
 PLAYERS = ("challenger", "solver")
 SHOWN = {  # metric -> its label in the progress line

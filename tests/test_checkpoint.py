@@ -11,11 +11,12 @@ import time
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grpo
 import ssr
 from model import Config, Transformer
-from run import checkpoint, folder, monitor
+from run import checkpoint, driver, folder, monitor, settings
 from run.checkpoint import Checkpoints, tensors_of
 from run.distributed import Ranks
 from tests import processes, runs
@@ -30,6 +31,7 @@ from tests.runs import (
     train,
     wait_for,
 )
+from tests.tiny import make_model
 
 IDENTITY = {"model": {"layers": 1}, "texts": "a"}
 
@@ -86,6 +88,43 @@ def test_the_optimizers_state_is_there_before_its_first_step_and_changes_nothing
             optimizer.step()
     for a, b in zip(*(m.parameters() for m in models), strict=True):
         assert torch.equal(a, b)
+
+
+def test_adamw_in_host_memory_makes_the_same_steps(tmp_path):
+    """To the last bit, at rates that change and beside a weight without a gradient."""
+    make_model(tmp_path)
+    policies = []
+    for switch in ("--no-offload-optimizer", "--offload-optimizer"):
+        s = settings.parse(["--preset=toy", "--weight-decay=0.1", switch])
+        room = driver.SamplerRoom(window=32, slots=1)
+        policies.append(driver.build_policy(tmp_path, s, torch.device("cpu"), Ranks(), room))
+        kept, optimizer = policies[-1].tensors(), policies[-1].optimizer
+        assert isinstance(optimizer, driver.HostAdamW) == (switch == "--offload-optimizer")
+        for lr in (0.1, 0.02, 0.05):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            policies[-1].model(torch.arange(5)[None]).square().sum().backward()
+            next(policies[-1].model.parameters()).grad = None
+            optimizer.step()
+        for name, x in policies[-1].tensors().items():  # what a checkpoint holds is what was used
+            assert torch.equal(x, kept[name])
+    one, other = (policy.tensors() for policy in policies)
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        assert torch.equal(x, other[name]), name
+
+
+def test_adamw_in_host_memory_computes_where_the_weights_are():
+    """Fake tensors have a device and no numbers."""
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.zeros(3, 4, device="cuda"))
+        weight.grad = torch.zeros(3, 4, device="cuda")
+        optimizer = driver.HostAdamW(torch.optim.AdamW([weight]))
+        optimizer.step()
+        state = optimizer.state[weight]
+    assert {name: x.device.type for name, x in state.items()} == {
+        "step": "cuda", "exp_avg": "cpu", "exp_avg_sq": "cpu",
+    }  # fmt: skip
 
 
 def test_the_newest_are_kept_and_restored(tmp_path, state):

@@ -1,7 +1,10 @@
 """--dry-run: what lives all the time is counted to the byte; the rest is an estimate that must err
 on neither side by much."""
 
+import math
+
 import pytest
+import torch
 
 import grpo
 import ssr
@@ -60,6 +63,30 @@ def test_what_lives_all_the_time_is_counted_to_the_byte(tmp_path):
     assert other_player == pytest.approx(sampler_bytes(0) + size, rel=0.02)
     assert answering.changed(max_num_seqs=3).asked.s.max_num_seqs == 3
     assert seconds(answering, H100)["answers"] == seconds(answers, H100)["sample"]
+
+
+def test_adamw_in_host_memory_is_counted_there_with_its_way_and_its_copy(monkeypatch):
+    plain = work("Qwen/Qwen2.5-1.5B", 2, updates_per_batch=3)
+    k = plain.changed(offload_optimizer=True)
+    gone = memory(plain)["AdamW"]
+    assert estimate.peak(memory(plain)) - estimate.peak(memory(k)) == gone
+    weights = memory(k)["weights, fp32"]
+    assert estimate.host_bytes(k) == gone + (gone + weights)  # and a checkpoint's copy
+    assert estimate.host_bytes(plain) == 0
+    times = seconds(k, H100)
+    assert times.pop("offload") == pytest.approx(3 * 2 * gone / (estimate.HOST_RATE * 1e9))
+    assert times == seconds(plain, H100)
+    # The embedding's moments visit the GPU, where a small micro-batch takes less than they do.
+    small = k.changed(micro_batch_tokens=64, max_prompt_tokens=8, max_new_tokens=8)
+    small = small.changed(prompts_per_step=2)._replace(G=1)
+    assert memory(small)["while training"] == 2 * 4 * 151_936 * 1_536
+    # A CPU's memory is the host's.
+    assert memory(k._replace(cuda=False)) == memory(plain._replace(cuda=False))
+    free = {"cuda": math.inf, "cpu": 1e9}
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: free[device.type])
+    estimate.check_room(plain, torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"about 15\.4 GB .* 1\.0 are .* host memory"):
+        estimate.check_room(k, torch.device("cuda"))
 
 
 def test_a_prompt_is_read_once_for_the_samples_that_fit():
@@ -121,12 +148,22 @@ def test_the_papers_run_fits_on_eight_gpus_of_80_gb_and_32b_does_not(capsys):
     assert "It would with --micro-batch-tokens 8192 --no-track-kl." in out
 
 
-def test_the_advice_fits():
-    k = work("Qwen/Qwen2.5-7B", 8, max_num_seqs=256, micro_batch_tokens=16384, track_kl=True)
-    advice = estimate.fit_verdict(k, H100).split("It would with ")[1].rstrip(".").split()
+@pytest.mark.parametrize(
+    ("name", "G", "gpu", "offload"),
+    [("Qwen/Qwen2.5-7B", 8, "8xh100", False), ("Qwen/Qwen2.5-1.5B", 1, "1xrtx4090", True)],
+)
+def test_the_advice_fits(name, G, gpu, offload):
+    machine, count = estimate.machines(gpu, any_gpu=False)
+    assert count == G
+    k = work(name, G, max_num_seqs=256, micro_batch_tokens=16384, track_kl=True)
+    advice = estimate.fit_verdict(k, machine).split("It would with ")[1].rstrip(".").split()
     s = settings.parse(["--preset=ssr-zero-7b", "--max-num-seqs=256", "--track-kl", *advice])
-    assert estimate.fit_verdict(k._replace(s=s), H100).startswith("It fits")
-    large = work("Qwen/Qwen2.5-72B", 8, max_num_seqs=8)
+    assert s.offload_optimizer == offload
+    assert estimate.fit_verdict(k._replace(s=s), machine).startswith("It fits")
+
+
+def test_where_no_advice_helps_none_is_given():
+    large = work("Qwen/Qwen2.5-72B", 8, max_num_seqs=8, offload_optimizer=True)
     large = large.changed(micro_batch_tokens=large.longest)
     assert estimate.fit_verdict(large, H100).endswith("on each. Use more or larger GPUs.")
 

@@ -306,7 +306,8 @@ def test_resume_accepts_settings_that_change_no_result_and_refuses_others(whole)
     for words in ("--band=0.1", "--preset=r-zero-4b", "--seed=4", "--answers=5"):
         with pytest.raises(ValueError, match=words.split("=")[0]):
             selfplay.parse([f"--folder={whole}", "--resume", words])
-    s = selfplay.parse([f"--folder={whole}", "--resume", "--max-num-seqs=4", "--iterations=5"])
+    words = ["--max-num-seqs=4", "--iterations=5", "--offload-optimizer"]
+    s = selfplay.parse([f"--folder={whole}", "--resume", *words])
     assert (s.max_num_seqs, s.iterations, s.questions, s.band) == (4, 5, 48, 0.5)
 
 
