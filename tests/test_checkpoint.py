@@ -114,17 +114,22 @@ def test_adamw_in_host_memory_makes_the_same_steps(tmp_path):
         assert torch.equal(x, other[name]), name
 
 
-def test_adamw_in_host_memory_computes_where_the_weights_are():
+def test_adamw_in_host_memory_computes_where_the_weights_are(monkeypatch):
     """Fake tensors have a device and no numbers."""
+    seen = set()
+
+    def adamw(*lists, **_):
+        seen.update(x.device.type for tensors in lists for x in tensors)
+
+    monkeypatch.setattr(driver, "adamw", adamw)
     with FakeTensorMode():
         weight = torch.nn.Parameter(torch.zeros(3, 4, device="cuda"))
         weight.grad = torch.zeros(3, 4, device="cuda")
         optimizer = driver.HostAdamW(torch.optim.AdamW([weight]))
         optimizer.step()
-        state = optimizer.state[weight]
-    assert {name: x.device.type for name, x in state.items()} == {
-        "step": "cuda", "exp_avg": "cpu", "exp_avg_sq": "cpu",
-    }  # fmt: skip
+    assert seen == {"cuda"}
+    state = optimizer.state[weight]
+    assert state["exp_avg"].device.type == state["exp_avg_sq"].device.type == "cpu"
 
 
 def test_the_newest_are_kept_and_restored(tmp_path, state):
