@@ -238,7 +238,7 @@ SPREAD = TOGETHER | {
 }
 CHALLENGER_ALONE = [
     "--iterations=1", "--challenger-steps=150", "--challenger-lr=1e-3", "--solver-steps=1",
-    "--band=0.5",
+    "--band=0-1",
 ]  # fmt: skip
 RZERO = {
     "R-Zero": [],

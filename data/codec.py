@@ -6,7 +6,8 @@
     texts.read(sample)                             # its text, and what follows its thinking
 
 A prompt is a list of strings. Those of a template are tokenised as they are; an `UntrustedText`,
-from data or from a model, is tokenised apart from them, with its control tokens spelled out.
+from data or from a model, is tokenised apart from them, with its control tokens spelled out. A
+`SystemText` may come first: it fills the system's turn.
 """
 
 import datetime
@@ -34,6 +35,10 @@ THOUGHTS = re.compile(r"(\s*<think>.*?</think>)*", re.DOTALL)
 SWITCH = "enable_thinking"  # of a chat template
 
 
+class SystemText(str):
+    """The system's turn of a prompt, whose other strings are the user's."""
+
+
 class PromptCodec:
     """Converts between text and token ids. Control tokens come from templates alone."""
 
@@ -49,6 +54,7 @@ class PromptCodec:
         self.begin = first if first == [tokenizer.bos_token_id] else []  # as in Llama 3
         self.stop_ids = [tokenizer.eos_token_id]
         self.turn, self.notes = ("", ""), []  # around a prompt; changes to the chat template
+        self.system = ("System: ", "\n\nUser: ", "\n\nAssistant:")  # around a system's and a user's
         self.thought_start = ""  # of an answer, where the template writes it: open, or empty
         tokens = [x for x in ("<think>", "</think>") if x in added]
         if len(tokens) == 1:
@@ -58,7 +64,7 @@ class PromptCodec:
         if chat:
             self.begin = []  # the template has it
             thinking = chat == "thinking"
-            self.turn, end, self.notes = chat_turn(tokenizer, thinking)
+            self.turn, self.system, end, self.notes = chat_turns(tokenizer, thinking)
             self.stop_ids += [i for i in self.pieces([end])[0][:1] if i in self.control_ids]
             self.thought_start = "".join(self.turn[1].partition("<think>")[1:])
             self.thinks |= bool(self.thought_start) or SWITCH in tokenizer.get_chat_template()
@@ -67,9 +73,8 @@ class PromptCodec:
                                  f"with {SWITCH} or a token <think>: use --chat alone")  # fmt: skip
 
     def encode(self, prompts: Sequence[list[str]]) -> list[list[int]]:
-        before, after = self.turn
         rows = [
-            [piece for part in (before, *prompt, after) for piece in self.spell_out(part) if piece]
+            [piece for part in self.in_turns(prompt) for piece in self.spell_out(part) if piece]
             for prompt in prompts
         ]
         distinct = list(dict.fromkeys(piece for row in rows for piece in row))
@@ -79,6 +84,13 @@ class PromptCodec:
                 tokens = self.tokenizer.convert_ids_to_tokens(sorted(forged))
                 raise ValueError(f"control tokens {tokens} cannot be kept out of {piece[:60]!r}")
         return [[*self.begin, *(i for piece in row for i in ids[piece])] for row in rows]
+
+    def in_turns(self, prompt: list[str]) -> list[str]:
+        before, after = self.turn
+        if prompt and isinstance(prompt[0], SystemText):
+            start, between, after = self.system
+            before, prompt = start + prompt[0] + between, prompt[1:]
+        return [before, *prompt, after]
 
     def spell_out(self, part: str) -> list[str]:
         """Pieces to be tokenised apart: each letter of a control token in untrusted text is one."""
@@ -120,9 +132,12 @@ class PromptCodec:
 TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template takes where it has no clock
 
 
-def chat_turn(tokenizer, thinking: bool) -> tuple[tuple[str, str], str, list[str]]:
-    """(What a chat template writes before and after a user's text), what ends an answer, and notes
-    on a fixed date in place of today's and on thinking."""
+def chat_turns(tokenizer, thinking: bool) -> tuple[tuple, tuple, str, list[str]]:
+    """(What a chat template writes before and after a user's text), (what it writes before, between
+    and after a system's and a user's), what ends an answer, and notes on a fixed date in place of
+    today's, on thinking, and on a missing system's turn."""
+    from jinja2 import TemplateError
+
     name, mark, notes = tokenizer.name_or_path, "THE-TEXT", []
     if not tokenizer.chat_template:
         raise ValueError(f"{name}: the tokenizer has no chat template: leave the chat option out")
@@ -139,12 +154,23 @@ def chat_turn(tokenizer, thinking: bool) -> tuple[tuple[str, str], str, list[str
         options[SWITCH] = thinking
         state = "on" if thinking else "off (--chat thinking turns it on)"
         notes.append(f"Thinking is {state} in the chat template")
-    user, assistant = ({"role": role, "content": mark} for role in ("user", "assistant"))
-    prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
-    whole = tokenizer.apply_chat_template([user, assistant], **options)
-    if prompt.count(mark) != 1 or whole.count(mark) != 2:
+
+    def around(*roles: str) -> tuple[str, ...]:
+        turns = [{"role": role, "content": mark} for role in roles]
+        begins = roles[-1] == "user"  # an answer
+        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=begins, **options)
+        return tuple(whole.split(mark))
+
+    turn, whole = around("user"), around("user", "assistant")
+    if len(turn) != 2 or len(whole) != 3:
         raise ValueError(f"{name}: the chat template does not set down a user's words as they are")
-    before, after = prompt.split(mark)
-    if after_thinking(after) is None:
+    try:
+        system = around("system", "user")
+    except TemplateError:  # it refuses the role
+        system = ()
+    if len(system) != 3:
+        system = (turn[0], "\n\n", turn[1])
+        notes.append("The chat template has no system's turn: its text begins the user's")
+    if after_thinking(turn[1]) is None:
         notes.append("The chat template begins every answer with <think>: the model thinks")
-    return (before, after), whole.rsplit(mark)[-1].strip(), notes
+    return turn, system, whole[-1].strip(), notes

@@ -49,7 +49,7 @@ PANELS = {
         {"eval/judge_correlation": "Pearson"}, True),
     "difficulty": Panel("Difficulty of questions", "R-Zero: should rise with what the Solver can "
         "do.", {"questions/depth": "depth", "questions/words": "words"}),
-    "lessons": Panel("Questions to learn from", "R-Zero: those with agreement near ½ (--band). If "
+    "lessons": Panel("Questions to learn from", "R-Zero: those with agreement in --band. If "
         "few are left, questions are too easy or too hard.", {"lessons/kept": "kept"}),
     "entropy": Panel("Entropy", "Nats a token. Near 0 all samples are alike, and nothing is left "
         "to learn from.", {"policy/entropy": "policy"}),

@@ -50,9 +50,6 @@ class RunSettings(grpo.Settings):
     held_out: str = ""
     eval_prompts: int = 512
     """Number of held-out texts."""
-    chat: bool | str = False
-    """Wrap prompts in the tokenizer's chat template, as a user turn. Thinking is off where that
-    has a switch; "--chat thinking" turns it on."""
     max_num_seqs: int = 256
     """Maximum number of sequences decoded at the same time."""
     offload_optimizer: bool = False
@@ -88,6 +85,9 @@ class Settings(RunSettings):
     prompts: str = "paper"
     """Prompt templates: "paper" (think, then answer in tags), "plain" (the bare instruction) or
     "toy"."""
+    chat: bool | str = False
+    """Wrap prompts in the tokenizer's chat template, as a user turn. Thinking is off where that
+    has a switch; "--chat thinking" turns it on."""
     score_mode: str = "written"
     """How a score is read: the number that the judge writes ("written", paper), or the mean of the
     possible scores under the judge's probabilities ("expected")."""

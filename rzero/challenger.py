@@ -47,22 +47,21 @@ class Player:
     """A frozen model that writes questions or answers them."""
 
     def __init__(self, folder: Path, s, game, device: torch.device):
-        model, self.texts = load_frozen(folder, device, s.chat)
+        model, _ = load_frozen(folder, device)
         self.s, self.game = s, game
         self.sampler = make_sampler(model, s.max_num_seqs, window_size(s, model.config))
 
     def sample(self, prompts: list[list[int]], n: int, keys: Sequence[int]) -> list[list[Sample]]:
         return self.sampler.generate(
             prompts, n, self.s.max_new_tokens, self.s.temperature, top_p=TOP_P,
-            stop_ids=self.texts.stop_ids, seed=self.s.seed, keys=keys,
+            stop_ids=self.game.texts.stop_ids, seed=self.s.seed, keys=keys,
         )  # fmt: skip
 
     def parse_question(self, sample: Sample) -> str | None:
         """None also where the Solver's prompt would be longer than --max-prompt-tokens."""
-        text = self.texts.read(sample)[1] if sample.stopped else None
-        if text is None or (question := self.game.parse_question(text)) is None:
+        if (question := self.game.parse_question(self.game.read(sample))) is None:
             return None
-        [ids] = self.texts.encode([self.game.solver_prompt(question)])
+        [ids] = self.game.texts.encode([self.game.solver_prompt(question)])
         return question if len(ids) <= self.s.max_prompt_tokens else None
 
     def agreement(self, questions: Iterable[str | None]) -> dict[str, tuple[float, str]]:
@@ -71,10 +70,10 @@ class Player:
         Draws are keyed by the prompt: they do not depend on the other questions or on the rank.
         """
         distinct = sorted({q for q in questions if q is not None})
-        prompts = self.texts.encode([self.game.solver_prompt(q) for q in distinct])
+        prompts = self.game.texts.encode([self.game.solver_prompt(q) for q in distinct])
         groups = self.sample(prompts, self.s.answers, [prompt_key(0, ids) for ids in prompts])
         return {
-            question: self.game.majority([self.game.answer(self.texts, x, question) for x in group])
+            question: self.game.majority([self.game.answer(x, question) for x in group])
             for question, group in zip(distinct, groups, strict=True)
         }
 
@@ -83,7 +82,8 @@ def write_questions(
     challenger: Player, solver: Player, keys: Sequence[int], segments: Sequence[int]
 ) -> list[dict]:
     """One row per key: a question of the Challenger, with the Solver's agreement and label."""
-    prompts = challenger.texts.encode([[challenger.game.challenger_prompt]] * len(keys))
+    game = challenger.game
+    prompts = game.texts.encode([game.challenger_prompt]) * len(keys)
     questions = [solver.parse_question(x) for [x] in challenger.sample(prompts, 1, keys)]
     agreed = solver.agreement(questions)
     rows = []

@@ -3,9 +3,9 @@
 A game extends `Quiz` (`Mathematics` here, `Programs` in toy/programs.py) with
 
     folder                        the model that both players start from
-    challenger_prompt             asks for a question
+    challenger_prompt             asks for a question (data/codec.py says what a prompt is)
     parse_question(text)          the question in what the Challenger wrote, or None
-    pose(question) -> pieces      the Solver's prompt
+    solver_prompt(question)       asks for its answer
     text_answer(text, question)   the answer in what the Solver wrote, or None
     held_out                      pairs of question and true answer, to measure with
 """
@@ -15,9 +15,10 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
-from data.codec import PromptCodec
+from data.codec import PromptCodec, SystemText, load_tokenizer
 from judge import RewardOutput, UntrustedText
 from rzero.answers import Answers, boxed, strip_answer
 
@@ -26,8 +27,14 @@ class Quiz:
     """Questions with one right answer; the Solver's majority answer serves as the label."""
 
     folder: Path
-    challenger_prompt: str
+    challenger_prompt: Sequence[str]
     held_out: Sequence[tuple[str, str]] = ()
+
+    @cached_property
+    def texts(self) -> PromptCodec:
+        """Both players', in the chat template where their tokenizer has one, thinking off."""
+        tokenizer = load_tokenizer(self.folder)
+        return PromptCodec(tokenizer, chat=bool(tokenizer.chat_template))
 
     def cluster_answers(self, answers: Sequence[str]) -> list[int]:
         """A number for each answer; equal answers have the same."""
@@ -36,10 +43,13 @@ class Quiz:
     def is_right(self, answer: str | None, truth: str) -> bool:
         return answer is not None and len(set(self.cluster_answers([truth, answer]))) == 1
 
-    def answer(self, texts: PromptCodec, sample, question: str) -> str | None:
-        """None for a sample that was cut off, or thinks to its end."""
-        text = texts.read(sample)[1] if sample.stopped else None
-        return None if text is None else self.text_answer(text, question)
+    def read(self, sample) -> str:
+        """What follows the thinking; nothing in a sample that was cut off."""
+        text = self.texts.read(sample)[1] if sample.stopped else None
+        return text or ""
+
+    def answer(self, sample, question: str) -> str | None:
+        return self.text_answer(self.read(sample), question)
 
     def majority(self, answers: list[str | None]) -> tuple[float, str]:
         """The majority's share of all answers, readable or not, and the majority's answer."""
@@ -60,34 +70,34 @@ class Quiz:
         """Metrics for the log. They may use the truth, so training never sees them."""
         return {"words": statistics.fmean(len(q.split()) for q in questions)} if questions else {}
 
-    def solver_reward(self, texts: PromptCodec):
-        """For grpo.train, whose tasks are pairs of question and label: 1 for the label, else 0."""
-
-        def reward(
-            tasks: Sequence[tuple[str, str]], groups: list[list], step: int
-        ) -> list[RewardOutput]:
-            rows = []
-            for (question, label), group in zip(tasks, groups, strict=True):
-                answers = [self.answer(texts, sample, question) for sample in group]
-                total = [float(self.is_right(answer, label)) for answer in answers]
-                parts = {"format": [float(x is not None) for x in answers], "label": total}
-                rows.append(RewardOutput(total, parts, [f"{x}, label {label}" for x in answers]))
-            return rows
-
-        return reward
+    def solver_reward(
+        self, tasks: Sequence[tuple[str, str]], groups: list[list], step: int
+    ) -> list[RewardOutput]:
+        """As grpo.train calls it, with pairs of question and label: 1 for the label, else 0."""
+        rows = []
+        for (question, label), group in zip(tasks, groups, strict=True):
+            answers = [self.answer(sample, question) for sample in group]
+            total = [float(self.is_right(answer, label)) for answer in answers]
+            parts = {"format": [float(x is not None) for x in answers], "label": total}
+            rows.append(RewardOutput(total, parts, [f"{x}, label {label}" for x in answers]))
+        return rows
 
     def close(self) -> None:
         pass
 
 
 class Mathematics(Quiz):
-    """The paper's game. We know no paper that prints its prompts: these are ours."""
+    """The paper's game. Turns, tags and box are those of the authors' code, the words are ours."""
 
     challenger_prompt = (
-        "Think of a mathematics problem that nobody has seen before, hard enough that a good "
-        "student may fail, with one answer that can be checked. Think first. Then write the "
-        "problem between <question> and </question>, nothing of the solution in it, and below it "
-        "the final answer in \\boxed{}.\n\nProblem 1:\n"
+        SystemText(
+            "You invent problems for a mathematics contest. Choose any branch of mathematics and "
+            "find, in silence and step by step, a problem that is in no book, that most good "
+            "students would get wrong, and that has one answer which can be checked. Then write "
+            "two things and nothing else: the whole problem between <question> and </question>, "
+            "without any of its solution, and below it the final answer in \\boxed{}."
+        ),
+        "Write one such problem in that form.",
     )
 
     def __init__(self, folder: Path, held_out: str = "", count: int = 0):
@@ -102,8 +112,8 @@ class Mathematics(Quiz):
         return questions[0].strip() if boxed(text.partition("</question>")[2]) else None
 
     def solver_prompt(self, question: str) -> list[str]:
-        ask = "Solve this problem step by step, and put the final answer in \\boxed{}.\n\n"
-        return [ask, UntrustedText(question), "\n\nSolution:\n"]
+        ask = "Solve the problem step by step, and put the final answer in \\boxed{}."
+        return [SystemText(ask), UntrustedText(question)]
 
     def text_answer(self, text: str, question: str) -> str | None:
         """An empty box is no answer: it would agree with other empty boxes."""

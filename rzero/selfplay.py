@@ -19,12 +19,15 @@ iterations; iteration-1/ and so on with questions.jsonl and both players' weight
 
     paper: top-p 0.99 in all sampling / here: not for samples that are trained on / because their
     log-probs are trained as those of the whole distribution.
+    script: 512 prompts a step, one update for every 16 (Challenger) or 128 (Solver) of them /
+    here: as many updates, a step of new samples each / because the later ones are off-policy.
 """
 
 import contextlib
 import dataclasses
 import gc
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +49,7 @@ from run.distributed import Ranks, Stopping, run_with_error_reporting
 from run.folder import RunFolder, save_with_tokenizer
 from run.metrics import mean
 from run.monitor import StopOnSignal
-from run.problem import load_texts, policy_folder
+from run.problem import policy_folder
 from run.settings import RunSettings
 from rzero.challenger import CHALLENGES, ChallengerReward, Player, window_size, write_questions
 from rzero.games import Mathematics, Quiz
@@ -57,7 +60,8 @@ from toy.programs import ProgramRecipe, Programs, program_model
 @dataclass
 class Settings(RunSettings):
     preset: str = "toy"
-    """Defaults of the other options: "toy" (small programs) or "r-zero-4b" (mathematics)."""
+    """Defaults of the other options: "toy" (small programs); mathematics with the paper's numbers,
+    "r-zero-4b", or with those of the authors' script, "r-zero-4b-script"."""
     model: str = ""
     """Hugging Face folder or hub id. The toy ships with a model for seed 0, and is pretrained once
     for other seeds."""
@@ -65,6 +69,8 @@ class Settings(RunSettings):
     """Turns of the Challenger, each followed by one of the Solver."""
     challenger_steps: int = 5
     """Challenger steps in each iteration."""
+    challenger_prompts: int = 0
+    """Prompts in each of them; 0: --prompts-per-step, which is the Solver's number of questions."""
     challenger_samples: int = 4
     """Questions sampled for each prompt: the Challenger's group."""
     challenger_lr: float = 0.0
@@ -77,8 +83,8 @@ class Settings(RunSettings):
     """Questions that the Challenger writes in each iteration for the Solver to learn from."""
     answers: int = 10
     """Answers of the frozen Solver to each question, to measure its agreement with itself."""
-    band: float = 0.25
-    """The Solver learns from questions whose agreement is at most this far from one half."""
+    band: str = "0.25-0.75"
+    """Lowest and highest agreement of the questions that the Solver learns from."""
     solver_steps: int = 15
     """Solver steps in each iteration."""
     solver_samples: int = 5
@@ -91,17 +97,22 @@ class Settings(RunSettings):
     """Steps between two checkpoints."""
 
 
+# The paper's numbers, as far as published. An answer's length is the script's, a prompt's is ours.
+R_ZERO = {
+    "model": "Qwen/Qwen3-4B-Base", "lr": 1e-6, "weight_decay": 1e-2, "kl": 1e-2,
+    "warmup_steps": 0, "min_lr_ratio": 1.0, "max_prompt_tokens": 1024, "max_new_tokens": 4096,
+    "max_num_seqs": 24, "micro_batch_tokens": 8192,
+}  # fmt: skip
 PRESETS = {
     "toy": {
         "prompts_per_step": 32, "challenger_steps": 10, "solver_steps": 25, "solver_samples": 8,
         "questions": 128, "lr": 4e-4, "challenger_lr": 6e-4, "warmup_steps": 2, "max_num_seqs": 512,
         "max_prompt_tokens": 21, "max_new_tokens": 41,
     },
-    # The paper's numbers, as far as published; lengths and the prompts are our choice.
-    "r-zero-4b": {
-        "model": "Qwen/Qwen3-4B-Base", "lr": 1e-6, "weight_decay": 1e-2, "kl": 1e-2,
-        "warmup_steps": 0, "min_lr_ratio": 1.0, "max_prompt_tokens": 1024, "max_new_tokens": 4096,
-        "max_num_seqs": 24, "micro_batch_tokens": 8192,
+    "r-zero-4b": R_ZERO,
+    "r-zero-4b-script": R_ZERO | {
+        "challenge": "released", "band": "0.3-0.8", "challenger_prompts": 16,
+        "challenger_steps": 5 * 512 // 16, "solver_steps": 15 * 512 // 128,
     },
 }  # fmt: skip
 BOUNDS = [
@@ -109,8 +120,10 @@ BOUNDS = [
     (lambda v: v >= 1, "must be at least 1", "iterations challenger_steps solver_steps questions"),
     (lambda v: v >= 2, "must be at least 2: a group, or a majority",
      "challenger_samples solver_samples answers"),
-    (lambda v: 0 <= v <= 0.5, "must lie in 0 … 0.5", "band"),
-    (lambda v: 0 <= v < math.inf, "must not be negative", "repetition challenger_lr"),
+    (lambda v: re.fullmatch(r"(0(\.\d+)?|1)(-|$)" * 2, str(v)) and sorted(x := v.split("-")) == x,
+     "must be the lowest and the highest agreement, such as 0.25-0.75", "band"),
+    (lambda v: 0 <= v < math.inf, "must not be negative",
+     "repetition challenger_lr challenger_prompts"),
 ]  # fmt: skip
 CHOICES = {name: values for name, values in settings.CHOICES.items() if hasattr(Settings, name)}
 CHOICES |= {"preset": tuple(PRESETS), "challenge": CHALLENGES}
@@ -138,17 +151,19 @@ class SelfPlay:
         self.s, self.game, self.device, self.ranks = s, game, device, ranks
         self.path, self.iteration = Path(s.folder), 0
         self.folders = {x: RunFolder(self.path / x, ranks.rank == 0) for x in (".", *PLAYERS)}
-        self.texts = load_texts(game.folder, s.chat)
-        self.held_out = self.solver_prompts(game.held_out)
-        if (longest := max((len(p.ids) for p in self.held_out), default=0)) > s.max_prompt_tokens:
-            raise ValueError(f"--max-prompt-tokens {s.max_prompt_tokens}: a held-out question has "
-                             f"{longest}")  # fmt: skip
+        [asking] = game.texts.encode([game.challenger_prompt])
+        self.asking, self.held_out = grpo.Prompt(asking, None), self.solver_prompts(game.held_out)
+        longest = max(len(prompt.ids) for prompt in (self.asking, *self.held_out))
+        if longest > s.max_prompt_tokens:
+            raise ValueError(f"--max-prompt-tokens {s.max_prompt_tokens}: the Challenger's prompt "
+                             f"or a held-out question has {longest}")  # fmt: skip
 
     def begin(self) -> None:
         for folder in self.folders.values():  # a kill may have come between two of them
             again = (folder.path / "settings.json").is_file()
             folder.begin(self.s, math.inf if again else None)
-        print(f"R-Zero, {self.s.preset}: {self.s.iterations} iterations, writing {self.path}")
+        print(f"R-Zero, {self.s.preset}: {self.s.iterations} iterations, writing {self.path}",
+              *self.game.texts.notes, sep="\n")  # fmt: skip
 
     def play(self) -> None:
         self.ranks.on_rank0("begin", self.begin)
@@ -171,17 +186,17 @@ class SelfPlay:
 
     def solver_prompts(self, pairs: Sequence[tuple[str, str]]) -> list[grpo.Prompt]:
         """Of pairs of question and answer, the prompts' tasks."""
-        ids = self.texts.encode([self.game.solver_prompt(question) for question, _ in pairs])
+        ids = self.game.texts.encode([self.game.solver_prompt(question) for question, _ in pairs])
         return [grpo.Prompt(*x) for x in zip(ids, pairs, strict=True)]
 
     # -------------------------------------------------------------------------- an iteration
 
     def train_challenger(self) -> None:
+        s = self.s
         s = self.turn_settings(
-            self.s.challenger_steps, self.s.challenger_samples, self.s.challenger_lr
-        )
-        [ids] = self.texts.encode([[self.game.challenger_prompt]])
-        prompts = [grpo.Prompt(ids, None)] * s.prompts_per_step
+            s.challenger_steps, s.challenger_samples,
+            lr=s.challenger_lr, prompts_per_step=s.challenger_prompts,
+        )  # fmt: skip
         solver = Player(self.weights("solver", 1), s, self.game, self.device)
 
         def describe(step: grpo.Step) -> dict[str, float]:
@@ -193,6 +208,7 @@ class SelfPlay:
             return {f"questions/{name}": value for name, value in about.items()}
 
         reward = ChallengerReward(s, solver)
+        prompts = [self.asking] * s.prompts_per_step
         self.train_player("challenger", s, reward, lambda number: prompts, describe)
 
     def write_questions(self) -> list[dict]:
@@ -219,14 +235,14 @@ class SelfPlay:
 
     def train_solver(self, rows: list[dict]) -> None:
         s = self.turn_settings(self.s.solver_steps, self.s.solver_samples)
+        low, high = map(float, s.band.split("-"))
         pairs = [
             (row["question"], row["label"]) for row in rows
-            if abs(row["agreement"] - 0.5) <= s.band + 1e-9  # a share such as 0.3 has rounding
-            and self.game.is_trainable(row["question"])
+            if low <= row["agreement"] <= high and self.game.is_trainable(row["question"])
         ]  # fmt: skip
         if not pairs:
             raise ValueError(
-                f"iteration {self.iteration}: no question within --band {s.band} of one half is "
+                f"iteration {self.iteration}: no question with an agreement in --band {s.band} is "
                 "left to learn from: more --questions, a wider --band, fewer --challenger-steps"
             )
         print(f"iteration {self.iteration}: of {s.questions} questions {len(rows)} different ones, "
@@ -238,27 +254,23 @@ class SelfPlay:
         def batch(number: int) -> list[grpo.Prompt]:
             return self.solver_prompts([order.task((number - 1) * P + p) for p in range(P)])
 
-        def describe(step: grpo.Step) -> dict[str, float]:
-            return lessons if step.number == 1 else {}
-
-        self.train_player("solver", s, self.game.solver_reward(self.texts), batch, describe)
+        self.train_player(
+            "solver", s, self.game.solver_reward, batch,
+            lambda step: lessons if step.number == 1 else {},
+        )  # fmt: skip
 
     def evaluate(self, sampler: Sampler) -> dict[str, float]:
         """Accuracy on the held-out questions: greedy, and the mean of four samples at T 1."""
-        game, texts = self.game, self.texts
 
         def accuracy(temperature: float, n: int) -> float:
             def work(mine: Sequence[int]) -> list[float]:
-                prompts, scores = [self.held_out[i] for i in mine], []
+                prompts = [self.held_out[i] for i in mine]
                 groups = sampler.generate(
                     [prompt.ids for prompt in prompts], n, self.s.max_new_tokens, temperature,
-                    stop_ids=texts.stop_ids, seed=self.s.seed + 1, keys=list(mine),
+                    stop_ids=self.game.texts.stop_ids, seed=self.s.seed + 1, keys=list(mine),
                 )  # fmt: skip
-                for prompt, group in zip(prompts, groups, strict=True):
-                    question, truth = prompt.task
-                    answers = [game.answer(texts, sample, question) for sample in group]
-                    scores.append(mean([game.is_right(x, truth) for x in answers]))
-                return scores
+                judged = self.game.solver_reward([prompt.task for prompt in prompts], groups, 0)
+                return [mean(row.total) for row in judged]
 
             return mean(self.ranks.map_over_ranks("measure", range(len(self.held_out)), work))
 
@@ -268,12 +280,10 @@ class SelfPlay:
 
     # ------------------------------------------------------------------------- a player's turn
 
-    def turn_settings(self, steps: int, samples: int, lr: float = 0.0) -> Settings:
+    def turn_settings(self, steps: int, samples: int, **changes) -> Settings:
         """For the loop, whose steps begin at 1 in each turn; another seed makes other draws."""
-        return dataclasses.replace(
-            self.s, steps=steps, samples_per_prompt=samples, lr=lr or self.s.lr,
-            seed=self.s.seed + 1_000_000 * self.iteration,
-        )  # fmt: skip
+        changes["seed"] = self.s.seed + 1_000_000 * self.iteration
+        return dataclasses.replace(self.s, steps=steps, samples_per_prompt=samples, **changes)
 
     def train_player(
         self, player: str, s: Settings, reward: Callable, batch: Callable, describe: Callable
@@ -323,7 +333,7 @@ class SelfPlay:
                 start = self.evaluate(policy.sampler) if player == "solver" else {}
                 log.add("metrics.jsonl", [{"step": 0} | start])
             for step in driver.train_policy(
-                policy, reward, batch, s, self.texts.stop_ids, ranks, last
+                policy, reward, batch, s, self.game.texts.stop_ids, ranks, last
             ):
                 step.metrics |= describe(step)
                 last = step
@@ -399,6 +409,8 @@ def parse(argv: list[str]) -> Settings:
         raise ValueError(f"--folder {given['folder']} exists already: --resume, or name another")
     preset = given.get("preset") or saved.get("preset") or preset
     s = Settings(**PRESETS.get(preset, {}) | saved | given | {"preset": preset})
+    s.challenger_lr = s.challenger_lr or s.lr
+    s.challenger_prompts = s.challenger_prompts or s.prompts_per_step
     if s.folder:
         settings.check_writable(s.folder)
     settings.check_fields(s, BOUNDS, CHOICES)
@@ -408,11 +420,9 @@ def parse(argv: list[str]) -> Settings:
 def build_game(s: Settings, ranks: Ranks) -> Quiz:
     if s.preset != "toy":
         return Mathematics(policy_folder(s, ranks), s.held_out, s.eval_prompts)
-    folder = Path(s.model) if s.model else None
-    folder = folder or ranks.rank0_then_all(
-        "make the toy", lambda: program_model(ProgramRecipe(seed=s.seed))
-    )
-    return Programs(s.seed, s.eval_prompts, folder)
+    recipe = ProgramRecipe(seed=s.seed)
+    folder = s.model or ranks.rank0_then_all("make the toy", lambda: program_model(recipe))
+    return Programs(s.seed, s.eval_prompts, Path(folder))
 
 
 class TurnEstimate(estimate.Workload):
@@ -426,32 +436,30 @@ def dry_run(s: Settings) -> None:
     if s.preset == "toy":
         raise ValueError("--dry-run needs another --preset: the toy fits anywhere")
     machine, count = estimate.machines(s.dry_run, any_gpu=True)
-    config, names = (
-        estimate.find_config(s.model),
-        [f.name for f in dataclasses.fields(grpo.Settings)],
-    )
-    same = {name: getattr(s, name) for name in (*names, "max_num_seqs")}
-    same |= {"reward": "oracle", "score_mode": "expected", "eval_prompts": 0}  # not estimated
+    config = estimate.find_config(s.model)
+    same = {f.name: getattr(s, f.name) for f in dataclasses.fields(grpo.Settings)}
+    same |= {"max_num_seqs": s.max_num_seqs, "eval_prompts": 0}
+    same |= {"reward": "oracle", "score_mode": "expected"}  # no judge's time
 
-    def estimate_turn(steps: int, prompts: int, samples: int, asked=None) -> TurnEstimate:
+    def turn(steps: int, prompts: int, samples: int, asked=None) -> TurnEstimate:
         turn = {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": samples}
         run = settings.Settings(**same | turn)
         return TurnEstimate(run, config, count, 0, machine.is_gpu, asked=asked)
 
-    hours, missing, P, n = 0.0, 0.0, s.prompts_per_step, s.challenger_samples
-    answers = estimate_turn(1, P * n, s.answers)
-    challenger = estimate_turn(s.challenger_steps, P, n, answers)
-    solver = estimate_turn(s.solver_steps, P, s.solver_samples)
-    for name, turn in (("Challenger", challenger), ("Solver", solver)):
-        print(f"The {name}'s turn. {estimate.format_estimate(turn, machine, s.model)}\n")
-        hours += turn.s.steps * sum(estimate.seconds(turn, machine).values()) / 3600
-        missing = max(missing, estimate.missing(turn, machine))
-    both = estimate_turn(1, s.questions, 1), estimate_turn(1, s.questions, s.answers)
-    writing = sum(estimate.seconds(turn, machine)["sample"] for turn in both) / 3600
-    print(f"Between them {s.questions} questions, {s.answers} answers to each: {writing:.3g} hours."
-          f"\n{s.iterations} iterations: {s.iterations * (hours + writing):.3g} hours if all are "
-          "as long as they may be, without evaluations.")  # fmt: skip
-    if missing > 0:
+    P, n, m = s.challenger_prompts, s.challenger_samples, s.answers
+    turns = {
+        "Challenger": turn(s.challenger_steps, P, n, turn(1, P * n, m)),
+        "Solver": turn(s.solver_steps, s.prompts_per_step, s.solver_samples),
+    }
+    for name, k in turns.items():
+        print(f"The {name}'s turn. {estimate.format_estimate(k, machine, s.model)}\n")
+    train = sum(k.s.steps * sum(estimate.seconds(k, machine).values()) for k in turns.values())
+    both = turn(1, s.questions, 1), turn(1, s.questions, m)
+    writing = sum(estimate.seconds(k, machine)["sample"] for k in both)
+    print(f"Between them {s.questions} questions, {m} answers to each: {writing / 3600:.3g} hours."
+          f"\n{s.iterations} iterations: {s.iterations * (train + writing) / 3600:.3g} hours if "
+          "all are as long as they may be, without evaluations.")  # fmt: skip
+    if any(estimate.missing(k, machine) > 0 for k in turns.values()):
         sys.exit(1)
 
 

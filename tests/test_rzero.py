@@ -18,14 +18,16 @@ from run import driver
 from run.checkpoint import fingerprint
 from run.distributed import Ranks, Stopping
 from rzero import selfplay
-from rzero.challenger import Player
+from rzero.challenger import ChallengerReward, Player
+from rzero.games import Mathematics
 from tests import processes
+from tests.tiny import make_pupil, make_tokenizer
 from toy.programs import Programs, is_held_out
 
 SMALL = [
     *("--prompts-per-step=4", "--challenger-samples=3", "--challenger-steps=3", "--solver-steps=4"),
     *("--solver-samples=4", "--questions=48", "--answers=4", "--iterations=2", "--eval-prompts=8"),
-    *("--save-every=2", "--max-num-seqs=64", "--lr=0.003", "--band=0.5"),
+    *("--save-every=2", "--max-num-seqs=64", "--lr=0.003", "--band=0-1"),
     "--max-new-tokens=12",
 ]
 TEXT_ANSWER, MAP_CACHED = Programs.text_answer, selfplay.map_cached
@@ -35,7 +37,7 @@ slow = pytest.mark.slow
 
 def make_player(folder, **changes):
     s = dataclasses.replace(selfplay.parse([]), answers=4, **changes)
-    return Player(folder, s, Programs(0), torch.device("cpu"))
+    return Player(folder, s, Programs(0, folder=folder), torch.device("cpu"))
 
 
 def read_rows(path):
@@ -135,13 +137,15 @@ def test_questions_are_written_by_the_new_challenger_and_answered_by_the_old_sol
         assert header["weights"] == [fingerprint(challenger), fingerprint(solver)]
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.25, 0.75), (0.5, 1)])
 def test_solver_learns_from_distinct_questions_in_the_band_that_are_not_held_out(
-    whole, programs, tmp_path, capsys
+    whole, programs, tmp_path, capsys, low, high
 ):
     rows = read_rows(whole / "iteration-1" / "questions.jsonl")[1:]
     shares = {row["question"]: row["agreement"] for row in rows if row["question"]}
-    kept = sum(abs(p - 0.5) <= 0.25 and not is_held_out(q) for q, p in shares.items())
-    play(tmp_path / "run", programs, "--band=0.25", "--iterations=1", "--solver-steps=1")
+    kept = sum(low <= p <= high and not is_held_out(q) for q, p in shares.items())
+    band = f"--band={low}-{high}"
+    play(tmp_path / "run", programs, band, "--iterations=1", "--solver-steps=1")
     assert read_rows(tmp_path / "run/solver/metrics.jsonl")[1]["lessons/kept"] == kept
     assert f"of 48 questions {len(shares)} different ones, {kept} to" in capsys.readouterr().out
     assert any(map(is_held_out, shares)) and len(set(shares.values())) > 2
@@ -157,13 +161,55 @@ def test_truth_does_not_reach_training(whole, programs, tmp_path, monkeypatch):
     assert (whole / WEIGHTS[0]).read_bytes() != (tmp_path / "other" / WEIGHTS[0]).read_bytes()
 
 
-def test_released_challenge_runs_and_the_report_is_drawn(programs, tmp_path):
+def test_released_challenge_runs_and_the_report_is_drawn(programs, tmp_path, monkeypatch):
+    sizes, finish = [], ChallengerReward.finish
+    monkeypatch.setattr(
+        ChallengerReward, "finish", lambda self, x: sizes.append(len(x)) or finish(self, x)
+    )
     words = ["--iterations=1", "--challenger-steps=1", "--solver-steps=1", "--challenge=released"]
-    play(tmp_path / "run", programs, *words)
+    play(tmp_path / "run", programs, *words, "--challenger-prompts=2")
+    assert sizes == [2]  # and the Solver's batch stays
+    solver = read_rows(tmp_path / "run" / "solver" / "metrics.jsonl")[1]
+    assert sum(solver["histogram/label"]) <= 16 < 2 * sum(solver["histogram/label"])
     row = read_rows(tmp_path / "run" / "challenger" / "metrics.jsonl")[1]
     assert math.isfinite(row["reward/total"]) and row["train/grad_norm"] > 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert "run/challenger" in page and "run/solver" in page
+
+
+@slow
+def test_maths_is_played_in_a_chat_template(tmp_path):
+    """By a model that has heard problems and solutions in the turns that it is asked in."""
+    model, file = tmp_path / "model", tmp_path / "held-out.jsonl"
+    model.mkdir()
+    make_tokenizer(model)
+    game, lessons = Mathematics(model), []
+    for n in range(1, 9):
+        question = f"What is {n} + {n}?"
+        asking, solving = map(
+            game.texts.decode,
+            game.texts.encode([game.challenger_prompt, game.solver_prompt(question)]),
+        )
+        text = f"<question>{question}</question>\n\\boxed{{{2 * n}}}<|im_end|>"
+        lessons += [(asking, text), (solving, f"It is \\boxed{{{2 * n}}}.<|im_end|>")]
+    make_pupil(model, lessons, steps=120)
+    file.write_text('{"question": "What is 4 + 4?", "answer": "8.0"}\n')
+    words = [
+        "--preset=r-zero-4b-script",
+        f"--held-out={file}",
+        "--challenger-prompts=3",
+        *SMALL[1:],
+    ]
+    play(tmp_path / "run", model, *words, "--iterations=1", "--max-new-tokens=64", "--lr=1e-4")
+    rows = read_rows(tmp_path / "run" / "iteration-1" / "questions.jsonl")[1:]
+    asked = [row for row in rows if row["question"]]
+    assert len(asked) > 12 and all("What is" in row["question"] for row in asked[:3])
+    assert sum(row["agreement"] > 0.5 for row in asked) > 3
+    challenger, solver = (
+        read_rows(tmp_path / "run" / x / "metrics.jsonl") for x in selfplay.PLAYERS
+    )
+    assert challenger[1]["reward/format"] > 0.3 and solver[1]["reward/format"] > 0.3
+    assert solver[-1]["eval/sampled_accuracy"] >= 0 and solver[1]["lessons/words"] > 2
 
 
 # ------------------------------------------------------------------------- stopped and continued
@@ -290,7 +336,10 @@ def test_two_ranks_begin_as_one_does(programs, tmp_path):
         (["--challange=paper"], "unknown option --challange=paper; did you mean --challenge"),
         (["--challenge=best"], "--challenge best: use paper, released, random"),
         (["--steps=3"], "--steps=3: each player has its own: --challenger-steps, --"),
-        (["--band=0.6"], "--band 0.6 must lie in 0 … 0.5"),
+        (["--band=0.6"], "--band 0.6 must be the lowest and the highest agreement, such as"),
+        (["--band=0.8-0.3"], "--band 0.8-0.3 must be the lowest and the highest agreement"),
+        (["--band=0.3-1.8"], "--band 0.3-1.8 must be the lowest and the highest agreement"),
+        (["--challenger-prompts=-1"], "--challenger-prompts -1 must not be negative"),
         (["--answers=1"], "--answers 1 must be at least 2"),
         (["--micro-batch-tokens=10"], "--micro-batch-tokens 10 cannot .* use at least 62"),
     ],
@@ -300,15 +349,26 @@ def test_settings_that_cannot_work_are_refused(words, message):
         selfplay.parse(words)
 
 
+def test_presets_have_the_papers_numbers_and_the_scripts():
+    paper, script = (selfplay.parse([f"--preset={x}"]) for x in ("r-zero-4b", "r-zero-4b-script"))
+    assert (paper.challenger_prompts, paper.challenger_steps, paper.band) == (128, 5, "0.25-0.75")
+    assert (script.challenger_prompts, script.challenger_steps) == (16, 160)  # 5 x 512 questions
+    assert (script.prompts_per_step, script.solver_steps) == (128, 60)  # 15 x 512
+    assert (script.challenge, script.band, script.lr) == ("released", "0.3-0.8", paper.lr)
+    given = ["--preset=r-zero-4b-script", "--challenger-prompts=32", "--challenger-lr=1e-5"]
+    s = selfplay.parse(given)
+    assert (s.challenger_prompts, s.challenger_lr, script.challenger_lr) == (32, 1e-5, 1e-6)
+
+
 def test_resume_accepts_settings_that_change_no_result_and_refuses_others(whole):
     with pytest.raises(ValueError, match="exists already: --resume, or name another"):
         selfplay.parse([f"--folder={whole}"])
-    for words in ("--band=0.1", "--preset=r-zero-4b", "--seed=4", "--answers=5"):
+    for words in ("--band=0-0.9", "--preset=r-zero-4b", "--seed=4", "--answers=5"):
         with pytest.raises(ValueError, match=words.split("=")[0]):
             selfplay.parse([f"--folder={whole}", "--resume", words])
     words = ["--max-num-seqs=4", "--iterations=5", "--offload-optimizer"]
     s = selfplay.parse([f"--folder={whole}", "--resume", *words])
-    assert (s.max_num_seqs, s.iterations, s.questions, s.band) == (4, 5, 48, 0.5)
+    assert (s.max_num_seqs, s.iterations, s.questions, s.band) == (4, 5, 48, "0-1")
 
 
 @pytest.mark.parametrize("method", ["text_answer", "parse_question"])
@@ -316,8 +376,8 @@ def test_run_without_a_question_in_the_band_says_what_to_do(
     programs, tmp_path, monkeypatch, method
 ):
     monkeypatch.setattr(Programs, method, lambda *_: None)
-    with pytest.raises(SystemExit, match=r"no question within --band 0.25 .* a wider --band"):
-        play(tmp_path / "run", programs, "--band=0.25", "--challenger-steps=1")
+    with pytest.raises(SystemExit, match=r"in --band 0.25-0.75 is left .* a wider --band"):
+        play(tmp_path / "run", programs, "--band=0.25-0.75", "--challenger-steps=1")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +385,10 @@ def test_run_without_a_question_in_the_band_says_what_to_do(
     [
         (["--preset=r-zero-4b", "--model=MODEL", "--held-out=no.jsonl"], r"no\.jsonl"),
         (["--model=nowhere/at-all"], "nowhere/at-all"),
-        (["--max-prompt-tokens=5", "--model=MODEL"], "--max-prompt-tokens 5: a held-out question"),
+        (
+            ["--max-prompt-tokens=5", "--model=MODEL"],
+            "--max-prompt-tokens 5: the Challenger's prompt or a held-out question has",
+        ),
     ],
 )
 def test_missing_inputs_are_named_before_anything_is_written(programs, tmp_path, words, message):

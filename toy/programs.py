@@ -102,7 +102,7 @@ class Programs(Quiz):
             letters = [self.tables[rule][letter] for letter in letters]
         return " ".join(letters)
 
-    challenger_prompt = "ask =>"
+    challenger_prompt = ("ask =>",)
 
     def parse_question(self, text: str) -> str | None:
         tokens = text.split(" ")
