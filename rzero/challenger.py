@@ -85,12 +85,11 @@ def write_questions(
     game = challenger.game
     prompts = game.texts.encode([game.challenger_prompt]) * len(keys)
     questions = [solver.parse_question(x) for [x] in challenger.sample(prompts, 1, keys)]
-    agreed = solver.agreement(questions)
-    rows = []
-    for segment, question in zip(segments, questions, strict=True):
-        share, label = agreed.get(question, (None, None))
-        rows.append({"segment": segment, "question": question, "agreement": share, "label": label})
-    return rows
+    agreed = solver.agreement(questions) | {None: (None, None)}
+    return [
+        {"segment": n, "question": q, "agreement": agreed[q][0], "label": agreed[q][1]}
+        for n, q in zip(segments, questions, strict=True)
+    ]
 
 
 class ChallengerReward:

@@ -389,6 +389,10 @@ def test_run_without_a_question_in_the_band_says_what_to_do(
             ["--max-prompt-tokens=5", "--model=MODEL"],
             "--max-prompt-tokens 5: the Challenger's prompt or a held-out question has",
         ),
+        (
+            ["--preset=r-zero-4b", "--max-prompt-tokens=5", "--model=MODEL"],
+            "--max-prompt-tokens 5: the Challenger's prompt",
+        ),
     ],
 )
 def test_missing_inputs_are_named_before_anything_is_written(programs, tmp_path, words, message):
