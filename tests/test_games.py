@@ -58,20 +58,6 @@ def test_solver_earns_one_for_the_label_and_nothing_for_a_sample_that_was_cut_of
     assert judged.total == [1, 0, 0] and judged.parts["format"] == [1, 1, 0]
 
 
-def test_self_play_reads_what_follows_the_thinking(tmp_path):
-    make_tokenizer(tmp_path, thinks=True)
-    texts, maths = PromptCodec(load_tokenizer(tmp_path)), Mathematics("")
-    limits = SimpleNamespace(max_prompt_tokens=999)
-    solver = SimpleNamespace(texts=texts, game=maths, s=limits)
-    thought = "<think>\n<question> a </question> \\boxed{3}\n</think>\n"
-    for before, ending, found in ((thought, True, "1 + 1"), ("<think>\n", True, None),
-                                  (thought, False, None)):  # fmt: skip
-        text = f"{before}<question> 1 + 1 </question> \\boxed{{2}}"
-        sample = Sample([*texts.pieces([text])[0], *texts.stop_ids * ending], [], ending)
-        assert Player.parse_question(solver, sample) == found
-        assert maths.answer(texts, sample, "1 + 1") == (found and "2")
-
-
 def test_held_out_questions_are_not_trainable_however_they_are_spaced():
     questions = ("1 + 1", "1 + 2", " 1  +\n1")
     assert [q for q in questions if Sums().is_trainable(q)] == ["1 + 2"]
@@ -301,6 +287,7 @@ def test_thought_is_not_read(tmp_path):
     assert game.parse_question(game.read(sample(thought + said + "\\boxed{2}"))) == "What is 2?"
     assert game.answer(sample(thought + "So it is \\boxed{2}."), "q") == "2"
     assert game.answer(sample(thought + "So it is 2."), "q") is None
+    assert game.read(sample("<think>I write \\boxed{1}")) == ""
     cut = sample("\\boxed{2}")._replace(stopped=False)
     assert game.answer(cut, "q") is None and game.read(cut) == ""
 
