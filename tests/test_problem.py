@@ -20,7 +20,6 @@ from eval.judge import parse as parse_judge
 from judge import PAPER, PLAIN, Judge, Task, average_judgements, shown_translation, translation_in
 from rewards import build
 from run import estimate, problem, settings
-from rzero import selfplay
 from tests import corpora, runs
 from tests.processes import ROOT
 from tests.runs import PAPER as SMALL
@@ -353,9 +352,9 @@ def parse_ssr(words):
 
 @pytest.mark.parametrize(
     "parse",
-    [parse_ssr, selfplay.parse, lambda words: parse_eval(["--model=x", *words]),
+    [parse_ssr, lambda words: parse_eval(["--model=x", *words]),
      lambda words: parse_judge(["--model=x", "rows.jsonl", *words])],
-    ids=["ssr", "rzero", "eval", "eval.judge"],
+    ids=["ssr", "eval", "eval.judge"],
 )  # fmt: skip
 def test_chat_is_a_switch_that_may_have_a_value(parse, capsys):
     for words, value in ([], False), (["--chat"], True), (["--chat", "thinking"], "thinking"):
@@ -363,7 +362,7 @@ def test_chat_is_a_switch_that_may_have_a_value(parse, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         parse(["--chat=maybe"])
     assert "argument --chat: invalid choice: 'maybe'" in f"{error.value}{capsys.readouterr().err}"
-    if parse in (parse_ssr, selfplay.parse):
+    if parse == parse_ssr:
         assert parse(["--chat", "--no-chat"]).chat is False
 
 
