@@ -8,18 +8,7 @@ import pytest
 
 from data.codec import PromptCodec, load_tokenizer
 from data.languages import identifier_version, is_plausible_translation
-from judge import (
-    PAPER,
-    PLAIN,
-    TAGS,
-    TOY,
-    Judge,
-    Reward,
-    Task,
-    UntrustedText,
-    translation_in,
-    without_tags,
-)
+from judge import PAPER, PLAIN, TAGS, TOY, Judge, Reward, Task, UntrustedText, translation_in
 from model import load
 from rewards.family import GroupJudge, PairwiseJudge, ask_group, ask_pair
 from sampler import Sampler
@@ -163,7 +152,7 @@ def test_no_attack_ends_its_fence_or_its_turn_or_brings_a_tag(codecs, model):
             assert forged == control, attack
             prompt, honest = texts.decode(ids), texts.decode(known)
             assert [prompt.count(tag) for tag in TAGS] == [honest.count(tag) for tag in TAGS]
-            assert without_tags(attack.text) in parts  # with no placeholder in it filled
+            assert "{" not in attack.text or attack.text in parts  # no placeholder is filled
             given = bare.encode([[part] for part in parts if isinstance(part, UntrustedText)])
             assert fenced(prompt) == [bare.decode(x) for x in given], attack
 
