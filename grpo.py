@@ -19,8 +19,8 @@ Group Relative Policy Optimisation, as it is done here:
 - Advantage: the reward against the other samples of the prompt (kernels/advantage.py). A tie gives
   exactly 0. A sample without a reward is left out of its group's mean and out of the loss.
 - Loss: clipped policy gradient (kernels/logprob.py). With one update a batch (default) the ratio of
-  new to old probability is exactly 1, so nothing is clipped and the loss is minus the mean
-  advantage, about 0 whatever is learned. The sampler's log-probs serve `importance_cap` alone.
+  new to old probability is exactly 1, so nothing is clipped and the loss (minus mean advantage)
+  is about 0 whatever is learned. The sampler's log-probs only serve metrics and `importance_cap`.
 - One normaliser for all tokens of a step, known before the first backward, so that gradients of
   micro-batches add up (`token_loss_weights`).
 - Identical samples of a prompt have the same gradient: they are trained once, with the weight of
@@ -122,7 +122,7 @@ class TrainSample(NamedTuple):
 
     prompt: list[int]
     ids: list[int]
-    logprobs: list[float]  # by the sampler: to measure with, not to train with
+    logprobs: list[float]  # by the sampler: for metrics and importance_cap
     advantage: float  # the mean of its copies
     copies: int  # those that have a reward
 
@@ -132,7 +132,7 @@ class Step:
     number: int
     metrics: dict[str, float | list[int]]  # numbers, and under "histogram/…" counts
     groups: Sequence[list]  # samples (P, N), drawn before this step's update
-    failure_streaks: dict[str, int]  # "valid score" … -> steps in a row without one, until this
+    failure_streaks: dict[str, int]  # "valid score" … -> steps in a row without one, this included
     prompts: Sequence[Prompt] = ()
     judged: Sequence = ()  # the reward's results, by group
     rewards: Tensor | None = None  # (P, N), NaN where there is none
@@ -261,9 +261,9 @@ def merge_identical_samples(
 
 
 def token_loss_weights(rows: list[TrainSample], s: Settings) -> list[float]:
-    """What a token of each row weighs in the loss, its copies counted: 1 / all rows' tokens, those
-    of advantage 0 included ("token", "effective"); 1 / (its row's tokens × samples) ("sequence");
-    1 / what the samples' tokens could be at most ("constant")."""
+    """Loss weight of a token, by row: its copies / the tokens of all scored samples, those of
+    advantage 0 included ("token", "effective"); its copies / (its tokens × scored samples)
+    ("sequence"); its copies / the most tokens that a batch can have ("constant")."""
     if s.loss_norm == "sequence":
         total = sum(r.copies for r in rows)
         return [r.copies / (len(r.ids) * total) for r in rows]
@@ -276,7 +276,7 @@ def token_loss_weights(rows: list[TrainSample], s: Settings) -> list[float]:
 def reference_logprobs(
     model, rows: list[TrainSample], s: Settings, ranks: Ranks
 ) -> list[Tensor] | None:
-    """Of each row's tokens, by the starting weights."""
+    """Log-probs of rows under the starting weights."""
     if model is None:
         return None
     parts = [x for x in pack(range(len(rows)), rows, s.micro_batch_tokens, ranks.size) if x]
@@ -298,11 +298,11 @@ def update(
     model, optimizer, rows: list[TrainSample], reference: list[Tensor] | None,
     weights: list[float], s: Settings, ranks: Ranks,
 ) -> dict[str, float]:  # fmt: skip
-    """`updates_per_batch` optimizer steps, and the metrics of the last one.
+    """Take `updates_per_batch` optimizer steps; return the metrics of the last one.
 
-    Gap and ratio of sampler and trainer are the first one's, while both have the same weights.
+    "policy/…" compares sampler and trainer at the first one, while both have the same weights.
     "train/skipped" counts updates without a finite gradient, "train/clipped" is the share of the
-    trained weight whose ratio was clipped, "train/grad_norm" the norm before scaling down.
+    loss weight whose ratio was clipped, "train/grad_norm" the norm before scaling down.
     """
     stats = {"train/grad_norm": 0.0, "train/loss": 0.0, "train/clipped": 0.0, "train/skipped": 0.0}
     means = ["sampler_gap"] + ["importance_ratio", "importance_capped"] * (s.importance_cap > 0)
@@ -354,13 +354,13 @@ def update(
 
 
 def pack(which: Sequence[int], rows: list[TrainSample], most: int, size: int) -> list[list[int]]:
-    """Micro-batches of about the same number of tokens, at most `most` unless one row is longer.
+    """The rows `which` in micro-batches of similar size: at most `most` tokens, or one longer row.
 
-    Rows of one prompt stay together, as far as they fit: the prompt is computed once for them.
-    Every further row reads a copy of the prompt's keys, so the prompt's tokens count an eighth.
+    Rows of one prompt stay together as far as they fit: the prompt is computed once for them. Every
+    further row reads a copy of its keys, which counts as an eighth of the prompt's tokens.
 
-    Each of `size` ranks needs the same number of them, because forward and backward are collective:
-    some may be empty. Largest first, so that the ranks have about as much to do in each round.
+    All `size` ranks need the same number of micro-batches, because forward and backward are
+    collective: some may be empty. Largest first, so that each round is balanced between ranks.
     """
 
     def length(group: list[int]) -> int:
@@ -405,8 +405,8 @@ def segments_of(rows: list[TrainSample]) -> list[list[int]]:
 
 
 class MicroBatch:
-    """Some rows end to end in one row of tokens, each seeing its prompt and itself alone. No masks,
-    no padding. What lies where follows from lengths, never from token values."""
+    """Rows packed into one sequence, each attending to its prompt and itself alone. No masks, no
+    padding. The layout depends on lengths, never on token values."""
 
     def __init__(
         self, rows: list[TrainSample], weights: list[float], reference: list[Tensor] | None, device
@@ -416,7 +416,7 @@ class MicroBatch:
             reference = None if reference is None else [torch.zeros(1)]
         self.segments = segments_of(rows)
         ids: list[int] = []
-        predictors: list[int] = []  # hidden states: of the prompt's last token, and so on
+        predictors: list[int] = []  # positions whose hidden states predict the targets
         for prompt, group in itertools.groupby(rows, key=lambda row: row.prompt):
             ids += prompt
             last = len(ids) - 1
@@ -479,7 +479,7 @@ def learning_rate(s: Settings, number: int) -> float:
 
 
 def update_failure_streaks(metrics: dict, before: dict[str, int]) -> dict[str, int]:
-    """For how many steps in a row each kind of failure has happened, this step included."""
+    """For how many steps in a row each thing has been missing, this step included."""
     failed = {
         "finite gradient": metrics["train/skipped"] > 0,
         "valid score": metrics["judge/invalid"] == 1,
@@ -489,9 +489,9 @@ def update_failure_streaks(metrics: dict, before: dict[str, int]) -> dict[str, i
 
 
 def check_health(streaks: dict[str, int], judged) -> None:
-    """Stop a run whose gradient, judge or format was of no use for MAX_BAD_STEPS in a row."""
+    """Raise Stop if anything has been missing for MAX_BAD_STEPS steps in a row."""
     for what in [what for what, steps in streaks.items() if steps >= MAX_BAD_STEPS]:
-        advice = "the weights were left alone; lower --lr"
+        advice = "such updates were skipped; lower --lr"
         if what == "valid score":
             texts = [w for row in judged for w in row.judge_text if w != "not judged"][:3]
             advice = "the judge's last words:" + "".join(f"\n  {w[-300:]!r}" for w in texts)

@@ -10,14 +10,14 @@ Text from data or from a model is `UntrustedText`: it is tokenised apart from th
 control tokens spelled out. What a translation's form can decide is decided before it is judged:
 
     tags missing, repeated, out of order, or cut off            format 0
-    a tag, a control token or a score that the source lacks     format 0
-    no letters, or no translation for `is_translation`          format 0 (the latter is counted)
+    a tag; a control token or a score that the source lacks     format 0
+    no letter or digit, or `is_translation` is false            format 0 (the latter is counted)
     too long to be judged                                       score 0
     the judge's output is no score                              no reward (NaN): left out, counted
 
-Only what the judge wrote itself, after its thinking, is read: output that repeats a text it was
-asked about is an echo. A plea, which a judge may obey, has no form that tells it from a
-translation: it stays inside its fence. Letters: P tasks, N samples of each.
+Only the judge's own words after its thinking are read: output that repeats a text it was asked
+about is an echo. A plea (prompt injection in plain words) has the form of a translation, so it is
+fenced, but a judge may still obey it. Letters: P tasks, N samples of each.
 """
 
 import hashlib
@@ -162,7 +162,7 @@ def letters_only(text: str) -> str:
 
 
 def without_tags(text: str) -> str:
-    """With round brackets, where the text holds a tag that an echo could bring back."""
+    """Replace "<" and the like by "(" in a text with a tag, which an echo could repeat."""
     return re.sub(f"[{ANGLES}]", "(", nfkc(text)) if TAG.search(folded(text)) else text
 
 
@@ -210,8 +210,8 @@ def after_thinking(text: str) -> str | None:
 
 
 def answer_text(text: str) -> str | None:
-    """After the thinking: what stands in the last <answer>, all of a text without any, None where
-    one was cut off."""
+    """The last <answer> after the thinking, or all the text if it has none; None if the thinking or
+    the answer was cut off."""
     text = after_thinking(text)
     if text is None or text.rfind("<answer>") > text.rfind("</answer>"):
         return None
@@ -308,7 +308,7 @@ class Judge:
     ) -> dict[int, list[Judgement]]:
         """The judgements on those questions that fit the window."""
         prompts = self.fitting(questions, max_new_tokens)
-        keys = [prompt_key(step, ids) for ids in prompts.values()]  # whatever else is asked
+        keys = [prompt_key(step, ids) for ids in prompts.values()]  # same in any batch
         groups = self.sampler.generate(
             [*prompts.values()], self.samples, max_new_tokens, self.temperature,
             stop_ids=self.stop_ids, seed=self.seed, keys=keys,

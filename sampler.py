@@ -82,7 +82,7 @@ class UnfinishedSample:
 
 
 class Prefill:
-    """The cache's view for B prompts, padded on the right, where a causal token never looks.
+    """Cache view for B prompts, padded on the right, where causal attention never looks.
 
     `kv` is (layers, 2, S, K, L, E). Positions before `shared` are read from slot 0. The rest is
     written to `slots` (None: nowhere, only the hidden states are needed), padding included:
@@ -117,7 +117,7 @@ class Prefill:
 
 
 class Decode:
-    """The cache's view for one new token in each of the slots 0 … B-1.
+    """Cache view for one new token in each of the slots 0 … B-1.
 
     `lengths` (B,) tokens are cached before it; only the first `width` positions are read.
     """
@@ -247,8 +247,8 @@ class Sampler:
         The cache holds 2 * layers * slots * kv_heads * max_length * head_dim numbers in the dtype
         the model computes in, for the sampler's lifetime. A model that casts fp32 weights on the
         fly would do so for each token, so give the sampler a copy in the compute dtype.
-        `check_every`: steps between two checks which sequences have ended. A check is free on a CPU
-        (default 1) and stalls a GPU (default 16); tokens past a stop are discarded.
+        `check_every`: steps between checks for ended sequences. A check is free on a CPU (default
+        1) and stalls a GPU (default 16); tokens past a stop are discarded.
         `attention`: for decoding, in place of PyTorch's, such as kernels.decode.decode_attention.
         """
         c = model.config
@@ -580,8 +580,8 @@ class Sampler:
     def read(
         self, sequences: list, starts: Ids, columns: list[Tensor], temperature: float
     ) -> list[Tensor]:
-        """Log-probs of the tokens columns[i] (rows, k): row r is about the token after position
-        starts[i] + r of sequence i."""
+        """Log-probs of the tokens columns[i] (rows, k), those of row r at the position after
+        starts[i] + r in sequence i."""
         if not temperature >= 1e-4:
             raise ValueError(f"temperature={temperature} must be at least 0.0001")
         results = [
