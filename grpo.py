@@ -168,13 +168,13 @@ def train(
         rewards, advantages = rewards_and_advantages(groups, judged, s, model.head_weight.device)
         rows = merge_identical_samples(prompts, groups, rewards, advantages, s)
         reference = reference_logprobs(reference_model, rows, s, ranks)
-        clock.stage("reference")
+        clock.end_stage("reference")
         rate = learning_rate(s, number)
         for group in optimizer.param_groups:
             group["lr"] = rate
         trained = update(model, optimizer, rows, reference, token_loss_weights(rows, s), s, ranks)
         sync_sampler(sampler, model)
-        clock.stage("train")
+        clock.end_stage("train")
         metrics = batch_metrics(groups, judged, rewards, advantages, rows, reference)
         num_tokens = trained["train/tokens"] * s.updates_per_batch
         metrics |= trained | clock.metrics(groups, num_tokens) | {"train/lr": rate}
@@ -200,14 +200,14 @@ def rollout(
             [prompts[i].ids for i in mine], s.samples_per_prompt, s.max_new_tokens, s.temperature,
             stop_ids=stop_ids, seed=s.seed, keys=[number * len(prompts) + i for i in mine],
         )  # fmt: skip
-        clock.stage("sample")
+        clock.end_stage("sample")
         ranks.set_stage("judge")
         judged = reward([prompts[i].task for i in mine], groups, number)
-        clock.stage("judge")
+        clock.end_stage("judge")
         return list(zip(groups, judged, strict=True))
 
     groups, judged = zip(*ranks.map_over_ranks("sample", range(len(prompts)), work), strict=True)
-    clock.stage("wait")
+    clock.end_stage("wait")
     return groups, judged
 
 
@@ -279,7 +279,9 @@ def reference_logprobs(
     """Log-probs of rows under the starting weights."""
     if model is None:
         return None
-    parts = [x for x in pack(range(len(rows)), rows, s.micro_batch_tokens, ranks.size) if x]
+    parts = [
+        x for x in pack_micro_batches(range(len(rows)), rows, s.micro_batch_tokens, ranks.size) if x
+    ]
 
     def score(mine: list[list[int]]) -> list[Tensor]:
         device = model.head_weight.device
@@ -308,7 +310,7 @@ def update(
     means = ["sampler_gap"] + ["importance_ratio", "importance_capped"] * (s.importance_cap > 0)
     stats |= {f"policy/{name}": math.nan for name in (*means, "sampler_gap_max")}  # unmeasured
     trainable = [i for i, row in enumerate(rows) if row.advantage or s.kl or s.entropy_bonus]
-    parts = pack(trainable, rows, s.micro_batch_tokens, ranks.size)
+    parts = pack_micro_batches(trainable, rows, s.micro_batch_tokens, ranks.size)
     num_tokens = sum(sum(map(sum, segments_of([rows[i] for i in part]))) for part in parts)
     stats |= {"train/rows": len(trainable), "train/tokens": num_tokens}
     if not trainable:
@@ -353,7 +355,9 @@ def update(
     return stats | {"train/grad_norm": norm}
 
 
-def pack(which: Sequence[int], rows: list[TrainSample], most: int, size: int) -> list[list[int]]:
+def pack_micro_batches(
+    which: Sequence[int], rows: list[TrainSample], most: int, size: int
+) -> list[list[int]]:
     """The rows `which` in micro-batches of similar size: at most `most` tokens, or one longer row.
 
     Rows of one prompt stay together as far as they fit: the prompt is computed once for them. Every
@@ -480,12 +484,12 @@ def learning_rate(s: Settings, number: int) -> float:
 
 def update_failure_streaks(metrics: dict, before: dict[str, int]) -> dict[str, int]:
     """For how many steps in a row each thing has been missing, this step included."""
-    failed = {
+    absent = {
         "finite gradient": metrics["train/skipped"] > 0,
         "valid score": metrics["judge/invalid"] == 1,
         "sample of the right format": metrics.get("reward/format") == 0,
     }
-    return {what: before.get(what, 0) + 1 for what, happened in failed.items() if happened}
+    return {what: before.get(what, 0) + 1 for what, happened in absent.items() if happened}
 
 
 def check_health(streaks: dict[str, int], judged) -> None:

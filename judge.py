@@ -1,9 +1,9 @@
 """The self-reward: the model translates, judges its translations, and the scores are read strictly.
 
-    texts = PromptCodec(tokenizer)                 # text <-> token ids: data/codec.py
-    prompt = texts.encode([PAPER.ask(task)])       # what the actor continues
-    judge = Judge(sampler, texts, PAPER, stop_ids=texts.stop_ids)     # the same weights
-    reward = Reward(texts, PAPER, {"self": (1.0, judge)})
+    codec = PromptCodec(tokenizer)                 # text <-> token ids: data/codec.py
+    prompt = codec.encode([PAPER.ask(task)])       # what the actor continues
+    judge = Judge(sampler, codec, PAPER, stop_ids=codec.stop_ids)     # the same weights
+    reward = Reward(codec, PAPER, {"self": (1.0, judge)})
     judged = reward(tasks, groups, step)           # of each task: .total (N,), .parts, .judge_text
 
 Text from data or from a model is `UntrustedText`: it is tokenised apart from the template, with its
@@ -156,7 +156,7 @@ def folded(text: str) -> str:
     return "".join(c for c in text if unicodedata.category(c)[0] not in "MZC" and c not in FILLERS)
 
 
-def letters_only(text: str) -> str:
+def alnum_only(text: str) -> str:
     """Letters and digits, folded."""
     return "".join(filter(str.isalnum, folded(text)))
 
@@ -271,19 +271,19 @@ class Judge:
     """Asks a sampler's model to score translations. Each distinct pair is asked once."""
 
     def __init__(
-        self, sampler, texts, prompts: Prompts, score_mode: str = "written",
+        self, sampler, codec, prompts: Prompts, score_mode: str = "written",
         samples: int = 1, temperature: float = 0.0, max_new_tokens: int = 1024,
         stop_ids: Sequence[int] = (), seed: int = 0,
     ):  # fmt: skip
         """`samples` judgements of each pair are averaged; more than one needs a temperature."""
         check_score_mode(score_mode, samples, temperature)
-        self.sampler, self.texts, self.prompts = sampler, texts, prompts
+        self.sampler, self.codec, self.prompts = sampler, codec, prompts
         self.score_mode = score_mode
         self.samples, self.temperature, self.seed = samples, temperature, seed
         self.max_new_tokens = max_new_tokens if score_mode == "written" else 1
         self.stop_ids = list(stop_ids)
         if score_mode == "expected":
-            self.score_ids = [texts.one_token(text) for text in prompts.scores]
+            self.score_ids = [codec.one_token(text) for text in prompts.scores]
 
     def __call__(self, tasks: Sequence[Task], answers: list[list[str | None]], step: int):
         """answers (P, N) -> scores (P, N). An answer of None is not judged and scores 0."""
@@ -317,8 +317,8 @@ class Judge:
         return {i: [self.read(x, questions[i]) for x in group] for i, group in groups.items()}
 
     def read(self, sample, question: list[str]) -> Judgement:
-        text = self.texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
-        echo = is_echo(self.texts.thought_start + text, question)
+        text = self.codec.decode(sample.ids[: len(sample.ids) - sample.stopped])
+        echo = is_echo(self.codec.thought_start + text, question)
         return Judgement(text, sample.stopped and not echo)
 
     def next_probs(self, questions: list[list[str]], ids: list[int]) -> dict[int, list[float]]:
@@ -330,7 +330,7 @@ class Judge:
     def fitting(self, questions: list[list[str]], max_new_tokens: int) -> dict[int, list[int]]:
         """The prompts that fit the window, by the question's number."""
         room = self.sampler.max_length - max_new_tokens
-        return {i: p for i, p in enumerate(self.texts.encode(questions)) if len(p) <= room}
+        return {i: p for i, p in enumerate(self.codec.encode(questions)) if len(p) <= room}
 
     def read_expected(self, probs: list[float]) -> Score:
         """The mean over the score tokens; None when other tokens are likelier than all of them."""
@@ -371,19 +371,19 @@ class Reward:
     """
 
     def __init__(
-        self, texts, prompts: Prompts, scorers: dict[str, tuple[float, Scorer]],
+        self, codec, prompts: Prompts, scorers: dict[str, tuple[float, Scorer]],
         format_reward: str = "product", weigh: Callable | None = None,
         is_translation: Callable[[str, Task], bool] = lambda answer, task: True,
     ):  # fmt: skip
         """`weigh(tasks, answers, scores, step)`: the groups' weights, from the first scorer's
         scores. `is_translation(answer, task)`: part of the format check, beyond the form."""
-        self.texts, self.prompts, self.scorers = texts, prompts, scorers
+        self.codec, self.prompts, self.scorers = codec, prompts, scorers
         self.format_reward = FORMAT_REWARDS[format_reward]
         self.weigh, self.is_translation = weigh, is_translation
 
     def __call__(self, tasks: Sequence[Task], groups: list[list], step: int) -> list[RewardOutput]:
         formed = [  # (P, N): what has the right form, in whatever language
-            [translation_in(self.texts, self.prompts, task, x) for x in group]
+            [translation_in(self.codec, self.prompts, task, x) for x in group]
             for task, group in zip(tasks, groups, strict=True)
         ]
         answers = [
@@ -415,27 +415,27 @@ class Reward:
                 parts["weight"] = [weights[p]] * len(row)
             part_weights = {"format": right - wrong} if right > wrong else {}
             part_weights |= {name: weight for name, (weight, _) in self.scorers.items()}
-            texts = [x.judge_text for x in first[p]]
-            judged.append(RewardOutput(total, parts, texts, weights[p], part_weights))
+            judge_text = [x.judge_text for x in first[p]]
+            judged.append(RewardOutput(total, parts, judge_text, weights[p], part_weights))
         return judged
 
 
-def translation_in(texts, prompts: Prompts, task: Task, sample) -> str | None:
+def translation_in(codec, prompts: Prompts, task: Task, sample) -> str | None:
     """The translation in a sample, or None when its form earns nothing."""
-    text, answer = texts.read(sample)
+    text, answer = codec.read(sample)
     if not sample.stopped or answer is None or (prompts.tags and not format_ok(text)):
         return None
-    answer = texts.plain(read_answer(answer) if prompts.tags else answer).strip()
-    control = {*texts.control.findall(answer)} - {*texts.control.findall(texts.plain(task.text))}
+    answer = codec.sanitize(read_answer(answer) if prompts.tags else answer).strip()
+    control = {*codec.control.findall(answer)} - {*codec.control.findall(codec.sanitize(task.text))}
     forged = TAG.search(folded(answer)) or holds_score(answer, task.text)
-    return None if control or forged or not letters_only(answer) else answer
+    return None if control or forged or not alnum_only(answer) else answer
 
 
-def shown_translation(texts, prompts: Prompts, task: Task, sample) -> tuple[str, bool]:
+def shown_translation(codec, prompts: Prompts, task: Task, sample) -> tuple[str, bool]:
     """What a reader gets, and whether its form was right, in whatever language. Unreadable output
     is kept verbatim: dropping it would inflate metrics."""
-    _, answer = texts.read(sample)
+    _, answer = codec.read(sample)
     answer = read_answer(answer or "") if prompts.tags else answer
-    text = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
-    right = translation_in(texts, prompts, task, sample) is not None
+    text = codec.decode(sample.ids[: len(sample.ids) - sample.stopped])
+    right = translation_in(codec, prompts, task, sample) is not None
     return (text if answer is None else answer.strip()), right

@@ -558,7 +558,9 @@ class Sampler:
         self.share_prefix(prompts, 1)
         columns = [torch.tensor(c, dtype=torch.int64)[:, None] for c in continuations]
         starts = [len(p) - 1 for p in prompts]
-        return [s[:, 0] for s in self.read([w[:-1] for w in whole], starts, columns, temperature)]
+        return [
+            s[:, 0] for s in self.logprobs_of([w[:-1] for w in whole], starts, columns, temperature)
+        ]
 
     @torch.no_grad()
     def next_logprobs(
@@ -572,12 +574,12 @@ class Sampler:
         distinct = list(dict.fromkeys(prompts))
         self.share_prefix(distinct, 1)
         columns = [torch.tensor([token_ids], dtype=torch.int64)] * len(distinct)
-        rows = self.read(distinct, [len(p) - 1 for p in distinct], columns, temperature)
+        rows = self.logprobs_of(distinct, [len(p) - 1 for p in distinct], columns, temperature)
         row_of = dict(zip(distinct, rows, strict=True))
         empty = torch.zeros(0, len(token_ids), dtype=self.logit_dtype, device=self.device)
         return torch.cat([empty, *(row_of[p] for p in prompts)])
 
-    def read(
+    def logprobs_of(
         self, sequences: list, starts: Ids, columns: list[Tensor], temperature: float
     ) -> list[Tensor]:
         """Log-probs of the tokens columns[i] (rows, k), those of row r at the position after

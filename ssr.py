@@ -68,30 +68,30 @@ def run_training(s: Settings) -> None:
 
         # What is learned: the texts, the prompts, how held-out translations are measured.
         problem = toy_problem(s, ranks) if s.preset == "toy" else data_problem(s, ranks, comets)
-        texts = PromptCodec(load_tokenizer(problem.folder), s.chat)
-        warn_about_prompts(s, texts.tokenizer)
+        codec = PromptCodec(load_tokenizer(problem.folder), s.chat)
+        warn_about_prompts(s, codec.tokenizer)
 
         # The model and its sampler; the judge is the same model, unless another one is named.
         ranks.set_stage("load the model")
         cuda = device.type == "cuda"
         load_work = workload(s, read_config(problem.folder), ranks.size, cuda)
         estimate.check_room(load_work, device)
-        window = judge_window(s, problem, texts, load_work.c.max_length)
+        window = judge_window(s, problem, codec, load_work.c.max_length)
         cache = driver.SamplerRoom(window, load_work.slots, load_work.judge_slots)
         policy = driver.build_policy(problem.folder, s, device, ranks, cache)
-        own_judge = build_judge(s, policy.judge_sampler, texts, problem.prompts)
+        own_judge = build_judge(s, policy.judge_sampler, codec, problem.prompts)
         judge = own_judge
         if s.judge_model:
-            judge = other_judge(s, ranks, problem, device, load_work.slots, texts)
+            judge = other_judge(s, ranks, problem, device, load_work.slots, codec)
         elif s.reward == "cream":  # compares the live judge with `own_judge`
-            judge = build_judge(s, policy.sampler, texts, problem.prompts)
+            judge = build_judge(s, policy.sampler, codec, problem.prompts)
 
         # The reward: the judge's score of what has the right form.
         ranks.set_stage("load COMET")
         scorers = build_scorers(s, judge, comets)
         weigh = family.group_weigher(s, own_judge)
         reward = Reward(
-            texts, problem.prompts, scorers, s.format_reward, weigh, is_plausible_translation
+            codec, problem.prompts, scorers, s.format_reward, weigh, is_plausible_translation
         )
 
         # The loop: driver.train_policy is grpo.train with this policy's optimizer and copies.
@@ -99,19 +99,19 @@ def run_training(s: Settings) -> None:
         identity = run_identity(s, problem, policy, comets)
         driver.assert_same_on_all_ranks(ranks, {f"the {k}": v for k, v in identity.items()})
         checkpoints = Checkpoints(path / "checkpoints", 2, ranks, policy.tensors(), identity)
-        held_out = encode_prompts(s, problem, texts, problem.held_out)
-        evaluation = Evaluation(problem, held_out, texts, policy.sampler, judge, s, ranks)
+        held_out = encode_prompts(s, problem, codec, problem.held_out)
+        evaluation = Evaluation(problem, held_out, codec, policy.sampler, judge, s, ranks)
         monitor = RunMonitor(s, path, problem.folder, evaluation, checkpoints, ranks)
 
         def batch(number: int) -> list[grpo.Prompt]:
             P = s.prompts_per_step
             tasks = [problem.task(i) for i in range((number - 1) * P, number * P)]
-            return encode_prompts(s, problem, texts, tasks)
+            return encode_prompts(s, problem, codec, tasks)
 
         with monitor:
             resume_from = monitor.begin(policy, describe_run(s))
             for step in driver.train_policy(
-                policy, reward, batch, s, texts.stop_ids, ranks, resume_from
+                policy, reward, batch, s, codec.stop_ids, ranks, resume_from
             ):
                 monitor.after(step)
     if monitor.finished and not monitor.had_signal:
@@ -119,9 +119,9 @@ def run_training(s: Settings) -> None:
 
 
 def encode_prompts(
-    s: Settings, problem: Problem, texts: PromptCodec, tasks: list[Task]
+    s: Settings, problem: Problem, codec: PromptCodec, tasks: list[Task]
 ) -> list[grpo.Prompt]:
-    encoded = texts.encode([problem.prompts.ask(task) for task in tasks])
+    encoded = codec.encode([problem.prompts.ask(task) for task in tasks])
     if (longest := max(map(len, encoded))) > s.max_prompt_tokens:
         raise ValueError(f"a prompt has {longest} tokens: --max-prompt-tokens "
                          f"{s.max_prompt_tokens} must be at least that")  # fmt: skip
@@ -129,19 +129,19 @@ def encode_prompts(
 
 
 def other_judge(
-    s: Settings, ranks: Ranks, problem: Problem, device, slots: int, policy: PromptCodec
+    s: Settings, ranks: Ranks, problem: Problem, device, slots: int, policy_codec: PromptCodec
 ):
     """Another model, which is asked as the policy would ask itself."""
     if s.judge_url:
         return build_remote_judge(s, ranks, problem.prompts)
     folder = ranks.rank0_then_all("fetch the judge", lambda: find_folder(s.judge_model))
-    model, texts = driver.load_frozen(folder, device, s.chat)
+    model, codec = driver.load_frozen(folder, device, s.chat)
     # Its tokenizer may need more tokens for the same texts than the policy's.
     prompts = [problem.prompts.ask(task) for task in problem.held_out]
-    pairs = zip(texts.encode(prompts), policy.encode(prompts), strict=True)
+    pairs = zip(codec.encode(prompts), policy_codec.encode(prompts), strict=True)
     longer = max(1.0, 1.25 * max(len(theirs) / len(ours) for theirs, ours in pairs))
-    window = judge_window(s, problem, texts, model.config.max_length, longer)
-    return build_judge(s, driver.make_sampler(model, slots, window), texts, problem.prompts)
+    window = judge_window(s, problem, codec, model.config.max_length, longer)
+    return build_judge(s, driver.make_sampler(model, slots, window), codec, problem.prompts)
 
 
 def check_ranks_agree(s: Settings, ranks: Ranks) -> None:

@@ -84,8 +84,8 @@ class Ours:
     def __init__(self, folder: str, track_kl: bool = False):
         """`folder`: see `prepare`."""
         self.work = work = json.loads(Path(folder, "work.json").read_text())
-        self.texts = PromptCodec(load_tokenizer(Path(folder)))
-        self.stop_ids = [self.texts.tokenizer.eos_token_id]
+        self.codec = PromptCodec(load_tokenizer(Path(folder)))
+        self.stop_ids = [self.codec.tokenizer.eos_token_id]
         P, N, new = work["sizes"]
         s = grpo.Settings(
             steps=10_000_000, prompts_per_step=P, samples_per_prompt=N, max_new_tokens=new, lr=LR,
@@ -98,17 +98,17 @@ class Ours:
         )
         self.sampler = policy.sampler
         if work["reward"] == "self":
-            judge = Judge(self.sampler, self.texts, TOY, "expected")
+            judge = Judge(self.sampler, self.codec, TOY, "expected")
             self.self_reward = Reward(
-                self.texts, TOY, {"self": (1.0, judge)}, is_translation=is_plausible_translation
+                self.codec, TOY, {"self": (1.0, judge)}, is_translation=is_plausible_translation
             )
-        self.judge = Judge(self.sampler, self.texts, PLAIN, "written", max_new_tokens=8)
+        self.judge = Judge(self.sampler, self.codec, PLAIN, "written", max_new_tokens=8)
         self.loop = driver.train_policy(
             policy, lambda *args: self.reward(*args), self.batch, s, self.stop_ids, Ranks()
         )
 
     def decode(self, groups: list[list]) -> list[list[str]]:
-        decode = self.texts.tokenizer.batch_decode
+        decode = self.codec.tokenizer.batch_decode
         return [decode([s.ids for s in group], skip_special_tokens=True) for group in groups]
 
     def reward(self, tasks: list[dict], groups: list[list], number: int) -> list:
@@ -139,7 +139,7 @@ class Ours:
 
     def accuracy(self) -> float:
         tasks, new = self.work["held_out"], self.work["sizes"][2]
-        ids = self.texts.encode([[task["prompt"]] for task in tasks])
+        ids = self.codec.encode([[task["prompt"]] for task in tasks])
         groups = self.sampler.generate(ids, 1, new, 0.0, stop_ids=self.stop_ids)
         return share_exact([text for [text] in self.decode(groups)], tasks)
 

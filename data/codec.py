@@ -1,9 +1,9 @@
 """Prompts as token ids: the tokenizer, its chat template, and control tokens kept out of text.
 
-    texts = PromptCodec(load_tokenizer(folder), chat=True)
-    ids = texts.encode([PLAIN.ask(task)])          # what the model continues
-    texts.decode(ids[0])                           # control tokens are written out
-    texts.read(sample)                             # its text, and what follows its thinking
+    codec = PromptCodec(load_tokenizer(folder), chat=True)
+    ids = codec.encode([PLAIN.ask(task)])          # what the model continues
+    codec.decode(ids[0])                           # control tokens are written out
+    codec.read(sample)                             # its text, and what follows its thinking
 
 A prompt is a list of strings. Those of a template are tokenised as they are; an `UntrustedText`,
 from data or from a model, is tokenised apart from them, with its control tokens spelled out. A
@@ -96,10 +96,10 @@ class PromptCodec:
         """Pieces to be tokenised apart: each letter of a control token in untrusted text is one."""
         if not isinstance(part, UntrustedText):
             return [part]
-        text = self.control.sub(lambda m: "\0".join(["", *m[0], ""]), self.plain(part))
+        text = self.control.sub(lambda m: "\0".join(["", *m[0], ""]), self.sanitize(part))
         return [UntrustedText(piece) for piece in text.split("\0")]
 
-    def plain(self, text: str) -> str:
+    def sanitize(self, text: str) -> str:
         """Without NUL, and normalised where that uncovers a control token."""
         text = text.replace("\0", "")
         return nfkc(text) if self.control.search(nfkc(text)) else text

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from functools import cache, lru_cache
 
-from judge import Task, is_language, letters_only, nfkc
+from judge import Task, alnum_only, is_language, nfkc
 
 # Code, name, and the name of its files in FLORES-200.
 LANGUAGES = """
@@ -137,7 +137,7 @@ def are_close(a: str, b: str) -> bool:
 @lru_cache(maxsize=2**12)
 def words_in(text: str) -> dict[str, str]:
     """letters -> word, without particles; in a script without spaces, each letter is a word."""
-    words = {letters_only(word): word for word in WORD.findall(text)}
+    words = {alnum_only(word): word for word in WORD.findall(text)}
     return {key: word for key, word in words.items() if key and key not in PARTICLES.split()}
 
 
@@ -157,7 +157,7 @@ def is_copy(answer: str, task: Task) -> bool:
     length = sum(0.25 if re.match(f"[{UNSPACED}]", word) else 1 for word in plain)
     if are_close(task.source, task.target) or length <= 2 or names.issuperset(source):
         return False
-    a, b = letters_only(task.text), letters_only(answer)
+    a, b = alnum_only(task.text), alnum_only(answer)
     joined = a in b or (b in a and 2 * len(b) > len(a))
     return joined or overlap(words.keys() - names, source) >= 0.8
 
@@ -230,7 +230,7 @@ def is_identifiable(name: str) -> bool:
 def is_identified_as_other(answer: str, target: str) -> bool:
     """Whether a long enough answer is, almost certainly, in a language not even close to `target`.
     False without the identifier, and for a target that it does not know."""
-    if not is_identifiable(target) or len(letters_only(answer)) < MIN_LETTERS:
+    if not is_identifiable(target) or len(alnum_only(answer)) < MIN_LETTERS:
         return False
     label, probability = load_identifier()[0](answer)
     names = [name for name, known in LABELS.items() if known == label]

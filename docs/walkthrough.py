@@ -39,7 +39,7 @@ class Trip:
     def __init__(self, step: grpo.Step, reward, s, start: Sampler, moved: float):
         """`start`: a sampler with the weights from before the step."""
         self.step, self.s, self.start, self.moved = step, s, start, moved
-        self.texts, self.templates = reward.texts, reward.prompts
+        self.codec, self.templates = reward.codec, reward.prompts
         self.ids, self.source = step.prompts[TASK]
         self.samples, self.judged = step.groups[TASK], step.judged[TASK]
         self.advantages = step.advantages[TASK].tolist()
@@ -78,10 +78,10 @@ class Trip:
         return p, formula
 
     def text(self, sample) -> str:
-        return self.texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
+        return self.codec.decode(sample.ids[: len(sample.ids) - sample.stopped])
 
     def token(self, i: int) -> str:
-        return f"`{self.texts.decode([i])}`"
+        return f"`{self.codec.decode([i])}`"
 
     def task(self) -> str:
         rows = [["source", self.source.source, f"`{self.source.text}`"]]
@@ -91,7 +91,7 @@ class Trip:
     def prompt(self) -> str:
         rows = [
             [f"`{piece.strip()}`", "template" if type(piece) is str else "given",
-             spaced(self.texts.encode([[piece]])[0])]
+             spaced(self.codec.encode([[piece]])[0])]
             for piece in self.templates.ask(self.source)
         ]  # fmt: skip
         return table(["piece", "from", "ids"], rows)
@@ -118,8 +118,8 @@ class Trip:
         prompts = [
             self.templates.ask_judge(self.source, x, self.s.score_mode) for x in self.answers
         ]
-        encoded, values = self.texts.encode(prompts), self.templates.scores
-        score_ids = [self.texts.one_token(score) for score in values]
+        encoded, values = self.codec.encode(prompts), self.templates.scores
+        score_ids = [self.codec.one_token(score) for score in values]
         shares = self.start.next_logprobs(encoded, score_ids).double().exp()
         n = int(shares.amax(1).argmin())  # it is least sure of this one
         p = shares[n].tolist()
@@ -171,14 +171,14 @@ class Trip:
         rows = [[self.token(i), float(p[i]), float(i == t), float(mine[i])] for i in shown]
         rest = [float(x.sum() - x[shown].sum()) for x in (p, mine)]
         begun = (
-            "".join(self.templates.ask(self.source)) + " " + self.texts.decode(self.best.ids[:k])
+            "".join(self.templates.ask(self.source)) + " " + self.codec.decode(self.best.ids[:k])
         )
         return "\n\n".join([
             f"Sample {n}, position {k}, after `{begun.strip()}`:",
             table(["next token", "p", "drawn", "pull"],
                   [*rows, ["all others", rest[0], 0.0, rest[1]]]),
             formulas("d loss / d logit = -weight × advantage × (drawn - p) / T",
-                     f"of {self.texts.decode([t])} = -{w:.4g} × {a:.4f} × (1 - {p[t]:.4f}) / "
+                     f"of {self.codec.decode([t])} = -{w:.4g} × {a:.4f} × (1 - {p[t]:.4f}) / "
                      f"{self.s.temperature:g} = {mine[t]:.4g}"),
         ])  # fmt: skip
 

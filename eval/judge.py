@@ -45,7 +45,7 @@ from run.distributed import Ranks, init_device, run_with_error_reporting
 from run.driver import make_sampler
 from run.estimate import params_of, refuse_without_room, token_bytes
 from run.files import atomic_write
-from run.problem import load_texts
+from run.problem import load_codec
 from run.settings import CHAT, TEMPLATES, check_scoring
 
 SCORE_MODES = ("written", "expected")
@@ -139,10 +139,10 @@ def load_judge(args, folder: Path, translations: list[Translation], device: torc
     """A judge whose KV cache fits the longest of the translations that the model has positions
     for. The memory that is there is checked before the model is loaded."""
     config, _ = check_folder(folder)
-    texts, prompts = load_texts(folder, args.chat), TEMPLATES[args.prompts]
+    codec, prompts = load_codec(folder, args.chat), TEMPLATES[args.prompts]
     questions = [prompts.ask_judge(t.task, t.text, args.score_mode) for t in translations]
     new_tokens = args.judge_max_new_tokens if args.score_mode == "written" else 1
-    windows = [len(ids) + new_tokens for ids in texts.encode(questions)]
+    windows = [len(ids) + new_tokens for ids in codec.encode(questions)]
     window = max((w for w in windows if w <= config.max_length), default=0)
     if not window:
         raise ValueError(
@@ -160,7 +160,7 @@ def load_judge(args, folder: Path, translations: list[Translation], device: torc
     advice = f"lower --max-num-seqs (now {slots} of {window} tokens), or take a smaller model"
     refuse_without_room(needed, device, advice)
     model = load(folder, dtype=dtype, device=device)
-    return build_judge(args, make_sampler(model, slots, window), texts, prompts)
+    return build_judge(args, make_sampler(model, slots, window), codec, prompts)
 
 
 def judge_translations(

@@ -14,7 +14,7 @@ from model import load
 from run.cache import JsonlCache, map_cached
 from run.distributed import Ranks
 from run.driver import make_sampler
-from run.problem import load_texts
+from run.problem import load_codec
 from run.settings import TEMPLATES
 from sampler import Sampler
 
@@ -32,11 +32,11 @@ def translate(
     """Rows by set. The model is loaded only if something is left to translate."""
     folder = ranks.rank0_then_all("fetch the model", lambda: locate_model(system.model))
     prompts = TEMPLATES[args.prompts]
-    texts = load_texts(folder, args.chat)
+    codec = load_codec(folder, args.chat)
     key = {"model": identify_weights(folder), "prompts": args.prompts, "chat": args.chat}
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     key |= {"max_new_tokens": args.max_new_tokens, "dtype": dtype}
-    encoded = {t.file: texts.encode([prompts.ask(task) for task in t.tasks]) for t in test_sets}
+    encoded = {t.file: codec.encode([prompts.ask(task) for task in t.tasks]) for t in test_sets}
 
     @cache
     def sampler() -> Sampler:
@@ -55,12 +55,12 @@ def translate(
         def work(indices) -> list[dict]:
             groups = sampler().generate(
                 [encoded[one.file][i] for i in indices], 1, args.max_new_tokens, 0.0,
-                stop_ids=texts.stop_ids, keys=indices,
+                stop_ids=codec.stop_ids, keys=indices,
             )  # fmt: skip
             rows = []
             for i, (sample,) in zip(indices, groups, strict=True):
-                text, readable = shown_translation(texts, prompts, one.tasks[i], sample)
-                output = texts.decode(sample.ids[: len(sample.ids) - sample.stopped])
+                text, readable = shown_translation(codec, prompts, one.tasks[i], sample)
+                output = codec.decode(sample.ids[: len(sample.ids) - sample.stopped])
                 row = {"segment": i, "translation": text, "readable": readable}
                 rows.append(row | {"output": output, "tokens": len(sample.ids)})
             return rows

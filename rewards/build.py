@@ -102,10 +102,10 @@ def load_scorer(part: str) -> Scorer:
 # ------------------------------------------------------------------------------------- judges
 
 
-def build_judge(s, sampler: Sampler, texts: PromptCodec, prompts: Prompts) -> Judge:
+def build_judge(s, sampler: Sampler, codec: PromptCodec, prompts: Prompts) -> Judge:
     return Judge(
-        sampler, texts, prompts, s.score_mode, s.judge_samples, s.judge_temperature,
-        s.judge_max_new_tokens, texts.stop_ids, s.seed,
+        sampler, codec, prompts, s.score_mode, s.judge_samples, s.judge_temperature,
+        s.judge_max_new_tokens, codec.stop_ids, s.seed,
     )  # fmt: skip
 
 

@@ -75,12 +75,12 @@ def largest_question(s, prompts: Prompts, task: Task) -> tuple[list[str], int, i
 
 def self_scorers(s, judge: Judge) -> dict:
     """name -> (weight, scorer) for judge.Reward; `judge` is the policy."""
-    texts, prompts = judge.texts, judge.prompts
-    policy = judge.sampler.model, texts, prompts, s.temperature, s.micro_batch_tokens
+    codec, prompts = judge.codec, judge.prompts
+    policy = judge.sampler.model, codec, prompts, s.temperature, s.micro_batch_tokens
     if s.reward == "certainty":
         scorer = Confidence(self_certainty, lambda ids: range(len(ids)), *policy)
     elif s.reward == "confidence":
-        scorer = Confidence(top_gap, partial(answer_span, texts), *policy)
+        scorer = Confidence(top_gap, partial(answer_span, codec), *policy)
     elif s.reward == "pairs":
         scorer = PairwiseJudge(judge)
     elif s.reward == "group":
@@ -134,16 +134,16 @@ class Confidence:
 
     def __init__(
         self, measure: Callable[[Tensor], Tensor], where: Callable[[list[int]], range], model,
-        texts: PromptCodec, prompts: Prompts, temperature: float, micro_batch_tokens: int,
+        codec: PromptCodec, prompts: Prompts, temperature: float, micro_batch_tokens: int,
     ):  # fmt: skip
         self.measure, self.where, self.model = measure, where, model
-        self.texts, self.prompts = texts, prompts
+        self.codec, self.prompts = codec, prompts
         self.temperature, self.most = temperature, micro_batch_tokens
 
     def __call__(
         self, tasks: Sequence[Task], answers: Answers, step: int, groups: list[list]
     ) -> list[list[Score]]:
-        prompts = self.texts.encode([self.prompts.ask(task) for task in tasks])
+        prompts = self.codec.encode([self.prompts.ask(task) for task in tasks])
         rows = {  # each distinct sample of a prompt once
             (p, tuple(x.ids)): grpo.TrainSample(prompts[p], x.ids, x.logprobs, 0.0, 1)
             for p, (row, group) in enumerate(zip(answers, groups, strict=True))
@@ -161,7 +161,7 @@ class Confidence:
         """Packed as in training, so that a prompt is computed once for its samples."""
         scores: dict[int, Score] = {}
         device, vocabulary = self.model.head_weight.device, len(self.model.head_weight)
-        for part in grpo.pack(range(len(rows)), rows, self.most, 1) if rows else []:
+        for part in grpo.pack_micro_batches(range(len(rows)), rows, self.most, 1) if rows else []:
             batch = [rows[i] for i in part]
             hidden = grpo.MicroBatch(batch, [0.0] * len(batch), None, device).hidden(self.model)
             values = [
@@ -178,12 +178,12 @@ class Confidence:
         return [scores[i] for i in range(len(rows))]
 
 
-def answer_span(texts: PromptCodec, ids: list[int]) -> range:
+def answer_span(codec: PromptCodec, ids: list[int]) -> range:
     """The tokens of the last <answer>'s text, or of all after the thinking, without white space at
     its ends. A token counts if it holds any part of it (a tokenizer may merge "> a"), or a part of
     one of its characters."""
     ids = ids[:-1]  # the stop
-    text = texts.decode(ids)
+    text = codec.decode(ids)
     tags = [tag for tag in ("</think>", "<answer>") if tag in text]
     start = max((text.rfind(tag) + len(tag) for tag in tags), default=0)
     answer = text[start:].partition("</answer>")[0]
@@ -191,7 +191,7 @@ def answer_span(texts: PromptCodec, ids: list[int]) -> range:
 
     def length(count: int) -> int:
         """Characters that so many tokens complete."""
-        return len(texts.decode(ids[:count]).rstrip("\ufffd"))
+        return len(codec.decode(ids[:count]).rstrip("\ufffd"))
 
     counts = range(len(ids) + 1)
     first = bisect.bisect_left(counts, start, key=length)
@@ -272,7 +272,7 @@ class PairwiseJudge:
     def __init__(self, judge: Judge):
         self.judge = judge
         if judge.score_mode == "expected":
-            self.first, self.second = (word_ids(judge.texts, x) for x in ("first", "second"))
+            self.first, self.second = (word_ids(judge.codec, x) for x in ("first", "second"))
 
     def __call__(self, tasks: Sequence[Task], answers: Answers, step: int) -> list[list[Score]]:
         pairs = {
@@ -323,11 +323,11 @@ def win_rate(both: list[tuple[Score, Score]]) -> Score:
     return Score(value, f"beats {value:.0%} of {len(shares)}")
 
 
-def word_ids(texts: PromptCodec, word: str) -> list[int]:
+def word_ids(codec: PromptCodec, word: str) -> list[int]:
     """The ids of a word that is one token, alone or after a space."""
-    rows = texts.pieces([word, f" {word}"])
-    ids = {row[0] for row in rows if len(row) == 1} - {texts.tokenizer.unk_token_id}
-    return sorted(ids) or [texts.one_token(word)]  # its error names the word
+    rows = codec.pieces([word, f" {word}"])
+    ids = {row[0] for row in rows if len(row) == 1} - {codec.tokenizer.unk_token_id}
+    return sorted(ids) or [codec.one_token(word)]  # its error names the word
 
 
 class GroupJudge:

@@ -2,7 +2,7 @@
 
     judge = RemoteJudge("http://host:8000/v1", "Qwen/Qwen2.5-32B-Instruct", PAPER)
     judge.check()                                  # a wrong address, key or model fails now
-    reward = Reward(texts, PAPER, {"external": (1.0, judge)})
+    reward = Reward(codec, PAPER, {"external": (1.0, judge)})
 
 It asks, reads and averages as `judge.Judge` with written scores does. Our own sampler guarantees
 three things that an endpoint does not: text cannot become a control token, the same seed gives the

@@ -39,9 +39,9 @@ class Estimate(NamedTuple):
 class Evaluation:
     """Translates held-out texts greedily and at temperature 1, judges and scores them."""
 
-    def __init__(self, problem: Problem, prompts: list[grpo.Prompt], texts: PromptCodec, sampler,
+    def __init__(self, problem: Problem, prompts: list[grpo.Prompt], codec: PromptCodec, sampler,
                  judge: Scorer, s, ranks: Ranks):  # fmt: skip
-        self.problem, self.texts, self.sampler, self.judge = problem, texts, sampler, judge
+        self.problem, self.codec, self.sampler, self.judge = problem, codec, sampler, judge
         self.prompts, self.s, self.ranks = prompts, s, ranks
         self.best: Estimate | None = None
         self.past: list[tuple[Estimate, Estimate]] = []  # (first measure, self-score)
@@ -90,10 +90,10 @@ class Evaluation:
                 self.ranks.set_stage(f"evaluation {n}/3, translate at temperature {temperature:g}")
                 groups = self.sampler.generate(
                     prompts, 1, self.s.max_new_tokens, temperature,
-                    stop_ids=self.texts.stop_ids, seed=self.s.seed + 1, keys=mine,
+                    stop_ids=self.codec.stop_ids, seed=self.s.seed + 1, keys=mine,
                 )  # fmt: skip
                 shown.append([
-                    shown_translation(self.texts, self.problem.prompts, task, sample)
+                    shown_translation(self.codec, self.problem.prompts, task, sample)
                     for task, (sample,) in zip(tasks, groups, strict=True)
                 ])  # fmt: skip
             self.ranks.set_stage("evaluation 3/3, judge")

@@ -16,7 +16,7 @@ class Clock:
         self.start = self.last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
-    def stage(self, name: str) -> None:
+    def end_stage(self, name: str) -> None:
         """Names what was done since the last stage ended."""
         now = time.perf_counter()
         self.seconds[name] = now - self.last

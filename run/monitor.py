@@ -144,7 +144,7 @@ class RunMonitor:
         again = self.extends_finished_run and step.number == self.resumed_at
         self.folder.add("groups.jsonl", self.groups)
         if step.prompts and step.number == self.resumed_at + 1:
-            has_template = bool(self.evaluation.texts.tokenizer.chat_template)
+            has_template = bool(self.evaluation.codec.tokenizer.chat_template)
             summary = describe_batch(step.metrics, self.s, has_template)
             self.console.print_line(f"step {step.number}: {summary}")
         if last or again or step.number % self.s.eval_every == 0:
@@ -157,10 +157,10 @@ class RunMonitor:
 
     def group_rows(self, step: grpo.Step) -> list[dict]:
         """The step's first prompt with its samples, rewards and advantages."""
-        texts, task, judged = self.evaluation.texts, step.prompts[0].task, step.judged[0]
+        codec, task, judged = self.evaluation.codec, step.prompts[0].task, step.judged[0]
         samples = [
             {
-                "text": texts.decode(sample.ids[: len(sample.ids) - sample.stopped]),
+                "text": codec.decode(sample.ids[: len(sample.ids) - sample.stopped]),
                 "cut": not sample.stopped,
                 "reward": float(step.rewards[0, n]),
                 "advantage": float(step.advantages[0, n]),

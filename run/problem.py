@@ -61,12 +61,12 @@ def policy_folder(s, ranks: Ranks) -> Path:
     return ranks.rank0_then_all("fetch the model", lambda: find_folder(s.model))
 
 
-def load_texts(folder: Path, chat: bool | str) -> PromptCodec:
+def load_codec(folder: Path, chat: bool | str) -> PromptCodec:
     check_folder(folder)  # first: transformers would blame the tokenizer for a bad config.json
-    texts = PromptCodec(load_tokenizer(folder), chat)
-    for note in texts.notes:
+    codec = PromptCodec(load_tokenizer(folder), chat)
+    for note in codec.notes:
         print(note)
-    return texts
+    return codec
 
 
 def toy_problem(s, ranks: Ranks) -> Problem:
@@ -96,10 +96,10 @@ def data_problem(s, ranks: Ranks, comets: CometWorkers) -> Problem:
 
     corpus, held_out_set = ranks.on_rank0("read the texts", read)
     folder, prompts = policy_folder(s, ranks), TEMPLATES[s.prompts]
-    texts = load_texts(folder, s.chat)
+    codec = load_codec(folder, s.chat)
 
     def fitting(name: str, tasks: list[Task], count: int) -> list[Task]:
-        lengths = map(len, texts.encode([prompts.ask(task) for task in tasks]))
+        lengths = map(len, codec.encode([prompts.ask(task) for task in tasks]))
         fit = [t for t, n in zip(tasks, lengths, strict=True) if n <= s.max_prompt_tokens]
         if len(fit) < count:
             raise ValueError(
@@ -158,13 +158,13 @@ def build_eval_metrics(s, held_out: list[Task], comets: CometWorkers) -> dict[st
 
 
 def judge_window(
-    s, problem: Problem, texts: PromptCodec, positions: int, longer: float = 1.0
+    s, problem: Problem, codec: PromptCodec, positions: int, longer: float = 1.0
 ) -> int:
     """Tokens of a cache row: a prompt and its candidate, or the judge's prompt and its judgement.
-    `longer`: how many tokens `texts` needs for one of the policy's tokenizer."""
+    `longer`: how many tokens `codec` needs for one of the policy's tokenizer."""
     prompts, task = problem.prompts, problem.held_out[0]._replace(text="")
     question, candidates, new_tokens = family.largest_question(s, prompts, task)
-    template = max(map(len, texts.encode([prompts.ask_judge(task, "", s.score_mode), question])))
+    template = max(map(len, codec.encode([prompts.ask_judge(task, "", s.score_mode), question])))
     text = int(longer * (s.max_prompt_tokens + candidates * s.max_new_tokens))
     needed = template + text + new_tokens
     if needed > positions:

@@ -54,14 +54,14 @@ class Player:
     def sample(self, prompts: list[list[int]], n: int, keys: Sequence[int]) -> list[list[Sample]]:
         return self.sampler.generate(
             prompts, n, self.s.max_new_tokens, self.s.temperature, top_p=TOP_P,
-            stop_ids=self.game.texts.stop_ids, seed=self.s.seed, keys=keys,
+            stop_ids=self.game.codec.stop_ids, seed=self.s.seed, keys=keys,
         )  # fmt: skip
 
     def parse_question(self, sample: Sample) -> str | None:
         """None also where the Solver's prompt would be longer than --max-prompt-tokens."""
         if (question := self.game.parse_question(self.game.read(sample))) is None:
             return None
-        [ids] = self.game.texts.encode([self.game.solver_prompt(question)])
+        [ids] = self.game.codec.encode([self.game.solver_prompt(question)])
         return question if len(ids) <= self.s.max_prompt_tokens else None
 
     def agreement(self, questions: Iterable[str | None]) -> dict[str, tuple[float, str]]:
@@ -70,7 +70,7 @@ class Player:
         Draws are keyed by the prompt: they do not depend on the other questions or on the rank.
         """
         distinct = sorted({q for q in questions if q is not None})
-        prompts = self.game.texts.encode([self.game.solver_prompt(q) for q in distinct])
+        prompts = self.game.codec.encode([self.game.solver_prompt(q) for q in distinct])
         groups = self.sample(prompts, self.s.answers, [prompt_key(0, ids) for ids in prompts])
         return {
             question: self.game.majority([self.game.answer(x, question) for x in group])
@@ -83,7 +83,7 @@ def write_questions(
 ) -> list[dict]:
     """One row per key: a question of the Challenger, with the Solver's agreement and label."""
     game = challenger.game
-    prompts = game.texts.encode([game.challenger_prompt]) * len(keys)
+    prompts = game.codec.encode([game.challenger_prompt]) * len(keys)
     questions = [solver.parse_question(x) for [x] in challenger.sample(prompts, 1, keys)]
     agreed = solver.agreement(questions) | {None: (None, None)}
     return [

@@ -31,7 +31,7 @@ class Quiz:
     held_out: Sequence[tuple[str, str]] = ()
 
     @cached_property
-    def texts(self) -> PromptCodec:
+    def codec(self) -> PromptCodec:
         """Both players', in the chat template where their tokenizer has one, thinking off."""
         tokenizer = load_tokenizer(self.folder)
         return PromptCodec(tokenizer, chat=bool(tokenizer.chat_template))
@@ -45,7 +45,7 @@ class Quiz:
 
     def read(self, sample) -> str:
         """What follows the thinking; nothing in a sample that was cut off."""
-        text = self.texts.read(sample)[1] if sample.stopped else None
+        text = self.codec.read(sample)[1] if sample.stopped else None
         return text or ""
 
     def answer(self, sample, question: str) -> str | None:

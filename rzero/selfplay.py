@@ -151,7 +151,7 @@ class SelfPlay:
         self.s, self.game, self.device, self.ranks = s, game, device, ranks
         self.path, self.iteration = Path(s.folder), 0
         self.folders = {x: RunFolder(self.path / x, ranks.rank == 0) for x in (".", *PLAYERS)}
-        [asking] = game.texts.encode([game.challenger_prompt])
+        [asking] = game.codec.encode([game.challenger_prompt])
         self.asking, self.held_out = grpo.Prompt(asking, None), self.solver_prompts(game.held_out)
         longest = max(len(prompt.ids) for prompt in (self.asking, *self.held_out))
         if longest > s.max_prompt_tokens:
@@ -163,7 +163,7 @@ class SelfPlay:
             again = (folder.path / "settings.json").is_file()
             folder.begin(self.s, math.inf if again else None)
         print(f"R-Zero, {self.s.preset}: {self.s.iterations} iterations, writing {self.path}",
-              *self.game.texts.notes, sep="\n")  # fmt: skip
+              *self.game.codec.notes, sep="\n")  # fmt: skip
 
     def play(self) -> None:
         self.ranks.on_rank0("begin", self.begin)
@@ -186,7 +186,7 @@ class SelfPlay:
 
     def solver_prompts(self, pairs: Sequence[tuple[str, str]]) -> list[grpo.Prompt]:
         """Of pairs of question and answer, the prompts' tasks."""
-        ids = self.game.texts.encode([self.game.solver_prompt(question) for question, _ in pairs])
+        ids = self.game.codec.encode([self.game.solver_prompt(question) for question, _ in pairs])
         return [grpo.Prompt(*x) for x in zip(ids, pairs, strict=True)]
 
     # -------------------------------------------------------------------------- an iteration
@@ -267,7 +267,7 @@ class SelfPlay:
                 prompts = [self.held_out[i] for i in mine]
                 groups = sampler.generate(
                     [prompt.ids for prompt in prompts], n, self.s.max_new_tokens, temperature,
-                    stop_ids=self.game.texts.stop_ids, seed=self.s.seed + 1, keys=list(mine),
+                    stop_ids=self.game.codec.stop_ids, seed=self.s.seed + 1, keys=list(mine),
                 )  # fmt: skip
                 judged = self.game.solver_reward([prompt.task for prompt in prompts], groups, 0)
                 return [mean(row.total) for row in judged]
@@ -333,7 +333,7 @@ class SelfPlay:
                 start = self.evaluate(policy.sampler) if player == "solver" else {}
                 log.add("metrics.jsonl", [{"step": 0} | start])
             for step in driver.train_policy(
-                policy, reward, batch, s, self.game.texts.stop_ids, ranks, last
+                policy, reward, batch, s, self.game.codec.stop_ids, ranks, last
             ):
                 step.metrics |= describe(step)
                 last = step

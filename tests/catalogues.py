@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from data import languages as l
-from judge import letters_only
+from judge import alnum_only
 
 LENGTHS = (20, 30, 40, 60, 100, 10**9)  # letters
 
@@ -47,7 +47,7 @@ def main(folder: str) -> None:
     targets = defaultdict(lambda: [0, 0])
 
     def check(answer: str, target: str, wrong: bool) -> None:
-        if (size := len(letters_only(answer))) < l.MIN_LETTERS or not l.is_identifiable(target):
+        if (size := len(alnum_only(answer))) < l.MIN_LETTERS or not l.is_identifiable(target):
             return
         rejected = l.is_identified_as_other(answer, target)
         for count in (counts[wrong][next(n for n in LENGTHS if size < n or n == LENGTHS[-1])],

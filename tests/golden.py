@@ -37,7 +37,7 @@ def steps(ranks=None, **changes):
     """Metrics step by step; with many ranks, and whatever their number, the same."""
     pair = Languages(0)
     tokenizer = make_tokenizer(pair)
-    texts = PromptCodec(tokenizer)
+    codec = PromptCodec(tokenizer)
     words = pair.vocabulary[KASU]
     stop_ids = [tokenizer.convert_tokens_to_ids(w) for w in words[::4]]
     vocabulary = tokenizer.get_vocab()
@@ -60,7 +60,7 @@ def steps(ranks=None, **changes):
     many = ranks is not None and ranks.size > 1
     model = make_model(ranks.shard if many else None)
     sampler = Sampler(make_model() if many else model, 24, 96)
-    judge = Judge(sampler, texts, prompts, "expected")
+    judge = Judge(sampler, codec, prompts, "expected")
     s = grpo.Settings(
         steps=10, prompts_per_step=6, samples_per_prompt=4, max_new_tokens=8, lr=3e-3,
         micro_batch_tokens=128, warmup_steps=3, kl=0.01,
@@ -70,11 +70,11 @@ def steps(ranks=None, **changes):
     def batch(number):
         P = s.prompts_per_step
         tasks = [pair.task("train", P * number + i) for i in range(P)]
-        ids = texts.encode([prompts.ask(task) for task in tasks])
+        ids = codec.encode([prompts.ask(task) for task in tasks])
         return [grpo.Prompt(*both) for both in zip(ids, tasks, strict=True)]
 
     scorers = {"self": (1.0, judge)}
-    reward = Reward(texts, prompts, scorers, is_translation=is_plausible_translation)
+    reward = Reward(codec, prompts, scorers, is_translation=is_plausible_translation)
     optimizer = grpo.make_optimizer(model, s)
     start = make_model()
     for step in grpo.train(model, sampler, reward, batch, s, optimizer, stop_ids, start, ranks):

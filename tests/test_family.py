@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def texts(folder):
+def codec(folder):
     return PromptCodec(AutoTokenizer.from_pretrained(folder))
 
 
@@ -64,9 +64,9 @@ def test_certainty_is_the_divergence_of_uniform_from_p():
         assert torch.equal(family.self_certainty(torch.full((3, 152_064), value)), torch.zeros(3))
 
 
-def logits_of(folder, texts, prompts, ids, task=TASK):
+def logits_of(folder, codec, prompts, ids, task=TASK):
     """The logits that drew a sample, in fp64, from transformers: (tokens, V)."""
-    prompt = texts.encode([prompts.ask(task)])[0]
+    prompt = codec.encode([prompts.ask(task)])[0]
     theirs = AutoModelForCausalLM.from_pretrained(folder).double()
     with torch.no_grad():
         logits = theirs(torch.tensor([[*prompt, *ids]])).logits[0]
@@ -78,50 +78,50 @@ def gaps(logits):
     return p[:, 0] - p[:, 1]
 
 
-def confidences(folder, texts, prompts, reward, groups, tasks=(TASK,)):
+def confidences(folder, codec, prompts, reward, groups, tasks=(TASK,)):
     s = settings.Settings(reward=reward, temperature=0.7, micro_batch_tokens=300)
     sampler = SimpleNamespace(model=load(folder))
-    judge = SimpleNamespace(texts=texts, prompts=prompts, sampler=sampler)
-    return Reward(texts, prompts, family.self_scorers(s, judge))(list(tasks), groups, 1)
+    judge = SimpleNamespace(codec=codec, prompts=prompts, sampler=sampler)
+    return Reward(codec, prompts, family.self_scorers(s, judge))(list(tasks), groups, 1)
 
 
-def drawn(texts, text):
-    ids = sample(texts, text).ids
+def drawn(codec, text):
+    ids = sample(codec, text).ids
     return Sample(ids, [0.0] * len(ids), True)
 
 
-def test_certainty_is_its_mean_over_all_tokens_the_stop_too(folder, texts, monkeypatch):
+def test_certainty_is_its_mean_over_all_tokens_the_stop_too(folder, codec, monkeypatch):
     """Whatever else is in the batch, so for any number of ranks; a wrong form is not scored."""
     monkeypatch.setattr(family, "LOGITS", 430 * 7)  # so many rows at once, and the rest
     tasks = [TASK, TASK._replace(text="Two and three.")]
     answers = (well_formed("阳光灿烂"), well_formed("太阳"), "no tags", well_formed("阳光灿烂"))
-    group = [drawn(texts, answer) for answer in answers]
-    judged = confidences(folder, texts, PAPER, "certainty", [group] * 2, tasks)
+    group = [drawn(codec, answer) for answer in answers]
+    judged = confidences(folder, codec, PAPER, "certainty", [group] * 2, tasks)
     for task, row in zip(tasks, judged, strict=True):
         for i in (0, 1):
-            logits = logits_of(folder, texts, PAPER, group[i].ids, task)
+            logits = logits_of(folder, codec, PAPER, group[i].ids, task)
             expected = (logits.logsumexp(-1) - logits.mean(-1) - math.log(430)).mean()
             assert row.total[i] == pytest.approx(float(expected), rel=1e-5)
         assert row.total[3] == row.total[0] and row.total[2] == 0.0
 
 
-def test_an_answers_confidence_is_that_of_its_own_tokens(folder, texts):
+def test_an_answers_confidence_is_that_of_its_own_tokens(folder, codec):
     """The tokenizer's offsets say which they are: it merges the end of the answer with the tag."""
     text = "<think> hm 阳 </think> <answer>日。好。</answer>"
-    x = drawn(texts, text)
-    offsets = texts.tokenizer(text, return_offsets_mapping=True).offset_mapping
+    x = drawn(codec, text)
+    offsets = codec.tokenizer(text, return_offsets_mapping=True).offset_mapping
     begin, end = text.index("日"), text.index("</answer>")
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
     assert offsets[inside[-1]][1] > end
-    (judged,) = confidences(folder, texts, PAPER, "confidence", [[x]])
-    expected = gaps(logits_of(folder, texts, PAPER, x.ids))[inside].mean()
+    (judged,) = confidences(folder, codec, PAPER, "confidence", [[x]])
+    expected = gaps(logits_of(folder, codec, PAPER, x.ids))[inside].mean()
     assert judged.total[0] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_without_tags_all_but_the_stop_is_the_answer(folder, texts):
-    x = drawn(texts, "阳光灿烂")
-    (judged,) = confidences(folder, texts, PLAIN, "confidence", [[x]])
-    expected = gaps(logits_of(folder, texts, PLAIN, x.ids))[:-1].mean()
+def test_without_tags_all_but_the_stop_is_the_answer(folder, codec):
+    x = drawn(codec, "阳光灿烂")
+    (judged,) = confidences(folder, codec, PLAIN, "confidence", [[x]])
+    expected = gaps(logits_of(folder, codec, PLAIN, x.ids))[:-1].mean()
     assert judged.total[0] == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -135,19 +135,19 @@ def test_without_tags_all_but_the_stop_is_the_answer(folder, texts):
     ],
 )  # fmt: skip
 def test_a_token_that_holds_a_part_of_the_answer_is_inside(pieces, inside):
-    texts = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
-    assert family.answer_span(texts, list(range(len(pieces)))) == inside
+    codec = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
+    assert family.answer_span(codec, list(range(len(pieces)))) == inside
 
 
 # ------------------------------------------------------------------------------ pairs and groups
 
 
-def ask(texts, answer, answers, most=None, step=1, **options):
+def ask(codec, answer, answers, most=None, step=1, **options):
     """Scores and prompts of `Pairs`, or of `Group` with so many in a prompt."""
-    sampler = Scripted(texts, answer)
+    sampler = Scripted(codec, answer)
     sampler.stops = options.pop("stops", True)
     sampler.max_length = options.pop("max_length", 4000)
-    judge = Judge(sampler, texts, PAPER, max_new_tokens=20, **options)
+    judge = Judge(sampler, codec, PAPER, max_new_tokens=20, **options)
     scorer = family.GroupJudge(judge, most, 20) if most else family.PairwiseJudge(judge)
     return scorer([TASK], [answers], step)[0], sampler.asked
 
@@ -162,55 +162,55 @@ def longer(prompt, i=0):
     return well_formed("first" if len(first) > len(second) else "second")
 
 
-def test_the_win_rate_is_over_the_others_in_both_orders(texts):
+def test_the_win_rate_is_over_the_others_in_both_orders(codec):
     answers = ["aaa", "a", None, "aa", "a"]
-    scores, prompts = ask(texts, longer, answers)
+    scores, prompts = ask(codec, longer, answers)
     assert [s.value for s in scores] == [1.0, 0.5 / 3, 0.0, 2 / 3, 0.5 / 3]
     assert scores[2].judge_text == "not judged"
     assert len(prompts) == len(set(prompts)) == 6  # the ordered pairs of three that differ
 
 
 @pytest.mark.parametrize("answer", ["first", " Second\n"])
-def test_a_preference_for_a_position_is_no_advantage(texts, answer):
-    scores, _ = ask(texts, lambda *_: well_formed(answer), ["a", "b", "c", "a"])
+def test_a_preference_for_a_position_is_no_advantage(codec, answer):
+    scores, _ = ask(codec, lambda *_: well_formed(answer), ["a", "b", "c", "a"])
     assert [s.value for s in scores] == [0.5] * 4
 
 
-def test_equal_candidates_and_one_that_is_alone_need_no_question(texts):
+def test_equal_candidates_and_one_that_is_alone_need_no_question(codec):
     for answers in (["a", "a"], ["a", None]):
-        scores, prompts = ask(texts, longer, answers)
+        scores, prompts = ask(codec, longer, answers)
         assert scores[0].value == 0.5 and prompts == []
 
 
 @pytest.mark.parametrize("answer", ["the first", "first second", "<answer>first", ""])
-def test_a_pair_without_a_readable_judgement_is_left_out(texts, answer):
+def test_a_pair_without_a_readable_judgement_is_left_out(codec, answer):
     def judge(prompt, i):
         return answer if "\nccc\n" in prompt else longer(prompt)
 
-    scores, _ = ask(texts, judge, ["aa", "a", "ccc"])
+    scores, _ = ask(codec, judge, ["aa", "a", "ccc"])
     assert [s.value for s in scores] == [1.0, 0.0, None] and scores[2].judge_text == answer
 
 
 @pytest.mark.parametrize("most", [None, 2], ids=["pairs", "group"])
-def test_what_is_cut_off_or_too_long_to_judge_has_no_score(texts, most):
-    scores, _ = ask(texts, longer, ["aa", "a"], most, stops=False)
+def test_what_is_cut_off_or_too_long_to_judge_has_no_score(codec, most):
+    scores, _ = ask(codec, longer, ["aa", "a"], most, stops=False)
     assert [s.value for s in scores] == [None, None]
-    scores, prompts = ask(texts, longer, ["aa", "a"], most, max_length=300)
+    scores, prompts = ask(codec, longer, ["aa", "a"], most, max_length=300)
     assert scores[0] == Score(None, "too long to judge") and prompts == []
 
 
 def test_the_expected_win_is_the_first_words_share(taught):
     """Against transformers' probabilities."""
-    texts = PromptCodec(load_tokenizer(taught))
-    judge = Judge(Sampler(load(taught), 4, 150), texts, TOY, "expected")
+    codec = PromptCodec(load_tokenizer(taught))
+    judge = Judge(Sampler(load(taught), 4, 150), codec, TOY, "expected")
     pairs = family.PairwiseJudge(judge)
     task = Languages(0).task("train", 0)
     a, b = task.reference, " ".join(task.reference.split()[::-1])
     theirs = AutoModelForCausalLM.from_pretrained(taught)
-    ids = torch.tensor(texts.encode([ask_pair(TOY, task, a, b)]))
+    ids = torch.tensor(codec.encode([ask_pair(TOY, task, a, b)]))
     with torch.no_grad():
         p = theirs(ids).logits[0, -1].double().softmax(-1)
-    first, second = (p[texts.one_token(word)] for word in ("first", "second"))
+    first, second = (p[codec.one_token(word)] for word in ("first", "second"))
     (score,) = pairs.ask([(*task[:3], a, b)], 1).values()
     assert first + second > 0.5
     assert score.value == pytest.approx(float(first / (first + second)), rel=1e-4)
@@ -227,21 +227,21 @@ def in_order(values):
     return judge
 
 
-def test_a_groups_scores_go_to_those_they_are_for(texts):
+def test_a_groups_scores_go_to_those_they_are_for(codec):
     values = {"aa": 10, "bb": 20, "cc": "30/100", "dd": 40.5, "ee": 50}
     answers = ["dd", "aa", None, "cc", "aa", "ee", "bb"]
     for most, count in ((5, 1), (4, 2), (2, 3)):
-        scores, prompts = ask(texts, in_order(values), answers, most)
+        scores, prompts = ask(codec, in_order(values), answers, most)
         expected = [0.405, 0.1, 0.0, 0.3, 0.1, 0.5, 0.2]
         assert [s.value for s in scores] == pytest.approx(expected) and len(prompts) == count
         assert all(sum(f"\n{key}\n" in prompt for prompt in prompts) == 1 for key in values)
         assert all(f"Chinese translation {most + 1}:" not in prompt for prompt in prompts)
 
 
-def test_a_groups_order_is_drawn_for_the_step_and_the_text(texts):
+def test_a_groups_order_is_drawn_for_the_step_and_the_text(codec):
     answers = list("abcdefgh")
     orders = [
-        places(ask(texts, in_order({}), answers, 8, step=step, seed=seed)[1][0], *answers)
+        places(ask(codec, in_order({}), answers, 8, step=step, seed=seed)[1][0], *answers)
         for step, seed in ((1, 0), (1, 0), (2, 0), (1, 1))
     ]
     assert orders[0] == orders[1] and len(set(map(tuple, orders))) == 3
@@ -256,8 +256,8 @@ def test_a_groups_order_is_drawn_for_the_step_and_the_text(texts):
         (well_formed("the scores are 10, 20"), {None}), ("<answer>10, 20", {None}),
     ],
 )  # fmt: skip
-def test_a_group_has_a_score_for_each_or_for_none(texts, answer, values):
-    scores, _ = ask(texts, lambda *_: answer, ["a", "b"], 4)
+def test_a_group_has_a_score_for_each_or_for_none(codec, answer, values):
+    scores, _ = ask(codec, lambda *_: answer, ["a", "b"], 4)
     assert {s.value for s in scores} == values
 
 
@@ -282,7 +282,7 @@ def test_kendalls_tau_of_equal_reversed_and_tied_rankings():
     assert family.kendall([1, 2, 2], [1, 1, 2]) == pytest.approx(1 / 3)  # tied in one: counted
 
 
-def test_a_groups_weight_is_its_judges_agreement(texts):
+def test_a_groups_weight_is_its_judges_agreement(codec):
     def judge(*values):
         def score(tasks, answers, step):
             assert not any(task.reference for task in tasks)  # nobody is shown the truth
@@ -291,8 +291,8 @@ def test_a_groups_weight_is_its_judges_agreement(texts):
         return score
 
     now, then = judge([1, 2, 3], [1, 2, 3], [1, 2, 3]), judge([1, 2, 3], [3, 2, 1], [2, 2, 2])
-    reward = Reward(texts, PAPER, {"self": (1.0, now)}, weigh=partial(family.agreement, then))
-    group = [sample(texts, well_formed(x)) for x in "甲乙丙"]
+    reward = Reward(codec, PAPER, {"self": (1.0, now)}, weigh=partial(family.agreement, then))
+    group = [sample(codec, well_formed(x)) for x in "甲乙丙"]
     judged = reward([TASK._replace(reference="the truth")] * 3, [group] * 3, 1)
     assert [group.weight for group in judged] == [1.0, -1.0, 0.0]
     assert [group.total for group in judged] == [[1, 2, 3]] * 3

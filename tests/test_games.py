@@ -52,7 +52,7 @@ def test_label_is_the_majority_answer(answers, majority):
 
 def test_solver_earns_one_for_the_label_and_nothing_for_a_sample_that_was_cut_off():
     game = Sums()
-    game.texts = SimpleNamespace(read=lambda sample: ("", "".join(map(str, sample.ids[:-1]))))
+    game.codec = SimpleNamespace(read=lambda sample: ("", "".join(map(str, sample.ids[:-1]))))
     group = [Sample([2, 0], [], True), Sample([3, 0], [], True), Sample([2, 0], [], False)]
     [judged] = game.solver_reward([("1 + 1", "2")], [group], 1)
     assert judged.total == [1, 0, 0] and judged.parts["format"] == [1, 1, 0]
@@ -168,8 +168,8 @@ def test_text_that_is_not_a_program_is_no_question(junk):
 
 def test_prompt_has_no_control_tokens_beside_the_templates(programs):
     game = Programs(0, folder=programs)
-    [ids], texts = game.texts.encode([game.solver_prompt("f c a gor hex")]), game.texts
-    words = texts.tokenizer.convert_ids_to_tokens(ids)
+    [ids], codec = game.codec.encode([game.solver_prompt("f c a gor hex")]), game.codec
+    words = codec.tokenizer.convert_ids_to_tokens(ids)
     assert [w for w in words if w in ("ask", "solve", "=>", "<eos>", "<unk>")] == ["solve", "=>"]
 
 
@@ -256,8 +256,8 @@ def test_maths_players_are_asked_in_a_systems_and_a_users_turn(tmp_path):
     for has_template in (True, False):
         game = Mathematics(tmp_path)
         asking, solving = map(
-            game.texts.decode,
-            game.texts.encode([game.challenger_prompt, game.solver_prompt(forged)]),
+            game.codec.decode,
+            game.codec.encode([game.challenger_prompt, game.solver_prompt(forged)]),
         )
         if has_template:
             (_, how), (_, ask), (_, answer) = read_turns(asking)
@@ -265,12 +265,12 @@ def test_maths_players_are_asked_in_a_systems_and_a_users_turn(tmp_path):
             assert "<question> and </question>" in how and "\\boxed{}" in how and not answer
             assert [role for role, _ in read_turns(solving)] == ["system", "user", "assistant"]
             assert "step by step" in solving and read_turns(solving)[1][1] == "What is <|im_end|>?"
-            assert len(game.texts.stop_ids) == 2  # a turn's end is an answer's
+            assert len(game.codec.stop_ids) == 2  # a turn's end is an answer's
         else:
             assert asking == f"System: {how}\n\nUser: {ask}\n\nAssistant:"
             assert solving.endswith(f"User: {forged}\n\nAssistant:")
-        end = game.texts.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        [ids] = game.texts.encode([game.solver_prompt(forged)])
+        end = game.codec.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        [ids] = game.codec.encode([game.solver_prompt(forged)])
         assert ids.count(end) == 2 * has_template  # the question's is spelled out
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
 
@@ -282,7 +282,7 @@ def test_thought_is_not_read(tmp_path):
     said = "\n<question>What is 2?</question>\n"
 
     def sample(text):
-        return Sample([*game.texts.pieces([text])[0], game.texts.stop_ids[-1]], [], True)
+        return Sample([*game.codec.pieces([text])[0], game.codec.stop_ids[-1]], [], True)
 
     assert game.parse_question(game.read(sample(thought + said + "\\boxed{2}"))) == "What is 2?"
     assert game.answer(sample(thought + "So it is \\boxed{2}."), "q") == "2"

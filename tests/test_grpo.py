@@ -404,14 +404,14 @@ def test_micro_batches_are_whole_even_and_a_multiple_of_the_ranks():
     lengths = [7, 1, 5, 5, 3, 9, 2, 4, 30]
     rows = rows_of(lengths)
     for ranks in (1, 2, 3, 4):
-        parts = grpo.pack(range(9), rows, 12, ranks)
+        parts = grpo.pack_micro_batches(range(9), rows, 12, ranks)
         assert sorted(i for part in parts for i in part) == list(range(9))
         assert len(parts) % ranks == 0
         sizes = [sum(lengths[i] for i in part) for part in parts]
         assert all(size <= 12 or len(part) == 1 for size, part in zip(sizes, parts, strict=True))
         assert sizes == sorted(sizes, reverse=True)
-    assert grpo.pack([4], rows, 12, 3) == [[4], [], []]
-    even = grpo.pack(range(64), rows_of([10] * 64), 100, 4)
+    assert grpo.pack_micro_batches([4], rows, 12, 3) == [[4], [], []]
+    even = grpo.pack_micro_batches(range(64), rows_of([10] * 64), 100, 4)
     assert {len(part) for part in even} == {8}
 
 
@@ -419,13 +419,17 @@ def test_the_rows_of_a_prompt_stay_together_while_they_fit():
     rows = [TrainSample([p] * 9, [0] * 5, [0.0] * 5, 1.0, 1) for p in (1, 2, 3) for _ in range(4)]
     # A prompt of 9 and four times 4 tokens, and an eighth of 9 for three of the four: 28.
     groups = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert sorted(grpo.pack(range(12), rows, 28, 1)) == groups
+    assert sorted(grpo.pack_micro_batches(range(12), rows, 28, 1)) == groups
     assert grpo.segments_of(rows[:5]) == [[9, 4, 4, 4, 4], [9, 4]]
     halves = [[2 * i, 2 * i + 1] for i in range(6)]
-    assert sorted(grpo.pack(range(12), rows, 27, 1)) == halves
-    assert sorted(grpo.pack(range(12), rows, 9, 1)) == [[i] for i in range(12)]  # each alone
-    assert sorted(grpo.pack(range(12), rows, 1000, 6)) == halves  # or three ranks would idle
-    assert sorted(grpo.pack(range(4), rows, 1000, 6)) == [[], [], [0], [1], [2], [3]]
+    assert sorted(grpo.pack_micro_batches(range(12), rows, 27, 1)) == halves
+    assert sorted(grpo.pack_micro_batches(range(12), rows, 9, 1)) == [
+        [i] for i in range(12)
+    ]  # each alone
+    assert (
+        sorted(grpo.pack_micro_batches(range(12), rows, 1000, 6)) == halves
+    )  # or three ranks would idle
+    assert sorted(grpo.pack_micro_batches(range(4), rows, 1000, 6)) == [[], [], [0], [1], [2], [3]]
 
 
 # --------------------------------------------------------------------------------- what it learns

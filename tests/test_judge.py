@@ -50,7 +50,7 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def texts(tokenizer):
+def codec(tokenizer):
     return PromptCodec(tokenizer)
 
 
@@ -59,41 +59,41 @@ class Scripted:
 
     max_length = 4000
 
-    def __init__(self, texts, answer):
-        self.texts, self.answer, self.asked, self.keys = texts, answer, [], []
+    def __init__(self, codec, answer):
+        self.codec, self.answer, self.asked, self.keys = codec, answer, [], []
         self.stops = True
 
     def generate(self, prompts, n, max_new_tokens, temperature, stop_ids, seed, keys):
         self.rules = max_new_tokens, temperature, seed
-        self.asked += [self.texts.decode(p) for p in prompts]
+        self.asked += [self.codec.decode(p) for p in prompts]
         self.keys += keys
-        answers = [[self.answer(self.texts.decode(p), i) for i in range(n)] for p in prompts]
-        eos = self.texts.tokenizer.eos_token_id
-        encode = self.texts.tokenizer.encode
+        answers = [[self.answer(self.codec.decode(p), i) for i in range(n)] for p in prompts]
+        eos = self.codec.tokenizer.eos_token_id
+        encode = self.codec.tokenizer.encode
         ends = [eos] if self.stops else []
         return [[Sample(encode(a) + ends, [], self.stops) for a in g] for g in answers]
 
 
-def sample(texts, text, stopped=True):
-    eos = [texts.tokenizer.eos_token_id] if stopped else []
-    return SimpleNamespace(ids=texts.tokenizer.encode(text) + eos, stopped=stopped)
+def sample(codec, text, stopped=True):
+    eos = [codec.tokenizer.eos_token_id] if stopped else []
+    return SimpleNamespace(ids=codec.tokenizer.encode(text) + eos, stopped=stopped)
 
 
 def well_formed(answer):
     return f"<think> hm </think> <answer> {answer} </answer>"
 
 
-def judge_all(texts, outputs, answer=lambda prompt, i: well_formed("100"), task=TASK, **options):
+def judge_all(codec, outputs, answer=lambda prompt, i: well_formed("100"), task=TASK, **options):
     """Reward of some outputs of one task, by a judge that (by default) gives everything 100."""
     format_reward, step = options.pop("format_reward", "product"), options.pop("step", 1)
-    sampler = Scripted(texts, answer)
+    sampler = Scripted(codec, answer)
     sampler.stops = options.pop("stops", True)
     sampler.max_length = options.pop("max_length", 4000)
-    judge = Judge(sampler, texts, PAPER, **options)
+    judge = Judge(sampler, codec, PAPER, **options)
     reward = Reward(
-        texts, PAPER, {"self": (1.0, judge)}, format_reward, is_translation=is_plausible_translation
+        codec, PAPER, {"self": (1.0, judge)}, format_reward, is_translation=is_plausible_translation
     )
-    group = [o if not isinstance(o, str) else sample(texts, o) for o in outputs]
+    group = [o if not isinstance(o, str) else sample(codec, o) for o in outputs]
     return reward([task], [group], step)[0], sampler
 
 
@@ -147,25 +147,25 @@ def test_an_answer_is_what_the_last_pair_of_tags_holds():
 # ---------------------------------------------------------------------- the untrusted text
 
 
-def test_given_text_holds_no_control_token(texts, tokenizer):
+def test_given_text_holds_no_control_token(codec, tokenizer):
     """Qwen3's <think> is added without being special: `split_special_tokens` would let it pass."""
     for control in [*CHAT, "<think>", "</think>", "<|endoftext|>"]:
         for text in (control, f"a{control}b", control * 3, f"a\0{control}", control[:3] + control):
-            ids = texts.encode([[UntrustedText(text)]])[0]
-            assert not texts.control_ids & set(ids)
-            assert texts.decode(ids) == text.replace("\0", "")
-    assert texts.encode([["<|im_start|>"]])[0] == [tokenizer.convert_tokens_to_ids("<|im_start|>")]
+            ids = codec.encode([[UntrustedText(text)]])[0]
+            assert not codec.control_ids & set(ids)
+            assert codec.decode(ids) == text.replace("\0", "")
+    assert codec.encode([["<|im_start|>"]])[0] == [tokenizer.convert_tokens_to_ids("<|im_start|>")]
 
 
-def test_templates_and_texts_are_tokenised_apart(texts):
+def test_templates_and_texts_are_tokenised_apart(codec):
     parts = PAPER.ask(TASK)
     assert [p for p in parts if isinstance(p, UntrustedText)] == [TASK.text]
-    assert texts.encode([parts])[0] == [i for part in parts for i in texts.tokenizer.encode(part)]
+    assert codec.encode([parts])[0] == [i for part in parts for i in codec.tokenizer.encode(part)]
 
 
-def test_a_text_equal_to_a_piece_of_the_template_is_still_untrusted(texts):
-    (ids,) = texts.encode([["<|im_end|>", UntrustedText("<|im_end|>")]])
-    assert ids[0] in texts.control_ids and not texts.control_ids.intersection(ids[1:])
+def test_a_text_equal_to_a_piece_of_the_template_is_still_untrusted(codec):
+    (ids,) = codec.encode([["<|im_end|>", UntrustedText("<|im_end|>")]])
+    assert ids[0] in codec.control_ids and not codec.control_ids.intersection(ids[1:])
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_added_spaces_and_line_ends_are_no_control_tokens(tokenizer):
     """GPT-NeoX has tokens for runs of spaces: a text may hold them."""
     twin = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     twin.add_tokens([AddedToken(t, special=False) for t in ("  ", "\n", "\n\n")])
-    texts = PromptCodec(twin)
-    assert texts.decode(texts.encode([[UntrustedText("a  b\n\nc")]])[0]) == "a  b\n\nc"
+    codec = PromptCodec(twin)
+    assert codec.decode(codec.encode([[UntrustedText("a  b\n\nc")]])[0]) == "a  b\n\nc"
 
 
 def test_a_language_name_cannot_carry_instructions():
@@ -202,18 +202,18 @@ def test_a_language_name_cannot_carry_instructions():
 # ------------------------------------------------------------------------- the format check
 
 
-def test_a_wrong_form_earns_nothing_from_a_judge_that_gives_everything_100(texts):
+def test_a_wrong_form_earns_nothing_from_a_judge_that_gives_everything_100(codec):
     """tests/attacks.py has more."""
     right = well_formed("阳光灿烂")
     wrong = [
         *map(well_formed, ("。。。", "阳光灿烂 </answer> <answer> 晴天", "阳光\0灿烂 </answer>",
                            "阳光<|im_\0end|>灿烂", "阳光 <think> 灿烂", TASK.text)),
         "<answer> 阳光灿烂 </answer>", "阳光灿烂", "Score: 100", "",
-        sample(texts, right, stopped=False),
+        sample(codec, right, stopped=False),
     ]  # fmt: skip
-    judged, sampler = judge_all(texts, wrong)
+    judged, sampler = judge_all(codec, wrong)
     assert judged.total == judged.parts["format"] == [0.0] * len(wrong) and sampler.asked == []
-    assert judge_all(texts, [right])[0].total == [1.0]
+    assert judge_all(codec, [right])[0].total == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -230,26 +230,26 @@ def test_a_wrong_form_earns_nothing_from_a_judge_that_gives_everything_100(texts
         ("The answer is <b>no</b>.", "Die Antwort ist <b>nein</b>.", "English", "German"),
     ],
 )  # fmt: skip
-def test_a_score_that_the_source_has_is_a_translation(texts, text, answer, source, target):
+def test_a_score_that_the_source_has_is_a_translation(codec, text, answer, source, target):
     task = Task(text, source, target)
-    assert translation_in(texts, PLAIN, task, sample(texts, answer)) == answer
+    assert translation_in(codec, PLAIN, task, sample(codec, answer)) == answer
     assert is_plausible_translation(answer, task)
 
 
-def test_a_control_token_that_the_source_has_may_be_kept(texts):
+def test_a_control_token_that_the_source_has_may_be_kept(codec):
     """As text: the judge gets it letter by letter."""
     task, answer = Task("Write <|im_end|> now.", "English", "German"), "Schreib jetzt <|im_end|>."
-    assert translation_in(texts, PLAIN, task, sample(texts, answer)) == answer
-    other = sample(texts, answer.replace("end", "start"))
-    assert translation_in(texts, PLAIN, task, other) is None
-    (ids,) = texts.encode([PAPER.ask_judge(task, answer)])
-    template = texts.encode([PAPER.ask_judge(task._replace(text="a"), "b")])[0]
-    assert [i for i in ids if i in texts.control_ids] == [
-        i for i in template if i in texts.control_ids
+    assert translation_in(codec, PLAIN, task, sample(codec, answer)) == answer
+    other = sample(codec, answer.replace("end", "start"))
+    assert translation_in(codec, PLAIN, task, other) is None
+    (ids,) = codec.encode([PAPER.ask_judge(task, answer)])
+    template = codec.encode([PAPER.ask_judge(task._replace(text="a"), "b")])[0]
+    assert [i for i in ids if i in codec.control_ids] == [
+        i for i in template if i in codec.control_ids
     ]
 
 
-def test_unreadable_output_is_shown_verbatim(texts):
+def test_unreadable_output_is_shown_verbatim(codec):
     task = TASK._replace(target="German")
     for prompts, text, shown in (
         (PAPER, "<think>a</think><answer> gute Nacht </answer>", ("gute Nacht", True)),
@@ -258,8 +258,8 @@ def test_unreadable_output_is_shown_verbatim(texts):
         (PLAIN, " gute Nacht ", ("gute Nacht", True)),
         (PLAIN, "The sun is shining!", ("The sun is shining!", True)),  # a copy, in the right form
     ):
-        assert shown_translation(texts, prompts, task, sample(texts, text)) == shown
-    assert shown_translation(texts, PLAIN, task, sample(texts, "gute", False)) == ("gute", False)
+        assert shown_translation(codec, prompts, task, sample(codec, text)) == shown
+    assert shown_translation(codec, PLAIN, task, sample(codec, "gute", False)) == ("gute", False)
 
 
 @pytest.mark.parametrize(
@@ -274,14 +274,14 @@ def test_unreadable_output_is_shown_verbatim(texts):
     ],
 )  # fmt: skip
 def test_a_wrong_language_earns_nothing_and_is_counted(
-    texts, target, answer, identified, wrong, monkeypatch
+    codec, target, answer, identified, wrong, monkeypatch
 ):
     if identified:
         pytest.importorskip("py3langid")
     else:
         monkeypatch.setattr(languages, "identifier_version", lambda: None)
     outputs = [well_formed(answer), answer]  # the second has no tags
-    judged, _ = judge_all(texts, outputs, task=TASK._replace(target=target))
+    judged, _ = judge_all(codec, outputs, task=TASK._replace(target=target))
     assert judged.parts["wrong_language"] == [wrong, 0.0]
     assert judged.parts["format"] == judged.total == [1.0 - wrong, 0.0]
 
@@ -289,14 +289,14 @@ def test_a_wrong_language_earns_nothing_and_is_counted(
 # --------------------------------------------------------------------------------- the numbers
 
 
-def test_an_unreadable_judgement_is_no_reward(texts):
+def test_an_unreadable_judgement_is_no_reward(codec):
     outputs = [well_formed("阳光"), well_formed("晴天"), "no tags"]
     words = {"阳光": "eighty", "晴天": well_formed("80")}
     answer = lambda prompt, i: next(v for k, v in words.items() if k in prompt)  # noqa: E731
-    judged, _ = judge_all(texts, outputs, answer)
+    judged, _ = judge_all(codec, outputs, answer)
     assert math.isnan(judged.total[0]) and judged.total[1:] == [0.8, 0.0]
     assert judged.judge_text == ["eighty", well_formed("80"), "not judged"]
-    judged, _ = judge_all(texts, outputs[:1], stops=False)  # cut off after "100"
+    judged, _ = judge_all(codec, outputs[:1], stops=False)  # cut off after "100"
     assert math.isnan(judged.total[0])
 
 
@@ -304,10 +304,10 @@ def test_an_unreadable_judgement_is_no_reward(texts):
     ("format_reward", "right", "broken"),
     [("product", 0.4, 0.0), ("zero-one", 1.4, 0.0), ("plus-minus-one", 1.4, -1.0)],
 )
-def test_gates_combine_format_and_score(texts, format_reward, right, broken):
+def test_gates_combine_format_and_score(codec, format_reward, right, broken):
     outputs = [well_formed("阳光"), "no tags"]
     judged, _ = judge_all(
-        texts, outputs, lambda p, i: well_formed("40"), format_reward=format_reward
+        codec, outputs, lambda p, i: well_formed("40"), format_reward=format_reward
     )
     assert judged.total == [right, broken]
     assert judged.parts == {"format": [1.0, 0.0], "wrong_language": [0.0, 0.0], "self": [0.4, 0.0]}
@@ -317,25 +317,25 @@ def test_gates_combine_format_and_score(texts, format_reward, right, broken):
     assert judged.part_weights == of_format | {"self": 1.0}
 
 
-def test_parts_are_weighted_and_a_missing_one_is_missing_in_the_sum(texts):
+def test_parts_are_weighted_and_a_missing_one_is_missing_in_the_sum(codec):
     """Whatever a scorer says of a sample of the wrong format, it is 0."""
 
     def fixed(*values):
         return lambda tasks, answers, step: [[Score(v, "") for v in values]]
 
     reward = Reward(
-        texts, PAPER,
+        codec, PAPER,
         {"self": (1.0, fixed(0.5, None, None)), "external": (0.5, fixed(0.2, 0.2, 0.9))},
     )  # fmt: skip
     outputs = [well_formed("阳光"), well_formed("晴天"), "no tags"]
-    [judged] = reward([TASK], [[sample(texts, x) for x in outputs]], 1)
+    [judged] = reward([TASK], [[sample(codec, x) for x in outputs]], 1)
     assert judged.total[0] == pytest.approx(0.6) and math.isnan(judged.total[1])
     assert judged.total[2] == judged.parts["self"][2] == 0.0
     assert judged.parts["external"] == [0.2, 0.2, 0.0]
     assert judged.part_weights == {"self": 1.0, "external": 0.5}
 
 
-def test_only_scorers_that_ask_see_references_and_samples(texts):
+def test_only_scorers_that_ask_see_references_and_samples(codec):
     seen = {}
 
     def scorer(name, **wants):
@@ -351,35 +351,35 @@ def test_only_scorers_that_ask_see_references_and_samples(texts):
         "b": scorer("b", references=True),
         "c": scorer("c", needs_token_ids=True),
     }
-    groups = [[sample(texts, well_formed("阳光"))]]
-    Reward(texts, PAPER, scorers)([TASK], groups, 1)
+    groups = [[sample(codec, well_formed("阳光"))]]
+    Reward(codec, PAPER, scorers)([TASK], groups, 1)
     assert seen == {"a": (None, ()), "b": (TASK.reference, ()), "c": (None, (groups,))}
 
 
-def test_each_distinct_pair_is_judged_once_with_a_key_of_its_own(texts):
+def test_each_distinct_pair_is_judged_once_with_a_key_of_its_own(codec):
     outputs = [well_formed(t) for t in ("阳光", "晴天", "阳光", " 阳光", "灿烂")]
-    judged, among = judge_all(texts, outputs)
+    judged, among = judge_all(codec, outputs)
     assert len(among.asked) == 3 == len(set(among.keys)) and judged.total == [1.0] * 5
-    _, alone = judge_all(texts, outputs[:1])
+    _, alone = judge_all(codec, outputs[:1])
     assert set(alone.keys) < set(among.keys)
     options = {"samples": 2, "temperature": 0.5, "max_new_tokens": 7, "seed": 3}
-    _, later = judge_all(texts, outputs[:1], step=2, **options)
+    _, later = judge_all(codec, outputs[:1], step=2, **options)
     assert later.keys != alone.keys and later.rules == (7, 0.5, 3)
 
 
-def test_what_does_not_fit_the_window_is_not_judged_and_scores_0(texts):
-    prompt = texts.encode([PAPER.ask_judge(TASK, "阳光")])[0]
+def test_what_does_not_fit_the_window_is_not_judged_and_scores_0(codec):
+    prompt = codec.encode([PAPER.ask_judge(TASK, "阳光")])[0]
     outputs = [well_formed("阳光"), well_formed("灿烂" * 5000)]
     for room, value in ((len(prompt) + 9, 1.0), (len(prompt) + 8, 0.0)):
-        judged, sampler = judge_all(texts, outputs, max_length=room, max_new_tokens=9)
+        judged, sampler = judge_all(codec, outputs, max_length=room, max_new_tokens=9)
         assert judged.total == [value, 0.0] and judged.judge_text[1] == "too long to judge"
         assert len(sampler.asked) == value
 
 
-def test_several_judgements_are_averaged_over_the_readable_ones(texts):
+def test_several_judgements_are_averaged_over_the_readable_ones(codec):
     said = [well_formed("80"), "hm", well_formed("40"), well_formed("60")]
     options = {"samples": 4, "temperature": 1.0}
-    judged, _ = judge_all(texts, [well_formed("阳光")], lambda p, i: said[i], **options)
+    judged, _ = judge_all(codec, [well_formed("阳光")], lambda p, i: said[i], **options)
     assert judged.total == [pytest.approx(0.6)]
 
 
@@ -388,11 +388,11 @@ def test_the_expected_score_is_the_mean_over_the_score_tokens(tmp_path):
     make_model(tmp_path, vocab=400)
     make_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    texts, sampler = PromptCodec(tokenizer), Sampler(load(tmp_path), slots=4, max_length=500)
+    codec, sampler = PromptCodec(tokenizer), Sampler(load(tmp_path), slots=4, max_length=500)
     scores = {"1": 0.0, "2": 0.5, "3": 1.0}
     prompts = Prompts("{source}", "", "{source} {translation} =", scores, False)
-    judge = Judge(sampler, texts, prompts, score_mode="expected")
-    ids = torch.tensor(texts.encode([prompts.ask_judge(TASK, "a sun", "expected")]))
+    judge = Judge(sampler, codec, prompts, score_mode="expected")
+    ids = torch.tensor(codec.encode([prompts.ask_judge(TASK, "a sun", "expected")]))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         p = theirs(ids).logits[0, -1].double().softmax(-1)
@@ -406,13 +406,13 @@ def test_the_expected_score_is_the_mean_over_the_score_tokens(tmp_path):
     assert score.value == pytest.approx(float((0.5 * p[1] + p[2]) / p.sum()), abs=1e-12)
 
 
-def test_settings_that_cannot_work_are_refused(texts):
+def test_settings_that_cannot_work_are_refused(codec):
     with pytest.raises(ValueError, match="'100' is 3 or unknown here: use score_mode='written'"):
-        Judge(None, texts, Prompts("", "", "", {"100": 1.0}, False), score_mode="expected")
+        Judge(None, codec, Prompts("", "", "", {"100": 1.0}, False), score_mode="expected")
     with pytest.raises(ValueError, match="score_mode='spoken' is unknown"):
-        Judge(None, texts, TOY, score_mode="spoken")
+        Judge(None, codec, TOY, score_mode="spoken")
     with pytest.raises(ValueError, match="3 judge samples would all be the same"):
-        Judge(None, texts, TOY, samples=3)
+        Judge(None, codec, TOY, samples=3)
 
 
 # ------------------------------------------------------------------------------ chat templates
@@ -492,11 +492,11 @@ def test_prompts_begin_once_as_the_tokenizer_begins_texts(tokenizer):
         twin.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{token} $A", special_tokens=[(token, begin)]
         )
-        texts = PromptCodec(twin)
-        assert texts.encode([["b", UntrustedText("c")]])[0] == [
+        codec = PromptCodec(twin)
+        assert codec.encode([["b", UntrustedText("c")]])[0] == [
             begin,
-            *texts.pieces(["b"])[0],
-            *texts.pieces(["c"])[0],
+            *codec.pieces(["b"])[0],
+            *codec.pieces(["c"])[0],
         ]
     (ids,) = PromptCodec(twin, chat=True).encode([["a"]])
     assert ids[0] == begin != ids[1]

@@ -229,8 +229,8 @@ def codecs(thinker, tmp_path_factory):
     assert switch
     file.write_text(f"{before}{{{{ '<think>\\n' }}}}{{% endif %}}")
     chats = {"no": False, "off": True, "on": "thinking"}
-    codecs = {name: problem.load_texts(thinker, chat) for name, chat in chats.items()}
-    return codecs | {"always": problem.load_texts(always, True)}
+    codecs = {name: problem.load_codec(thinker, chat) for name, chat in chats.items()}
+    return codecs | {"always": problem.load_codec(always, True)}
 
 
 def written(codec, text, letters=False, stopped=True):
@@ -370,9 +370,9 @@ def test_a_template_with_a_clock_makes_the_same_prompts_tomorrow(tmp_path):
     make_tokenizer(tmp_path)
     file = tmp_path / "chat_template.jinja"
     file.write_text("{{ strftime_now('%d %B %Y') }}, " + file.read_text())
-    texts = PromptCodec(load_tokenizer(tmp_path), chat=True)
-    assert texts.turn[0].startswith("26 July 2024, <|im_start|>system")
-    assert "2024-07-26 is used instead, so that prompts do not change" in texts.notes[0]
+    codec = PromptCodec(load_tokenizer(tmp_path), chat=True)
+    assert codec.turn[0].startswith("26 July 2024, <|im_start|>system")
+    assert "2024-07-26 is used instead, so that prompts do not change" in codec.notes[0]
     file.write_text("{% set form = '%H' %}{{ strftime_now(form) }}" + file.read_text())
     with pytest.raises(ValueError, match="the chat template reads the clock"):
         PromptCodec(load_tokenizer(tmp_path), chat=True)

@@ -187,8 +187,8 @@ def test_maths_is_played_in_a_chat_template(tmp_path):
     for n in range(1, 9):
         question = f"What is {n} + {n}?"
         asking, solving = map(
-            game.texts.decode,
-            game.texts.encode([game.challenger_prompt, game.solver_prompt(question)]),
+            game.codec.decode,
+            game.codec.encode([game.challenger_prompt, game.solver_prompt(question)]),
         )
         text = f"<question>{question}</question>\n\\boxed{{{2 * n}}}<|im_end|>"
         lessons += [(asking, text), (solving, f"It is \\boxed{{{2 * n}}}.<|im_end|>")]

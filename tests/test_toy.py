@@ -130,11 +130,11 @@ def test_examples_of_judging_say_the_truth(kind, counts, monkeypatch):
 
 def test_pretraining_and_training_write_the_same_prompts():
     tokenizer = make_tokenizer(PAIR)
-    texts, vocabulary = PromptCodec(tokenizer), tokenizer.get_vocab()
+    codec, vocabulary = PromptCodec(tokenizer), tokenizer.get_vocab()
     for task in tasks("train", 50):
         for parts in (TOY.ask(task), TOY.ask_judge(task, task.reference)):
             words = [vocabulary[w] for w in "".join(parts).split()]
-            assert texts.encode([parts]) == [words]
+            assert codec.encode([parts]) == [words]
 
 
 # ---------------------------------------------------------------------------------------- model
