@@ -26,7 +26,7 @@ from eval.table import Column
 from judge import Task
 from sampler import Sampler
 from tests import corpora
-from tests.test_data import write
+from tests.runs import write_rows
 from tests.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -40,9 +40,9 @@ def here(tmp_path_factory):
         make_model(folder / name, vocab=400, positions=4096, seed=seed)
         make_tokenizer(folder / name)
     pairs = [(f"Sentence {i} is here.", f"这是第{i}句话。") for i in range(20)]
-    write(folder / "there.jsonl", [
+    write_rows(folder / "there.jsonl", [
         {"text": a, "source": "en", "target": "zh", "reference": b} for a, b in pairs])  # fmt: skip
-    write(folder / "back.jsonl", [
+    write_rows(folder / "back.jsonl", [
         {"text": b, "source": "zh", "target": "en", "reference": a} for a, b in pairs])  # fmt: skip
     return folder
 
@@ -269,7 +269,7 @@ def test_answers_are_read_as_the_reward_reads_them(pupil, tmp_path):
     """A model that has learned the form: what it says ends, and its answers are scored alone."""
     rows = [{"text": corpora.english("news", i), "source": "en", "target": "zh",
              "reference": corpora.chinese("news", i)} for i in range(6)]  # fmt: skip
-    file = write(tmp_path / "x.jsonl", rows)
+    file = write_rows(tmp_path / "x.jsonl", rows)
     main([f"--model=m={pupil}", f"--sets={file}", "--metrics=chrf", "--max-new-tokens=80",
           f"--out={tmp_path}/out"])  # fmt: skip
     read = rows_of(tmp_path / "out" / "m" / "x.en-zh.jsonl")[1:]
@@ -426,7 +426,7 @@ def test_comet_scores_again_only_what_has_changed(here, tmp_path, monkeypatch):
     words = [f"--translations=t={tmp_path}/hyp.txt", f"--sets={tmp_path}/set.jsonl",
              f"--metrics=m={tmp_path}/kiwi", f"--out={tmp_path}/out"]  # fmt: skip
     for count, change in ((20, {}), (20, {}), (40, {"reference": "other"}), (60, {"text": "new"})):
-        write(tmp_path / "set.jsonl", [row | change for row in rows])
+        write_rows(tmp_path / "set.jsonl", [row | change for row in rows])
         main(words)
         assert len(scored) == count
     assert scored[20]["ref"] == "other"
