@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import model as ours
+from kernels.decode import decode_attention
 from sampler import Sampler, SamplingParams
 from tests.test_sampler import STOPS, forward_logprobs, some_prompts
 from tests.tiny import make_model
@@ -46,10 +47,11 @@ def test_graphs_see_weights_updated_in_place_and_replaced(model):
     assert sampler.generate(prompts, **SETTINGS) == want
 
 
-def test_logprobs_agree_with_the_training_forward(model):
+@pytest.mark.parametrize("attention", [None, decode_attention])
+def test_logprobs_agree_with_the_training_forward(model, attention):
     prompts = some_prompts(6)
     budget = 1e-4 if model.activation_dtype == torch.float32 else 0.05
-    groups = Sampler(model, 7, 64).generate(prompts, **SETTINGS)
+    groups = Sampler(model, 7, 64, attention=attention).generate(prompts, **SETTINGS)
     for prompt, group in zip(prompts, groups, strict=True):
         for sample in group:
             with torch.device("cuda"):
