@@ -61,15 +61,15 @@ class Settings:
     seed: int = 0
     """Random seed of prompts, samples and toy languages."""
     prompts_per_step: int = 128
-    """Source texts per batch."""
+    """Prompts per batch."""
     samples_per_prompt: int = 8
-    """Translations sampled for each text (the group)."""
+    """Samples drawn for each prompt (the group)."""
     temperature: float = 1.0
-    """Sampling temperature of translations; log-probs are trained at the same one."""
+    """Sampling temperature; log-probs are trained at the same one."""
     max_prompt_tokens: int = 512
-    """Maximum length of a prompt in tokens; longer texts are left out."""
+    """Maximum length of a prompt in tokens; longer ones are left out."""
     max_new_tokens: int = 1024
-    """Maximum length of a translation; a longer one is cut off and counts as wrong format."""
+    """Maximum length of a sample; a longer one is cut off and counts as wrong format."""
     advantage_scale: str = "std"
     """What advantages are divided by: "std", the standard deviation of their group; "batch", that
     of the whole batch; "none", nothing; "each": each part of the reward by its own, before they are

@@ -1,4 +1,4 @@
-"""What would be trained on, counted.
+"""Count the texts that a run would train on.
 
 python -m data wmt17-20:en-zh
 python -m data news.txt --source en --target de,zh --out texts.jsonl
@@ -22,9 +22,9 @@ def main(argv: list[str]) -> None:
     option = parser.add_argument
     option("data", help="files and sets, with commas between them")
     option("--source", default="", help="languages of texts that do not name theirs")
-    option("--target", default="", help="languages to translate them into")
-    option("--skip-bad-lines", action="store_true", help="count them instead of stopping")
-    option("--out", help="write the tasks there, as JSON lines")
+    option("--target", default="", help="languages to translate into")
+    option("--skip-bad-lines", action="store_true", help="count bad lines instead of stopping")
+    option("--out", help="JSON lines file to write the tasks to")
     args = parser.parse_args(argv)
     try:
         corpus = loading.load_corpus(args.data, args.source, args.target, args.skip_bad_lines)

@@ -67,7 +67,7 @@ def load_corpus(
             count["read"] += 1
             if isinstance(item, ValueError):
                 if not skip_bad:
-                    raise ValueError(f"{item} (python -m data --skip-bad-lines drops such lines)")
+                    raise ValueError(f"{item}; python -m data --skip-bad-lines drops such lines")
                 count["that cannot be read"] += 1
             elif isinstance(item, str):
                 count[item] += 1
@@ -104,7 +104,7 @@ def read_file(entry: str, pairs: Pairs) -> Entries:
         return from_file(path, pairs)
     if not pairs:
         raise ValueError(f"{name}: there is no such file; a test set needs its languages, such as "
-                         f"{name}:en-zh")  # fmt: skip
+                         "wmt20:en-zh")  # fmt: skip
     return from_wmt(name, pairs)
 
 
@@ -145,15 +145,15 @@ def plain_text(line: bytes) -> dict:
 
 def parsed(line: bytes) -> dict:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig").strip())
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+        raise ValueError(f"not JSON ({error.msg}: column {error.colno})") from None
     if not isinstance(row, dict):
         raise ValueError('not an object with "text", "source" and "target"')
     return row
 
 
-def tasks_of(row: dict, pairs: Pairs) -> list[Task]:
+def tasks_of(row: dict, pairs: Pairs, hint: str = ", or write FILE:en-zh") -> list[Task]:
     """The task of a row that names its languages, else one for each of the pairs."""
     row = {k: row[k] for k in KEYS if row.get(k) is not None}
     for key, value in row.items():
@@ -164,8 +164,7 @@ def tasks_of(row: dict, pairs: Pairs) -> list[Task]:
     named = row.get("source") or row.get("target")
     needed = ("text", "source", "target") if named or not pairs else ("text",)
     if missing := [repr(k) for k in needed if not row.get(k)]:
-        hint = "" if named or pairs else " (or a pair behind the file's name, FILE:en-zh)"
-        raise ValueError(f"{', '.join(missing)} missing{hint}")
+        raise ValueError(f"{', '.join(missing)} missing{'' if named or pairs else hint}")
     if named:
         pairs = [as_pair(language(row["source"]), language(row["target"]))]
     elif len({source for source, _ in pairs}) > 1:
@@ -206,7 +205,7 @@ def pairs_in(name: str) -> set[str]:
     from sacrebleu.dataset import DATASETS
 
     if name not in DATASETS:
-        near = ", ".join(get_close_matches(name, DATASETS, 3, 0.5))
+        near = ", ".join(get_close_matches(name, DATASETS, 3, 0.5)) or "none"
         raise ValueError(f"{name}: no such file, and no test set of sacreBLEU's; similar: {near}")
     return set(DATASETS[name].langpairs)
 

@@ -73,22 +73,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--model", action="append", default=[], help="[NAME=]folder, hub id or toy; repeatable")
     option("--translations", action="append", default=[], help="[NAME=]FILE,…: one for each set")
     option("--sets", default=PAPER_SETS, help="separated by commas (default: the paper's)")
-    option("--metrics", default="cometkiwi-xxl,xcomet-xxl", help="default: the paper's")
-    option("--out", type=Path, default=Path("runs/eval"), help="folder for everything written")
+    option("--metrics", default="cometkiwi-xxl,xcomet-xxl", help="default: %(default)s")
+    option("--out", type=Path, default=Path("runs/eval"), help="default: %(default)s")
     option("--compare", action="store_true", help="add the paper's rows to the table")
     option("--first", type=cli.positive, help="only this many segments of each set")
-    option("--prompts", choices=list(TEMPLATES), default="paper")
+    option("--prompts", choices=list(TEMPLATES), default="paper", help="default: %(default)s")
     option("--chat", default=False, help="use the tokenizer's chat template", **CHAT)
-    option("--max-new-tokens", type=cli.positive, default=1024)
-    option(
-        "--max-num-seqs",
-        "--slots",
-        type=cli.positive,
-        default=64,
-        help="sequences decoded together",
-    )
+    option("--max-new-tokens", type=cli.positive, default=1024, help="default: %(default)s")
+    option("--max-num-seqs", "--slots", type=cli.positive, default=64,
+           help="sequences decoded together")  # fmt: skip
     option("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    option("--comet-dtype", choices=DTYPES, default="float32")
+    option("--comet-dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     args = parser.parse_args(argv)
     if not args.model and not args.translations:
         raise ValueError("nothing to evaluate: give --model or --translations (--help shows how)")
@@ -115,7 +110,7 @@ def load_sets(args: argparse.Namespace) -> list[TestSet]:
                 raise ValueError(f"--sets has two called {label} {direction}: rename a file")
             test_sets[file] = TestSet(entry, label, direction, tasks[: args.first], file)
     if not test_sets:
-        raise ValueError("--sets names none")
+        raise ValueError("--sets is empty")
     return [*test_sets.values()]
 
 
@@ -134,7 +129,7 @@ def parse_metrics(args: argparse.Namespace, test_sets: list[TestSet]) -> list[Me
             )
         name = cli.slug(name or checkpoint.rstrip("/").rpartition("/")[2])
         if name in metrics or name == "segments" or (checkpoint and name in SACREBLEU):
-            raise ValueError(f"a metric cannot be called {name}: name it NAME=CHECKPOINT")
+            raise ValueError(f"--metrics: the name {name} is taken: use NAME=CHECKPOINT")
         metrics[name] = Metric(name, checkpoint)
         for one in test_sets if metrics[name].needs_references() else []:
             lacking = [i for i, task in enumerate(one.tasks, 1) if not task.reference]
@@ -144,7 +139,7 @@ def parse_metrics(args: argparse.Namespace, test_sets: list[TestSet]) -> list[Me
                     f"({len(lacking)} in all lack one)"
                 )
     if not metrics:
-        raise ValueError("--metrics names none")
+        raise ValueError("--metrics is empty")
     if any(metric.checkpoint for metric in metrics.values()):
         find_python()  # raises before hours of translating if COMET is not installed
     return [*metrics.values()]
@@ -176,7 +171,7 @@ def parse_systems(args: argparse.Namespace, test_sets: list[TestSet]) -> list[Sy
     names = [system.name for system in systems]
     for name in names:
         if names.count(name) > 1 or not name.strip("._"):
-            raise ValueError(f"a system cannot be called {name!r}: name it, --model NAME=FOLDER")
+            raise ValueError(f"the system name {name!r} is taken or no name: use NAME=FOLDER")
     return systems
 
 

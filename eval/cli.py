@@ -1,5 +1,6 @@
 """What the command lines of `python -m eval` and `python -m eval.judge` have in common."""
 
+import argparse
 import hashlib
 import json
 import re
@@ -15,7 +16,7 @@ HINT = "the same command goes on"  # after an interruption
 
 def positive(text: str) -> int:
     if int(text) < 1:
-        raise ValueError  # argparse names the option
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return int(text)
 
 

@@ -65,24 +65,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("file", type=Path, help="JSON lines")
     option("--model", required=True, help="folder, hub id or toy: the judge")
     option("--judge-url", default="", help="OpenAI-compatible endpoint that serves --model")
-    option("--prompts", choices=list(TEMPLATES), default="paper")
+    option("--prompts", choices=list(TEMPLATES), default="paper", help="default: %(default)s")
     option("--chat", default=False, help="use the tokenizer's chat template", **CHAT)
-    option(
-        "--score-mode",
-        "--reading",
-        choices=SCORE_MODES,
-        default="written",
-        help="expected: from the logits",
-    )
+    option("--score-mode", "--reading", choices=SCORE_MODES, default="written",
+           help="the number the judge writes, or its mean under the probabilities")  # fmt: skip
     option("--judge-samples", type=cli.positive, default=1, help="judgements to average")
-    option("--judge-max-new-tokens", type=cli.positive, default=512)
-    option(
-        "--max-num-seqs",
-        "--slots",
-        type=cli.positive,
-        default=256,
-        help="sequences decoded together",
-    )
+    option("--judge-max-new-tokens", type=cli.positive, default=512, help="default: %(default)s")
+    option("--max-num-seqs", "--slots", type=cli.positive, default=256,
+           help="sequences decoded together")  # fmt: skip
     option("--out", type=Path, help="folder to write to; default: that of the file")
     args = parser.parse_args(argv)
     args.judge_model, args.seed = args.model, 0
@@ -121,7 +111,7 @@ def parse_translation(line: bytes) -> Translation:
     if not isinstance(row.get("translation"), str):
         raise ValueError('"translation" is missing, or no string')
     row["translation"].encode()  # raises for half of a surrogate pair
-    [task] = tasks_of(row, [])
+    [task] = tasks_of(row, [], hint="")
     scores = row.get("scores") or {}
     if not isinstance(scores, dict):
         raise ValueError('"scores" must be an object with a number for each name')

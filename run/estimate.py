@@ -67,7 +67,7 @@ MACHINES = {  # makers' data sheets (bf16, dense, SXM); what is called 80 GB has
 def find_config(name: str) -> Config:
     """A folder's config.json, a known model's, or the hub's."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if (folder / "config.json").is_file():
         return read_config(folder)
     if name in SHAPES:
         vocab, width, mlp, layers, heads, kv_heads, tied = SHAPES[name]
@@ -91,9 +91,8 @@ def machines(gpus: str, any_gpu: bool) -> tuple[Machine, int]:
         return (MACHINES["h100"], 8) if any_gpu else (measure_machine(torch.device("cpu")), 1)
     count, _, name = gpus.partition("x") if gpus[0].isdigit() else ("1", "", gpus)
     if name not in MACHINES or not count.isdecimal() or int(count) < 1:
-        raise ValueError(
-            f"--dry-run {gpus}: use a number and a GPU, such as 8xh100, of {', '.join(MACHINES)}"
-        )
+        raise ValueError(f"--dry-run {gpus}: use COUNTxGPU, such as 8xh100, with one of "
+                         f"{', '.join(MACHINES)}")  # fmt: skip
     return MACHINES[name], int(count)
 
 

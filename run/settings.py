@@ -77,8 +77,8 @@ class Settings(RunSettings):
     source: str = ""
     """Languages of texts that do not name theirs: codes or names, separated by commas."""
     target: str = ""
-    """Languages to translate those texts into: as many as --source names, in the same order, or
-    one on either side for all on the other."""
+    """Languages to translate into: as many as --source names, in the same order, or one on either
+    side for all on the other."""
     held_out: str = ""
     """Test sets for evaluation, such as wmt22:en-zh or a file with "reference"s. Without it, some
     of --data are held out."""
@@ -209,6 +209,7 @@ MOVED = {  # options of earlier versions, and what people look for -> what to us
     "ema_decay": "it is EMA_DECAY in run/driver.py",
     "report": "report.html is always drawn",
     "learning_rate": "use --lr",
+    "batch_size": "use --prompts-per-step",
     "shard": "all ranks share one set of sharded weights",
     "device": "to hide the GPUs, set CUDA_VISIBLE_DEVICES to nothing",
     "top_p": "training needs log-probs of the whole distribution; use --temperature",
@@ -279,7 +280,7 @@ def parse_fields(argv: list[str], cls: type, presets: dict, program: str, about:
         name = argument.lstrip("-").removeprefix("no-").split("=")[0].replace("-", "_")
         if name in moved:
             raise ValueError(f"{argument}: {moved[name]}")
-        near = difflib.get_close_matches(name, [f.name for f in fields], 1, 0.4)
+        near = difflib.get_close_matches(name, [f.name for f in fields], 1)
         hint = f"; did you mean {option(near[0])}?" if near else ""
         refuse(f"unknown option {argument}{hint}")
     return vars(given)
@@ -351,12 +352,19 @@ def is_restart() -> bool:
     return bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
-def check_writable(folder: str) -> None:
+def check_run_folder(folder: str, resume: bool) -> None:
     path = Path(folder).absolute()
     parent = next(x for x in (path, *path.parents) if os.path.lexists(x))
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         why = "is not writable" if parent.is_dir() else "is not a folder"
         raise ValueError(f"--folder {folder}: {parent} {why}")
+    if path.exists() and not resume:
+        raise ValueError(
+            f"--folder {folder} exists already: continue it with --resume, or name another"
+        )
+    if path.exists() and not (path / "settings.json").is_file():
+        raise ValueError(f"--folder {folder} is not the folder of a run: it has no "
+                         "settings.json. Name the run's own folder, or a new one")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- of ssr.py
@@ -391,20 +399,13 @@ def check_settings(s: Settings) -> None:
     build.check_reward(s)
     check_judge(s)
     check_dashboards(s.log_to)
-    loading.parse_language_pairs(s.source, s.target)
     if s.folder:
-        check_writable(s.folder)
-        if Path(s.folder).exists() and not s.resume:
-            raise ValueError(
-                f"--folder {s.folder} exists already: continue it with --resume, or name another"
-            )
-        if Path(s.folder).exists() and not (Path(s.folder) / "settings.json").is_file():
-            raise ValueError(f"--folder {s.folder} is not the folder of a run: it has no "
-                             "settings.json. Name the run's own folder, or a new one")  # fmt: skip
+        check_run_folder(s.folder, s.resume)
     for name in (*TEXTS, "eval_metrics") if s.preset == "toy" else ():
         if getattr(s, name):
             raise ValueError(f"{option(name)}: the toy makes its own sentences; use another "
                              "--preset")  # fmt: skip
+    loading.parse_language_pairs(s.source, s.target)
 
 
 def check_scoring(s) -> None:

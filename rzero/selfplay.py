@@ -70,7 +70,7 @@ class Settings(RunSettings):
     challenger_steps: int = 5
     """Challenger steps in each iteration."""
     challenger_prompts: int = 0
-    """Prompts in each of them; 0: --prompts-per-step, which is the Solver's number of questions."""
+    """Prompts of a Challenger step; 0: --prompts-per-step, the Solver's questions in a step."""
     challenger_samples: int = 4
     """Questions sampled for each prompt: the Challenger's group."""
     challenger_lr: float = 0.0
@@ -405,14 +405,12 @@ def parse(argv: list[str]) -> Settings:
     if given.get("resume"):
         folder = settings.run_folder(f"rzero-{preset}", given.get("folder", ""), True)
         saved = settings.load_saved_settings(folder, given, Settings, RESUME_OVERRIDABLE)
-    elif given.get("folder") and Path(given["folder"]).exists():
-        raise ValueError(f"--folder {given['folder']} exists already: --resume, or name another")
     preset = given.get("preset") or saved.get("preset") or preset
     s = Settings(**PRESETS.get(preset, {}) | saved | given | {"preset": preset})
     s.challenger_lr = s.challenger_lr or s.lr
     s.challenger_prompts = s.challenger_prompts or s.prompts_per_step
     if s.folder:
-        settings.check_writable(s.folder)
+        settings.check_run_folder(s.folder, s.resume)
     settings.check_fields(s, BOUNDS, CHOICES)
     return s
 

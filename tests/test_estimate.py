@@ -212,8 +212,8 @@ def test_a_dry_run_of_the_toy_measures_this_machine_and_writes_nothing(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--dry-run=h9000"], r"--dry-run h9000: use a number and a GPU, such as 8xh100, of a100"),
-        (["--dry-run=0xh100"], r"--dry-run 0xh100: use a number and a GPU"),
+        (["--dry-run=h9000"], r"--dry-run h9000: use COUNTxGPU, such as 8xh100, with one of a100"),
+        (["--dry-run=0xh100"], r"--dry-run 0xh100: use COUNTxGPU"),
         ([DRY, "--model=nobody/nothing"], "nobody/nothing: no folder with a config.json, none of"),
     ],
 )

@@ -361,8 +361,10 @@ def test_presets_have_the_papers_numbers_and_the_scripts():
 
 
 def test_resume_accepts_settings_that_change_no_result_and_refuses_others(whole):
-    with pytest.raises(ValueError, match="exists already: --resume, or name another"):
+    with pytest.raises(ValueError, match="exists already: continue it with --resume"):
         selfplay.parse([f"--folder={whole}"])
+    with pytest.raises(ValueError, match="--folder tests is not the folder of a run"):
+        selfplay.parse(["--folder=tests", "--resume"])
     for words in ("--band=0-0.9", "--preset=r-zero-4b", "--seed=4", "--answers=5"):
         with pytest.raises(ValueError, match=words.split("=")[0]):
             selfplay.parse([f"--folder={whole}", "--resume", words])
