@@ -33,6 +33,7 @@ from judge import PLAIN, TOY, Judge, Reward, RewardOutput, Task
 from model import Config, Transformer, save
 from run import driver
 from run.distributed import Ranks
+from run.settings import RunSettings
 from toy.languages import Languages, quality
 
 
@@ -87,7 +88,7 @@ class Ours:
         self.codec = PromptCodec(load_tokenizer(Path(folder)))
         self.stop_ids = [self.codec.tokenizer.eos_token_id]
         P, N, new = work["sizes"]
-        s = grpo.Settings(
+        s = RunSettings(
             steps=10_000_000, prompts_per_step=P, samples_per_prompt=N, max_new_tokens=new, lr=LR,
             warmup_steps=WARMUP, min_lr_ratio=1.0, track_kl=track_kl,
         )  # fmt: skip

@@ -36,7 +36,7 @@ def world(wmt, comet_python, comet_checkpoints):  # noqa: F811
 def run(env, *words):
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True,
                           text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
