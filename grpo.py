@@ -7,7 +7,7 @@ Interfaces the loop expects (it never inspects text):
 
 - `batch(number)`: the prompts of step 1, 2, …;
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards, NaN where there is none),
-  `.parts` (name -> N numbers; "format" is 1 where something was judged), `.judge_text`, and
+  `.parts` (name -> N numbers; "format" is 1 where that was right), `.judge_text`, and
   optionally `.weight` (of its advantages) and `.part_weights` (name -> weight of the parts that
   the total is the sum of); optionally `reward.finish(judged)`, given all ranks' groups;
 - `sampler`: `.model` and `.generate`, as in sampler.py;
@@ -19,8 +19,8 @@ Group Relative Policy Optimisation, as it is done here:
 - Advantage: the reward against the other samples of the prompt (kernels/advantage.py). A tie gives
   exactly 0. A sample without a reward is left out of its group's mean and out of the loss.
 - Loss: clipped policy gradient (kernels/logprob.py). With one update a batch (default) the ratio of
-  new to old probability is exactly 1, so nothing is clipped and the loss (minus mean advantage)
-  is about 0 whatever is learned. The sampler's log-probs only serve metrics and `importance_cap`.
+  new to old probability is exactly 1, so nothing is clipped and the loss, -mean(advantage), is
+  about 0 whatever is learned. The sampler's log-probs only serve metrics and `importance_cap`.
 - One normaliser for all tokens of a step, known before the first backward, so that gradients of
   micro-batches add up (`token_loss_weights`).
 - Identical samples of a prompt have the same gradient: they are trained once, with the weight of
@@ -261,8 +261,8 @@ def merge_identical_samples(
 
 
 def token_loss_weights(rows: list[TrainSample], s: Settings) -> list[float]:
-    """Loss weight of a token, by row: its copies / the tokens of all scored samples, those of
-    advantage 0 included ("token", "effective"); its copies / (its tokens × scored samples)
+    """Loss weight of a token, by row: its copies / the tokens of all rows' copies, those of
+    advantage 0 included ("token", "effective"); its copies / (its tokens × all copies)
     ("sequence"); its copies / the most tokens that a batch can have ("constant")."""
     if s.loss_norm == "sequence":
         total = sum(r.copies for r in rows)

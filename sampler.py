@@ -338,10 +338,10 @@ class Sampler:
         samples: list[list] = [[None] * n for _ in prompts]
         active: list[UnfinishedSample] = []
         while waiting or active:
-            free = min(self.slots - len(active), len(waiting))
+            fits = min(self.slots - len(active), len(waiting))
             # Prefill in batches: wait until an eighth of the slots is free.
-            if free and (not active or free >= self.slots // 8 or free == len(waiting)):
-                joining = [waiting.pop() for _ in range(free)]
+            if fits and (not active or fits >= self.slots // 8 or fits == len(waiting)):
+                joining = [waiting.pop() for _ in range(fits)]
                 self.admit(joining, len(active), waiting, seed, max_new_tokens)
                 active += joining
             steps = min(self.check_every, max_new_tokens - min(s.num_steps for s in active))
@@ -411,8 +411,8 @@ class Sampler:
         budget = self.prefill_tokens
         while todo:
             T = len(sequences[todo[0]]) - self.shared
-            # The prefix is not computed again, but each sequence reads a copy of its keys, so its
-            # tokens count for an eighth.
+            # The prefix is not computed again, but each sequence reads a copy of its keys: eight
+            # budgets bound all the keys.
             fits = max(1, min(budget // T, 8 * budget // (self.shared + T)))
             batch = [i for i in todo[:fits] if 2 * (len(sequences[i]) - self.shared) > T]
             todo = todo[len(batch) :]
@@ -443,7 +443,7 @@ class Sampler:
             else:
                 own = self.kv[:, :, slots[0] : slots[0] + 1, :, span]
                 self.kv[:, :, slots[0] + 1 : slots[-1] + 1, :, span] = own
-        # If the last group did not fit: keep its prompt for the siblings that wait.
+        # If siblings of this last `prompt` wait (from waiting[-1]): keep its keys and values.
         if waiting and waiting[-1].prompt == prompt:
             rows = self.kv[:, :, slots[0] : slots[0] + 1, :, span]
             self.pending_prompt_kv = prompt, rows.clone()
@@ -480,9 +480,9 @@ class Sampler:
             self.step(count, width, params)
             return
         # A graph replays fixed shapes, so B is rounded up and may include dead slots. A dead slot
-        # writes one key and value at its own `length`. That spares the shared prefix: every slot
-        # that has it also got a sequence when the call began, so its length is at least the
-        # prefix's. The next sequence in the slot overwrites the stray entry.
+        # writes one key and value at its own `length`. It is past the shared prefix, which
+        # only slots hold that get a sequence as the call begins. The next sequence in the slot
+        # overwrites the stray entry.
         B = min(self.slots, 1 << (count - 1).bit_length())
         if self.attention:  # reads each sequence's own length: `width` is a bound, 512 · 4^i
             width = max(512, 1 << ((width - 1).bit_length() | 1))
@@ -556,10 +556,10 @@ class Sampler:
         whole = [p + c for p, c in zip(prompts, continuations, strict=True)]
         self.check_sequences(whole, "prompt and continuation")
         self.share_prefix(prompts, 1)
-        columns = [torch.tensor(c, dtype=torch.int64)[:, None] for c in continuations]
+        tokens = [torch.tensor(c, dtype=torch.int64)[:, None] for c in continuations]
         starts = [len(p) - 1 for p in prompts]
         return [
-            s[:, 0] for s in self.logprobs_of([w[:-1] for w in whole], starts, columns, temperature)
+            s[:, 0] for s in self.logprobs_of([w[:-1] for w in whole], starts, tokens, temperature)
         ]
 
     @torch.no_grad()
@@ -573,27 +573,26 @@ class Sampler:
         self.check_vocabulary(token_ids, "token_ids")
         distinct = list(dict.fromkeys(prompts))
         self.share_prefix(distinct, 1)
-        columns = [torch.tensor([token_ids], dtype=torch.int64)] * len(distinct)
-        rows = self.logprobs_of(distinct, [len(p) - 1 for p in distinct], columns, temperature)
+        tokens = [torch.tensor([token_ids], dtype=torch.int64)] * len(distinct)
+        rows = self.logprobs_of(distinct, [len(p) - 1 for p in distinct], tokens, temperature)
         row_of = dict(zip(distinct, rows, strict=True))
         empty = torch.zeros(0, len(token_ids), dtype=self.logit_dtype, device=self.device)
         return torch.cat([empty, *(row_of[p] for p in prompts)])
 
     def logprobs_of(
-        self, sequences: list, starts: Ids, columns: list[Tensor], temperature: float
+        self, sequences: list, starts: Ids, tokens: list[Tensor], temperature: float
     ) -> list[Tensor]:
-        """Log-probs of the tokens columns[i] (rows, k), those of row r at the position after
-        starts[i] + r in sequence i."""
+        """Log-probs of the ids tokens[i] (rows, k); position starts[i] + r of sequence i predicts
+        row r."""
         if not temperature >= 1e-4:
             raise ValueError(f"temperature={temperature} must be at least 0.0001")
-        results = [
-            torch.zeros(c.shape, dtype=self.logit_dtype, device=self.device) for c in columns
-        ]
+        empty = torch.zeros(0, 1, dtype=self.logit_dtype, device=self.device)
+        results = [empty] * len(tokens)  # of empty continuations; the others follow
         for batch, hidden in self.prefill(sequences):
-            sizes = [len(columns[i]) for i in batch]
+            sizes = [len(tokens[i]) for i in batch]
             rows = zip(hidden, [starts[i] - self.shared for i in batch], sizes, strict=True)
             hidden = torch.cat([h[start : start + size] for h, start, size in rows])
-            targets = torch.cat([columns[i] for i in batch]).to(self.device)
+            targets = torch.cat([tokens[i] for i in batch]).to(self.device)
             parts, n = [], self.logit_rows
             for h, column in zip(hidden.split(n), targets.split(n), strict=True):
                 logits = self.model.logits(h) / temperature

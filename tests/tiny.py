@@ -113,7 +113,8 @@ def make_pupil(
     """A tiny Qwen2 with a tokenizer of its own that has heard answers to some prompts: what it says
     mostly ends, in the right form, and means little."""
     make_tokenizer(folder, [a + b for a, b in lessons], 700, thinks)
-    model = make_model(folder, vocab=700 + 2 * thinks, positions=4096, seed=seed, head_dim=16).train()
+    vocab = 700 + 2 * thinks
+    model = make_model(folder, vocab=vocab, positions=4096, seed=seed, head_dim=16).train()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [tokenizer.encode(a) for a, _ in lessons]
     ends = [[*tokenizer.encode(b), tokenizer.eos_token_id] for _, b in lessons]
