@@ -245,8 +245,8 @@ def check_score_mode(score_mode: str, samples: int, temperature: float) -> None:
     if score_mode not in ("written", "expected"):
         raise ValueError(f"score_mode={score_mode!r} is unknown; known: written, expected")
     if samples > 1 and (temperature == 0 or score_mode == "expected"):
-        raise ValueError(f"{samples} judge samples would all be the same: sample one, or use "
-                         "score mode 'written' with a temperature above 0")  # fmt: skip
+        raise ValueError(f"{samples} judge samples would all be the same: use --judge-samples "
+                         "1, or --score-mode written (not at temperature 0)")  # fmt: skip
 
 
 def prompt_key(step: int, ids: Sequence[int]) -> int:

@@ -125,7 +125,7 @@ class PromptCodec:
     def one_token(self, text: str) -> int:
         ids = self.pieces([text])[0]
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
-            raise ValueError(f"{text!r} is {len(ids)} or unknown here: use score_mode='written'")
+            raise ValueError(f"{text!r} is not one token here: use --score-mode written")
         return ids[0]
 
 
@@ -163,7 +163,9 @@ def chat_turns(tokenizer, thinking: bool) -> tuple[tuple, tuple, str, list[str]]
 
     turn, whole = around("user"), around("user", "assistant")
     if len(turn) != 2 or len(whole) != 3:
-        raise ValueError(f"{name}: the chat template does not set down a user's words as they are")
+        raise ValueError(
+            f"{name}: the chat template alters a user's text: leave the chat option out"
+        )
     try:
         system = around("system", "user")
     except TemplateError:  # it refuses the role

@@ -153,7 +153,7 @@ def parsed(line: bytes) -> dict:
     return row
 
 
-def tasks_of(row: dict, pairs: Pairs, hint: str = ", or write FILE:en-zh") -> list[Task]:
+def tasks_of(row: dict, pairs: Pairs, hint: str = " (--data FILE:en-zh)") -> list[Task]:
     """The task of a row that names its languages, else one for each of the pairs."""
     row = {k: row[k] for k in KEYS if row.get(k) is not None}
     for key, value in row.items():

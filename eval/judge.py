@@ -8,7 +8,7 @@
 
 Each line is a translation. Its "score" (or "scores": {"human": 97.5, "comet": 0.91}), on any scale,
 is what the judge is compared with; it is optional. The segments.jsonl of `python -m eval` are such
-files. Several translations of each text are most informative: GRPO compares siblings, and "same
+files. Several translations of each text tell most, as GRPO compares siblings: column "same
 text" is how often the judge prefers the better of two.
 
 Writes FILE.judged-by-MODEL.jsonl, a row for each translation, and the printed table beside it as

@@ -72,13 +72,13 @@ class Settings(RunSettings):
     for seed 0; for other seeds it is pretrained and cached in $SSR_TOY_CACHE. "toy:1.5e6" is the
     toy after 1.5e6 tokens of pretraining instead of 3.5e6: its judge is unreliable."""
     data: str = ""
-    """Texts to translate: JSON lines with "text", "source" and "target", plain text, Parquet, or
-    WMT test sets; several separated by commas. The toy generates its own."""
+    """JSON lines with "text", "source" and "target", plain text, Parquet or WMT sets, with commas
+    between. Drops the preset's --source, --target and --held-out. The toy generates its own."""
     source: str = ""
     """Languages of texts that do not name theirs: codes or names, separated by commas."""
     target: str = ""
-    """Languages to translate into: as many as --source names, in the same order, or one on either
-    side for all on the other."""
+    """Languages to translate into, paired with --source in order; a single one on either side goes
+    with all on the other."""
     held_out: str = ""
     """Test sets for evaluation, such as wmt22:en-zh or a file with "reference"s. Without it, some
     of --data are held out."""

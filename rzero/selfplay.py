@@ -19,8 +19,8 @@ iterations; iteration-1/ and so on with questions.jsonl and both players' weight
 
     paper: top-p 0.99 in all sampling / here: not for samples that are trained on / because their
     log-probs are trained as those of the whole distribution.
-    script: 512 prompts a step, one update for every 16 (Challenger) or 128 (Solver) of them /
-    here: as many updates, a step of new samples each / because the later ones are off-policy.
+    script: 512 prompts a step, one update for every 16 (Challenger) or 128 (Solver) / here: each
+    such update is a step with new samples / because a step's later updates are off-policy.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ class Settings(RunSettings):
     challenger_steps: int = 5
     """Challenger steps in each iteration."""
     challenger_prompts: int = 0
-    """Prompts of a Challenger step; 0: --prompts-per-step, the Solver's questions in a step."""
+    """Prompts of a Challenger step; 0: as many as of a Solver step, --prompts-per-step."""
     challenger_samples: int = 4
     """Questions sampled for each prompt: the Challenger's group."""
     challenger_lr: float = 0.0

@@ -59,7 +59,7 @@ def test_json_lines_have_their_own_languages_or_those_of_the_file_or_of_all(tmp_
         Task("Good night.", "English", "French"),
     ]
     assert loading.load_corpus(f"{bare}:de-en").tasks == [Task("Good night.", "German", "English")]
-    with pytest.raises(ValueError, match=r"line 1: 'source', 'target' missing, or write FILE:"):
+    with pytest.raises(ValueError, match=r"line 1: 'source', 'target' missing \(--data FILE:"):
         loading.load_corpus(str(bare))
 
 

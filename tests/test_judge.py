@@ -407,7 +407,7 @@ def test_the_expected_score_is_the_mean_over_the_score_tokens(tmp_path):
 
 
 def test_settings_that_cannot_work_are_refused(codec):
-    with pytest.raises(ValueError, match="'100' is 3 or unknown here: use score_mode='written'"):
+    with pytest.raises(ValueError, match="'100' is not one token here: use --score-mode written"):
         Judge(None, codec, Prompts("", "", "", {"100": 1.0}, False), score_mode="expected")
     with pytest.raises(ValueError, match="score_mode='spoken' is unknown"):
         Judge(None, codec, TOY, score_mode="spoken")
@@ -505,7 +505,7 @@ def test_prompts_begin_once_as_the_tokenizer_begins_texts(tokenizer):
 def test_a_chat_template_that_changes_words_is_refused(tokenizer, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "apply_chat_template", lambda *_, **__: "the words")
-        with pytest.raises(ValueError, match="does not set down a user's words as they are"):
+        with pytest.raises(ValueError, match="alters a user's text: leave the chat option out"):
             PromptCodec(tokenizer, chat=True)
     monkeypatch.setattr(tokenizer, "chat_template", "")
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
