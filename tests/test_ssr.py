@@ -23,6 +23,7 @@ import ssr
 from judge import Judge, Score
 from model import load, save
 from run import console, driver, evaluation, folder, monitor, problem, settings
+from run.distributed import Ranks
 from run.evaluation import Estimate, Evaluation
 from sampler import Sampler
 from tests import processes, runs
@@ -296,11 +297,15 @@ def test_what_cannot_work_is_refused_in_one_line(words, message, monkeypatch):
     refuses(words.split(), f"(?s)^ssr.py: .*{message}")
 
 
-def test_a_toy_of_less_pretraining_is_named_by_its_tokens():
+def test_a_toy_of_less_pretraining_is_named_by_its_tokens(toy, monkeypatch):
     """The settings' default is the recipe's, whose model is shipped."""
     expected = {"": Recipe().tokens, "toy:1.5e6": 1.5e6, "toy:20000": 2e4, "a/b": None}
     for model, tokens in expected.items():
         assert settings.parse(["--preset=toy", f"--model={model}"]).toy_tokens == tokens
+    asked = []
+    monkeypatch.setattr(problem, "language_model", lambda recipe: asked.append(recipe) or toy)
+    problem.toy_problem(settings.parse(["--preset=toy", "--model=toy:1.5e6"]), Ranks())
+    assert asked == [Recipe(tokens=1.5e6)]
 
 
 def test_help_explains_every_option(capsys):
