@@ -190,7 +190,7 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tenso
     block = first_true((edge > target) & (mass > 0))[:, None]
     inside = blocks.gather(1, block[..., None].expand(B, 1, size))[:, 0]  # (B, size)
     cumulative = inside.double().cumsum(-1)
-    # A block's mass and the sum of its probabilities round differently: stay below the last edge.
+    # A block's mass and the sum of its probabilities round differently: stay inside the block.
     rest = target - (edge - mass).gather(1, block)
     rest = torch.minimum(rest, cumulative[:, -1:] * (1 - 2**-48))
     token = block[:, 0] * size + first_true((cumulative > rest) & (inside > 0))
@@ -411,8 +411,8 @@ class Sampler:
         budget = self.prefill_tokens
         while todo:
             T = len(sequences[todo[0]]) - self.shared
-            # The prefix is not computed again, but each sequence reads a copy of its keys: eight
-            # budgets bound all the keys.
+            # The prefix is not computed again, but each sequence reads a copy of its keys: allow
+            # eight budgets of keys in all.
             fits = max(1, min(budget // T, 8 * budget // (self.shared + T)))
             batch = [i for i in todo[:fits] if 2 * (len(sequences[i]) - self.shared) > T]
             todo = todo[len(batch) :]
@@ -480,8 +480,8 @@ class Sampler:
             self.step(count, width, params)
             return
         # A graph replays fixed shapes, so B is rounded up and may include dead slots. A dead slot
-        # writes one key and value at its own `length`. It is past the shared prefix, which
-        # only slots hold that get a sequence as the call begins. The next sequence in the slot
+        # writes one key and value at its own `length`. That is past the shared prefix:
+        # every slot that holds one got a sequence at the start. The next sequence in the slot
         # overwrites the stray entry.
         B = min(self.slots, 1 << (count - 1).bit_length())
         if self.attention:  # reads each sequence's own length: `width` is a bound, 512 · 4^i
