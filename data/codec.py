@@ -82,7 +82,7 @@ class PromptCodec:
         for piece in (x for row in rows for x in row if isinstance(x, UntrustedText)):
             if forged := self.control_ids.intersection(ids[piece]):
                 tokens = self.tokenizer.convert_ids_to_tokens(sorted(forged))
-                raise ValueError(f"control tokens {tokens} cannot be kept out of {piece[:60]!r}")
+                raise ValueError(f"{piece[:60]!r} makes control tokens {tokens}: remove that text")
         return [[*self.begin, *(i for piece in row for i in ids[piece])] for row in rows]
 
     def in_turns(self, prompt: list[str]) -> list[str]:

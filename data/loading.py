@@ -67,7 +67,7 @@ def load_corpus(
             count["read"] += 1
             if isinstance(item, ValueError):
                 if not skip_bad:
-                    raise ValueError(f"{item}; python -m data --skip-bad-lines drops such lines")
+                    raise ValueError(f"{item}; or python -m data --skip-bad-lines --out NEW")
                 count["that cannot be read"] += 1
             elif isinstance(item, str):
                 count[item] += 1

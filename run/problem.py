@@ -79,9 +79,9 @@ def toy_problem(s, ranks: Ranks) -> Problem:
     check_folder(folder)
     vocabulary = {word for entries in languages.vocabulary.values() for word in entries}
     if foreign := vocabulary - load_tokenizer(folder).get_vocab().keys():
-        raise ValueError(f"--model {folder} was not made for --seed {s.seed}: its tokenizer does "
-                         f"not know {', '.join(sorted(foreign)[:3])} …; leave --model out, or "
-                         "give the seed that it was made with")  # fmt: skip
+        raise ValueError(f"--model {folder} is no toy of --seed {s.seed}: its tokenizer does not "
+                         f"know {', '.join(sorted(foreign)[:3])} …; leave --model out, give its "
+                         "seed, or name --data or another --preset")  # fmt: skip
     held_out = [languages.task("held-out", i) for i in range(s.eval_prompts)]
     eval_metrics = {"exact_match": per_segment(exact_match), "quality": per_segment(quality)}
     task = partial(languages.task, "train")
@@ -104,8 +104,8 @@ def data_problem(s, ranks: Ranks, comets: CometWorkers) -> Problem:
         if len(fit) < count:
             raise ValueError(
                 f"{name}: {len(fit)} of {len(tasks)} texts have a prompt within "
-                f"--max-prompt-tokens {s.max_prompt_tokens}, and at least {count} are needed: "
-                "raise it, add shorter texts" + ", or lower --eval-prompts" * (not s.held_out)
+                f"--max-prompt-tokens {s.max_prompt_tokens}, and at least {count} are needed: add "
+                "texts, raise it for longer ones" + ", or lower --eval-prompts" * (not s.held_out)
             )
         return fit
 

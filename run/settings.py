@@ -58,7 +58,7 @@ class RunSettings(grpo.Settings):
     """Seconds to wait for a rank that makes no progress before the run is aborted."""
     dry_run: str = ""
     """Print an estimate of memory and time, and exit: on this machine's GPUs (without any, 8xh100;
-    the toy on its CPU) or on others, such as 8xh100 (a100, h100, h200, b200, l40s, rtx4090)."""
+    ssr.py's toy: CPU) or on others, such as 8xh100 (a100, h100, h200, b200, l40s, rtx4090)."""
 
 
 @dataclass

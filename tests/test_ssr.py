@@ -331,7 +331,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(toy, tmp_path):
     for words, message in (
         ("--max-new-tokens=90", r"the judge needs room for 1[0-9]{2} tokens .* lower"),
         ("--max-prompt-tokens=5", r"a prompt has .* tokens: --max-prompt-tokens 5 must be"),
-        ("--seed=1", "was not made for --seed 1: its tokenizer"),
+        ("--seed=1", "is no toy of --seed 1: its tokenizer"),
         ("--judge=frozne", "frozne: no folder with a config.json"),
     ):
         with pytest.raises(SystemExit, match=message):
