@@ -122,10 +122,8 @@ class Decode:
     `lengths` (B,) tokens are cached before it; only the first `width` positions are read.
     """
 
-    def __init__(self, kv: Tensor, lengths: Tensor, width: int, attention: Callable | None):
-        self.kv, self.lengths, self.width, self.attention = kv, lengths, width, attention
-        if attention:
-            return
+    def __init__(self, kv: Tensor, lengths: Tensor, width: int):
+        self.kv, self.width = kv, width
         _, _, _, K, L, _ = kv.shape
         B = lengths.shape[0]
         starts = torch.arange(0, B * K * L, L, device=kv.device).view(B, K)
@@ -138,8 +136,6 @@ class Decode:
         self.bias = bias.repeat_interleave(K, dim=0) if self.use_matmul else bias[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.attention:
-            return self.attention(q, k, v, self.kv[layer], self.lengths, self.width)
         B, _, H, E = q.shape
         K = k.shape[2]
         keys, values = self.kv[layer]
@@ -156,6 +152,18 @@ class Decode:
             q = q.reshape(B, K, H // K, E)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)
         return y.reshape(B, 1, H, E)
+
+
+class CustomDecode(NamedTuple):
+    """`Decode` by a function such as kernels.decode.decode_attention."""
+
+    kv: Tensor
+    lengths: Tensor
+    width: int
+    attention: Callable
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(q, k, v, self.kv[layer], self.lengths, self.width)
 
 
 # -------------------------------------------------------------------------------------- draws
@@ -463,7 +471,8 @@ class Sampler:
         """One token for each of the slots 0 … B-1, without waiting for the host."""
         token, length, alive = self.token[:B], self.length[:B], self.alive[:B]
         num_generated = self.num_generated[:B]
-        view = Decode(self.kv, length, width, self.attention)
+        cached = self.kv, length, width
+        view = CustomDecode(*cached, self.attention) if self.attention else Decode(*cached)
         hidden = self.model(token[:, None], positions=length[:, None], cache=view)
         column = num_generated[:, None]
         uniform = self.uniform[:B].gather(1, column)[:, 0]

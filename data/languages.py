@@ -129,6 +129,7 @@ def is_plausible_translation(answer: str, task: Task) -> bool:
     return not (wrong or is_identified_as_other(answer, task.target))
 
 
+@cache
 def are_close(a: str, b: str) -> bool:
     groups = [set(group.split()) for group in re.split(r"[|\n]", f"{CLOSE}|{a}")]
     return any(group & {*a.split()} and group & {*b.split()} for group in groups)
