@@ -53,7 +53,6 @@ from run.settings import (
     option,
     parse,
     run_folder,
-    warn_about_prompts,
 )
 from toy.languages import Languages
 from toy.pretrain import Recipe, make_tokenizer, model_config
@@ -69,7 +68,6 @@ def run_training(s: Settings) -> None:
         # What is learned: the texts, the prompts, how held-out translations are measured.
         problem = toy_problem(s, ranks) if s.preset == "toy" else data_problem(s, ranks, comets)
         codec = PromptCodec(load_tokenizer(problem.folder), s.chat)
-        warn_about_prompts(s, codec.tokenizer)
 
         # The model and its sampler; the judge is the same model, unless another one is named.
         ranks.set_stage("load the model")
@@ -179,8 +177,6 @@ def dry_run(s: Settings) -> None:
     machine, count = estimate.machines(s.dry_run, any_gpu=s.preset != "toy")
     if s.model and not (s.preset == "toy" and s.toy_tokens):
         config = estimate.find_config(s.model)
-        if (folder := Path(s.model).expanduser()).is_dir():
-            warn_about_prompts(s, PromptCodec(load_tokenizer(folder), s.chat).tokenizer)
     else:
         recipe = Recipe(seed=s.seed, skills=toy_skills(s))
         config = model_config(recipe, make_tokenizer(Languages(s.seed), recipe.skills))

@@ -193,35 +193,13 @@ COMMON = (  # in this order in front of all others in --help
     "max_prompt_tokens max_new_tokens judge_max_new_tokens eval_prompts prompts chat score_mode "
     "folder resume dry_run"
 )
-MOVED = {  # options of earlier versions, and what people look for -> what to use
-    "judge_only": "use python -m eval.judge FILE --model MODEL",
-    "controls": "use python -m bench.sweep rewards",
-    "seeds": "use python -m bench.sweep rewards --seeds 3",
-    "gpus": "use --dry-run 8xh100",
-    "gpu": "use --dry-run 8xh100",
-    "skip_bad_lines": "use python -m data FILE --skip-bad-lines --out CLEAN.jsonl",
-    "judge_model": "use --judge MODEL",
-    "clip_low": "use --clip",
-    "clip_high": "use --clip",
-    "threads": "set OMP_NUM_THREADS",
-    "toy_skills": "the toy is taught what its --reward needs",
-    "toy_tokens": "use --model toy:1.5e6",
-    "ema_decay": "it is EMA_DECAY in run/driver.py",
-    "report": "report.html is always drawn",
+MOVED = {  # what people look for -> what to use
     "learning_rate": "use --lr",
     "batch_size": "use --prompts-per-step",
-    "shard": "all ranks share one set of sharded weights",
     "device": "to hide the GPUs, set CUDA_VISIBLE_DEVICES to nothing",
     "top_p": "training needs log-probs of the whole distribution; use --temperature",
     "top_k": "training needs log-probs of the whole distribution; use --temperature",
 }
-
-
-RENAMED = {  # options of the last version, still understood
-    "final_lr": "min_lr_ratio", "max_norm": "max_grad_norm", "patience": "hang_timeout",
-    "reading": "score_mode", "gate": "format_reward", "slots": "max_num_seqs",
-    "measures": "eval_metrics",
-}  # fmt: skip
 
 
 # -------------------------------------------------------------------------- any dataclass's options
@@ -270,12 +248,10 @@ def parse_fields(argv: list[str], cls: type, presets: dict, program: str, about:
             kind = {"nargs": "?", "const": "here", "metavar": "GPUS"}
         elif f.name == "chat":
             kind = CHAT
-            group.add_argument("--no-chat", dest="chat", action="store_const", const=False,
-                               help=argparse.SUPPRESS)  # fmt: skip
         else:
             kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         group.add_argument(option(f.name), dest=f.name, help=text, **kind)
-    given, unknown = parser.parse_known_args(list(map(new_name, argv)))
+    given, unknown = parser.parse_known_args(argv)
     for argument in unknown:
         name = argument.lstrip("-").removeprefix("no-").split("=")[0].replace("-", "_")
         if name in moved:
@@ -284,15 +260,6 @@ def parse_fields(argv: list[str], cls: type, presets: dict, program: str, about:
         hint = f"; did you mean {option(near[0])}?" if near else ""
         refuse(f"unknown option {argument}{hint}")
     return vars(given)
-
-
-def new_name(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    renamed = RENAMED.get(name.removeprefix("--").replace("-", "_"))
-    if not (name.startswith("--") and renamed):
-        return argument
-    print(f"{name} is now called {option(renamed)}; the old name will be removed")
-    return option(renamed) + equals + value
 
 
 def refuse(message: str):
@@ -441,19 +408,3 @@ def describe_run(s: Settings) -> str:
         f"reward {build.describe_reward(s)}, score {s.score_mode}, lr {s.lr:g}, KL {s.kl:g}, "
         f"seed {s.seed}{model}"
     )
-
-
-def warn_about_prompts(s: Settings, tokenizer) -> None:
-    """Warn of prompts that cannot work, before anything is sampled."""
-    paper, thinking = s.prompts == "paper", s.chat == "thinking"
-    if (paper or thinking) and s.max_new_tokens < (1024 if thinking else 256):
-        asks = "--chat thinking" if thinking else "--prompts paper"
-        instead = "--chat alone" if thinking else "--prompts plain"
-        print(
-            f"{asks} asks for a thought before the answer: with --max-new-tokens "
-            f"{s.max_new_tokens} many samples will be cut off; {instead} asks for less"
-        )
-    own = s.model == PRESETS[s.preset].get("model")
-    if paper and tokenizer.chat_template and not s.chat and not own:
-        print("The model has a chat template: if it is an instruct model, ask it with --chat "
-              "--prompts plain")  # fmt: skip

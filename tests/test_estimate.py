@@ -15,7 +15,7 @@ from run.checkpoint import tensors_of
 from run.estimate import MACHINES, Workload, find_config, memory, seconds
 from sampler import Sampler
 from tests.runs import refuses
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model
 
 H100, DRY = MACHINES["h100"], "--dry-run=8xh100"
 
@@ -182,21 +182,6 @@ def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
     assert error.value.code == 1
     words += capsys.readouterr().out.split("It would with ")[1].split(".")[0].split()
     selfplay.main(words)  # the advice fits
-
-
-def test_a_dry_run_warns_of_prompts_that_cannot_work(tmp_path, capsys):
-    make_model(tmp_path, vocab=400)
-    make_tokenizer(tmp_path, thinks=True)
-    words = [DRY, "--preset=ssr-zero-0.5b", f"--model={tmp_path}", "--max-new-tokens=64"]
-    ssr.main(words)
-    out = capsys.readouterr().out
-    assert "with --max-new-tokens 64 many samples will be cut off; --prompts plain" in out
-    assert "has a chat template: if it is an instruct model, ask it with --chat --prompts pl" in out
-    ssr.main([*words, "--chat", "--prompts=plain"])
-    out = capsys.readouterr().out
-    assert "cut off" not in out and "chat template" not in out
-    ssr.main([*words, "--chat", "thinking", "--prompts=plain"])
-    assert "--chat thinking asks for a thought before the answer: wit" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_the_toy_measures_this_machine_and_writes_nothing(

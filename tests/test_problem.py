@@ -362,8 +362,6 @@ def test_chat_is_a_switch_that_may_have_a_value(parse, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         parse(["--chat=maybe"])
     assert "argument --chat: invalid choice: 'maybe'" in f"{error.value}{capsys.readouterr().err}"
-    if parse == parse_ssr:
-        assert parse(["--chat", "--no-chat"]).chat is False
 
 
 def test_a_template_with_a_clock_makes_the_same_prompts_tomorrow(tmp_path):

@@ -269,7 +269,6 @@ def test_the_alarm_is_self_score_up_and_quality_down_beyond_chance():
         ("--sampels-per-prompt=4", r"unknown option .*; did you mean --samples-per-prompt\?"),
         ("--top-p=0.9", "--top-p=0.9: training needs log-probs of the whole distribution"),
         ("--preset=toys", "--preset toys is unknown; known: ssr-zero-7b, ssr-x-zero-7b, .*toy"),
-        ("--toy-tokens=1e6", "--toy-tokens=1e6: use --model toy:1.5e6"),
         ("--model=toy:many", "toy:many: no such folder, and no hub id of the form org/name"),
         ("--overlong=drop", "--overlong drop: use penalize, mask, soft"),
         ("--samples-per-prompt=1", "must be at least 2: a sample is compared with the others"),
@@ -403,14 +402,6 @@ def test_a_disk_that_fills_up_leaves_whole_rows_and_no_half_of_the_weights(toy, 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert (log.path / "metrics.jsonl").read_text() == '{"step": 0, "x": null}\n'
     assert not list((tmp_path / "b" / "last").iterdir())
-
-
-def test_options_of_the_last_version_still_work_and_name_the_new_ones(capsys):
-    s = settings.parse(["--preset=toy", "--slots", "8", "--reading=written"])
-    assert (s.max_num_seqs, s.score_mode) == (8, "written")
-    assert "--slots is now called --max-num-seqs" in capsys.readouterr().out
-    for new in settings.RENAMED.values():
-        assert hasattr(s, new)
 
 
 # --------------------------------------------------------------------------------- slow proofs
