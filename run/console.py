@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a line, dashboards, the report.
+"""What a person sees while a run goes on: lines, dashboards, the report.
 
 What fails here is printed once, and the run goes on.
 """
@@ -7,7 +7,6 @@ import importlib.util
 import math
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ALARM = "ALARM: self-score up, held-out quality down"
-QUIET = 10.0  # seconds without a line where the output is no terminal
+QUIET = 10.0  # seconds without a line
 
 
 def check_dashboards(names: str) -> list[str]:
@@ -31,19 +30,16 @@ def check_dashboards(names: str) -> list[str]:
 
 
 class Console:
-    def __init__(self, s, path: Path, measure: str | None, is_writer: bool):
-        """`measure`: the first metric of held-out texts. `is_writer`: has dashboards and report."""
-        self.s, self.path, self.measure, self.is_writer = s, path, measure, is_writer
+    def __init__(self, s, path: Path, measure: str | None):
+        """`measure`: the first metric of held-out texts."""
+        self.s, self.path, self.measure = s, path, measure
         self.dashboards: list = []
         self.has_report = False
-        self.is_live = False  # the next line overwrites the last one
         self.work, self.share = "", 0.0  # of the latest `print_progress`
         self.work_began = self.printed = time.monotonic()
 
     def open(self, settings: dict, first_step: int) -> None:
-        """Call it when the folder exists and is locked."""
-        if not self.is_writer:
-            return
+        """Dashboards and report, by the rank that has created and locked the folder."""
         self.has_report = True
         for name in check_dashboards(self.s.log_to):
             try:
@@ -59,12 +55,15 @@ class Console:
                 dashboard.log(numbers, row["step"])
             except Exception as error:  # whatever they raise
                 self.dashboards.remove(dashboard)
-                self.print_line(f"{type(dashboard).__name__} gets no more rows: {error}")
+                print(f"{type(dashboard).__name__} gets no more rows: {error}", flush=True)
 
     def print_step(self, number: int, metrics: dict, latest: dict, left: float) -> None:
-        """The most important first: a terminal cuts off the rest."""
-        name, last = self.measure or "self", number == self.s.steps
-        wrong = metrics.get("reward/wrong_language", 0.0)
+        """Every tenth step, and each one that takes long."""
+        now, last = time.monotonic(), number == self.s.steps
+        if not last and number % 10 and now - self.printed < QUIET:
+            return
+        self.printed = now
+        name, wrong = self.measure or "self", metrics.get("reward/wrong_language", 0.0)
         parts = [
             f"step {number}/{self.s.steps}",
             *["ALARM"] * bool(latest.get("eval/alarm")),
@@ -75,37 +74,18 @@ class Console:
             f"entropy {metrics['policy/entropy']:.2f}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
         ]
-        line = "  ".join(parts)
-        if sys.stdout.isatty():
-            self.print_live(line, "\n" if last else "")
-        elif last or number % 10 == 0 or time.monotonic() - self.printed > QUIET:
-            self.printed = time.monotonic()
-            print(line, flush=True)
+        print("  ".join(parts), flush=True)
 
     def print_progress(self, work: str, share: float) -> None:
-        """Prints the share of the work that is done and the time left, if it takes long."""
-        now, is_terminal = time.monotonic(), sys.stdout.isatty()
+        """The share of the work that is done and the time left, if it takes long."""
+        now = time.monotonic()
         if work != self.work or share < self.share:
             self.work, self.work_began = work, now
         self.share = share
-        if now - max(self.work_began, self.printed) < (1.0 if is_terminal else QUIET):
-            return
-        self.printed = now
-        left = format_seconds((now - self.work_began) * (1 - share) / share)
-        line = f"{work}  {share:.0%}, {left} left"
-        self.print_live(line) if is_terminal else print(line, flush=True)
-
-    def print_live(self, line: str, end: str = "") -> None:
-        """Prints a line that the next one overwrites, in a terminal only. It must fit: of a longer
-        one the first rows would remain."""
-        if sys.stdout.isatty():
-            width = max(shutil.get_terminal_size().columns - 1, 1)
-            print(f"\r\033[K{line[:width]}", end=end, flush=True)
-            self.is_live = not end
-
-    def print_line(self, line: str) -> None:
-        print(("\r\033[K" if self.is_live else "") + line, flush=True)
-        self.is_live = False
+        if now - max(self.work_began, self.printed) >= QUIET:
+            self.printed = now
+            left = format_seconds((now - self.work_began) * (1 - share) / share)
+            print(f"{work}  {share:.0%}, {left} left", flush=True)
 
     def draw_report(self, *options: str) -> None:
         """In a process of its own, whose errors do not end the run."""
@@ -117,7 +97,7 @@ class Console:
             )  # fmt: skip
             if run.returncode:
                 lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-                self.print_line(f"no report: {lines[-1]}")
+                print(f"no report: {lines[-1]}", flush=True)
 
     def close(self) -> None:
         for dashboard in self.dashboards:

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpo
@@ -44,18 +45,18 @@ class RunMonitor:
         self.latest: dict[str, float] = {}
         self.alarms: list[int] = []
         self.had_signal = False  # some group had a difference to learn from
-        self.resumed_at, self.extends_finished_run = 0, False
+        self.resumed_at, self.ends = 0, {s.steps}  # the last steps of this run, now and before
         self.step: grpo.Step | None = None
         self.state: dict = {}  # as it was before `step` was recorded
         self.groups: list[dict] = []  # rows of groups.jsonl
         measure = next(iter(evaluation.problem.eval_metrics), None)
-        self.console = Console(s, path, measure, ranks.rank == 0)
+        self.console = Console(s, path, measure)
         for sampler in (evaluation.sampler, getattr(evaluation.judge, "sampler", None)):
             if sampler:  # a judge behind an endpoint has none
                 sampler.progress = self.report_progress
 
     def __enter__(self) -> "RunMonitor":
-        self.signals = StopOnSignal(self.ranks)
+        self.signals = stop_on_signal(self.ranks)
         self.signals.__enter__()
         return self
 
@@ -71,7 +72,7 @@ class RunMonitor:
         finally:
             self.console.close()
             self.folder.close()
-            self.signals.__exit__()
+            self.signals.__exit__(None, None, None)
         return kind is Stopping
 
     def begin(self, policy, announce: str) -> grpo.Step | None:
@@ -111,8 +112,7 @@ class RunMonitor:
         self.groups, self.resumed_at = saved["groups"], number
         self.started -= state.pop("seconds")
         vars(self).update(state)
-        # Then this step was evaluated as the last one, and its weights may be those in best/.
-        self.extends_finished_run = saved["steps"] == number
+        self.ends.add(saved["steps"])  # evaluated as the last one, its weights may be in best/
         return grpo.Step(number, saved["metrics"], [], saved["failure_streaks"])
 
     # --------------------------------------------------------------------------- after a step
@@ -140,14 +140,12 @@ class RunMonitor:
         self.checkpoints.save(step.number, state)
 
     def record(self, step: grpo.Step) -> None:
-        last = step.number == self.s.steps
-        again = self.extends_finished_run and step.number == self.resumed_at
         self.folder.add("groups.jsonl", self.groups)
         if step.prompts and step.number == self.resumed_at + 1:
             has_template = bool(self.evaluation.codec.tokenizer.chat_template)
             summary = describe_batch(step.metrics, self.s, has_template)
-            self.console.print_line(f"step {step.number}: {summary}")
-        if last or again or step.number % self.s.eval_every == 0:
+            print(f"step {step.number}: {summary}", flush=True)
+        if step.number in self.ends or step.number % self.s.eval_every == 0:
             self.evaluate(step.number, step.metrics)
         else:
             self.log({"step": step.number} | step.metrics)
@@ -175,8 +173,6 @@ class RunMonitor:
     def evaluate(self, number: int, metrics: dict) -> None:
         started = time.perf_counter()
         self.ranks.step = number
-        num_texts = len(self.evaluation.prompts)
-        self.console.print_live(f"step {number}  evaluating {num_texts} held-out texts …")
         evaluated, row, best = self.evaluation(number)
         evaluated |= {"step": number, "seconds/evaluate": time.perf_counter() - started}
         self.folder.add("evaluations.jsonl", [row])
@@ -186,7 +182,7 @@ class RunMonitor:
             self.keep("best")
         if why := self.evaluation.alarm:
             self.alarms = [*self.alarms, number]
-            self.console.print_line(f"step {number}: {ALARM}: {why}. Compare best/ with last/")
+            print(f"step {number}: {ALARM}: {why}. Compare best/ with last/", flush=True)
         self.console.draw_report()
 
     def log(self, row: dict) -> None:
@@ -212,7 +208,7 @@ class RunMonitor:
         self.keep("last")
         self.wait_for_save()
         number, path = self.step.number, self.folder.path
-        self.console.print_line(f"stopped after step {number}; go on with --resume --folder {path}")
+        print(f"stopped after step {number}; go on with --resume --folder {path}", flush=True)
 
     def give_up(self) -> None:
         """Keep the weights, before the error that ends the run is raised again."""
@@ -243,11 +239,9 @@ class RunMonitor:
             if key in latest:
                 line = f"{label:38}  {first[key]:6.3f}  {latest[key]:6.3f}"
                 print(line.replace("   nan", "     –"))
-        print(self.summarize_trend())
-        correlation = "eval/judge_correlation"
-        if correlation in latest and latest[correlation] < first[correlation] and not self.alarms:
-            print("The judge's correlation falls as samples grow alike: where all are good, little "
-                  "is left to tell apart.")  # fmt: skip
+        if self.alarms:
+            steps = ", ".join(map(str, self.alarms))
+            print(f"{ALARM} at step {steps}: compare best/ with last/")
         if not self.had_signal:
             print("No group of samples ever differed in its reward: nothing was learned. See "
                   "groups.jsonl, and reward/format and judge/invalid in metrics.jsonl")  # fmt: skip
@@ -258,22 +252,6 @@ class RunMonitor:
         print(f"\n{self.s.steps} steps in {seconds:.0f} s\nweights: {weights}"
               f"\nreport:  {path / 'report.html'}")  # fmt: skip
         self.wait_for_save()
-
-    def summarize_trend(self) -> str:
-        """Whether judge and measure rose, and whether an alarm rang."""
-        eval_metrics = list(self.evaluation.problem.eval_metrics)
-        if not eval_metrics:
-            return "Nothing independent was measured: best/ goes by the judge, no alarm can ring"
-        (truth, judge), (last_truth, last_judge) = self.evaluation.past[0], self.evaluation.past[-1]
-        outcomes = {True: "rose", False: "did not rise"}
-        summary = (
-            f"Beyond chance, {eval_metrics[0]} {outcomes[last_truth.significantly_above(truth)]}"
-        )
-        summary += f" and the judge's score {outcomes[last_judge.significantly_above(judge)]}"
-        if not self.alarms:
-            return f"{summary}; no alarm rang."
-        steps = ", ".join(map(str, self.alarms))
-        return f"{summary}; {ALARM} at step {steps}: compare best/ with last/."
 
 
 def describe_batch(metrics: dict, s, has_template: bool) -> str:
@@ -297,32 +275,30 @@ def describe_batch(metrics: dict, s, has_template: bool) -> str:
     return "; ".join([summary, *advice])
 
 
-class StopOnSignal:
+@contextlib.contextmanager
+def stop_on_signal(ranks: Ranks) -> Iterator[None]:
     """SIGTERM and Ctrl-C end the run: at once where nothing changes, else after the step in hand.
 
     A second one ends it without keeping anything. With many ranks it is ignored, since a scheduler
     and torchrun may both have sent one.
     """
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-
-    def __enter__(self) -> None:
-        signals = (signal.SIGTERM, signal.SIGINT)
-        self.previous = {name: signal.signal(name, self.request_stop) for name in signals}
-
-    def request_stop(self, signum: int, frame) -> None:
-        if self.ranks.stop:
-            if self.ranks.size == 1:
+    def request_stop(signum: int, frame) -> None:
+        if ranks.stop:
+            if ranks.size == 1:
                 raise KeyboardInterrupt
             return
-        self.ranks.stop = True
-        with contextlib.suppress(OSError):  # not print: it may be what was interrupted
-            if self.ranks.rank == 0:
+        ranks.stop = True
+        if ranks.rank == 0:
+            with contextlib.suppress(OSError):  # not print: it may be what was interrupted
                 os.write(2, b"\nasked to stop: keeping the last whole step\n")
-        if self.ranks.stoppable:
+        if ranks.stoppable:
             raise Stopping
 
-    def __exit__(self, *_) -> None:
-        for name, handler in self.previous.items():
+    signals = (signal.SIGTERM, signal.SIGINT)
+    previous = [signal.signal(name, request_stop) for name in signals]
+    try:
+        yield
+    finally:
+        for name, handler in zip(signals, previous, strict=True):
             signal.signal(name, handler)

@@ -48,7 +48,7 @@ from run.checkpoint import Checkpoints, fingerprint, fingerprint_tokenizer
 from run.distributed import Ranks, Stopping, run_with_error_reporting
 from run.folder import RunFolder, save_with_tokenizer
 from run.metrics import mean
-from run.monitor import StopOnSignal
+from run.monitor import stop_on_signal
 from run.problem import policy_folder
 from run.settings import RunSettings
 from rzero.challenger import CHALLENGES, ChallengerReward, Player, window_size, write_questions
@@ -470,7 +470,7 @@ def start(argv: list[str]) -> None:
     driver.assert_same_on_all_ranks(ranks, values)
     name = f"rzero-{s.preset}"
     s.folder = str(ranks.on_rank0("name", lambda: settings.run_folder(name, s.folder, s.resume)))
-    with contextlib.closing(build_game(s, ranks)) as game, StopOnSignal(ranks):
+    with contextlib.closing(build_game(s, ranks)) as game, stop_on_signal(ranks):
         try:
             SelfPlay(s, game, device, ranks).play()
         except Stopping:

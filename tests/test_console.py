@@ -1,7 +1,5 @@
-"""What a person sees while a run goes on: in a terminal, in the log, on dashboards."""
+"""What a person sees while a run goes on: lines and dashboards."""
 
-import contextlib
-import io
 import os
 import re
 import subprocess
@@ -25,7 +23,7 @@ LATEST = {"eval/chrf": 0.5, "step": 25}
 
 
 def make_console(path):
-    return Console(SimpleNamespace(steps=100, log_to=""), path, "chrf", True)
+    return Console(SimpleNamespace(steps=100, log_to=""), path, "chrf")
 
 
 def test_the_line_has_the_most_important_first(tmp_path, capsys):
@@ -63,23 +61,6 @@ def test_long_work_shows_its_progress_and_the_time_left(tmp_path, monkeypatch, c
     for step in (3, 4):  # the second comes too soon for another line
         shown.print_step(step, METRICS, LATEST, 1.0)
     assert len(capsys.readouterr().out.splitlines()) == 1
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_the_live_line_stays_one_line_in_a_narrow_terminal(toy, tmp_path, monkeypatch):
-    """Each line overwrites the last, and none is longer than the terminal is wide."""
-    monkeypatch.setenv("COLUMNS", "60")
-    with contextlib.redirect_stdout(Terminal()) as out:
-        ssr.main([*SMALL, "--steps=4", f"--model={toy}",
-                  f"--folder={tmp_path / 'run'}"])  # fmt: skip
-    lines = re.findall(r"\r\x1b\[K([^\r]*)", out.getvalue())
-    assert [x for x in lines if x.startswith("step 0  evaluating 4 held-out texts …")]
-    steps = [x.split("\n")[0] for x in lines if re.match(r"step [1-4]/4  held-out", x)]
-    assert len(steps) == 4 and all(len(x) == 59 for x in steps)
 
 
 def test_the_report_of_a_run_says_how_it_ended(toy, tmp_path, capsys, monkeypatch):

@@ -22,7 +22,7 @@ import grpo
 import ssr
 from judge import Judge, Score
 from model import load, save
-from run import console, driver, evaluation, folder, monitor, problem, settings
+from run import console, driver, evaluation, folder, problem, settings
 from run.distributed import Ranks
 from run.evaluation import Estimate, Evaluation
 from sampler import Sampler
@@ -212,21 +212,6 @@ def test_a_translation_is_judged_once_and_progress_is_printed(toy, tmp_path, mon
     for words in ("step 0: evaluation 1/3, translate at temperature 0", "step 1: sample",
                   "step 0: evaluation 3/3,", "step 1: judge"):  # fmt: skip
         assert re.search(rf"(?m)^{words}.*  \d+%, \d+:\d\d left$", out), words
-
-
-@pytest.mark.parametrize(
-    ("truth", "judge", "summary"),
-    [
-        ((0.3, 0.9), (0.3, 0.9), "chrf rose and the judge's score rose"),
-        ((0.3, 0.3), (0.3, 0.9), "chrf did not rise and the judge's score rose"),
-    ],
-)
-def test_the_summary_says_whether_judge_and_truth_rose_together(truth, judge, summary):
-    run = monitor.RunMonitor.__new__(monitor.RunMonitor)
-    past = [[Estimate(0, x, 0.01) for x in both] for both in zip(truth, judge, strict=True)]
-    run.evaluation = SimpleNamespace(past=past, problem=SimpleNamespace(eval_metrics=["chrf"]))
-    run.alarms = []
-    assert run.summarize_trend() == f"Beyond chance, {summary}; no alarm rang."
 
 
 def test_the_correlation_is_pearsons_over_texts_that_have_a_score():
