@@ -46,7 +46,7 @@ from judge import Task
 from rewards.build import checkpoint_id
 from run.cache import JsonlCache, map_cached
 from run.distributed import Ranks, init_device, run_with_error_reporting
-from run.files import atomic_write
+from run.folder import atomic_write
 from run.settings import CHAT, TEMPLATES
 
 PAPER_SETS = "wmt23:zh-en,wmt24:zh-en,flores200:zh-en,wmt23:en-zh,wmt24:en-zh,flores200:en-zh"

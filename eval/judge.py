@@ -44,7 +44,7 @@ from run.cache import JsonlCache, map_cached
 from run.distributed import Ranks, init_device, run_with_error_reporting
 from run.driver import make_sampler
 from run.estimate import params_of, refuse_without_room, token_bytes
-from run.files import atomic_write
+from run.folder import atomic_write
 from run.problem import load_codec
 from run.settings import CHAT, TEMPLATES, check_scoring
 

@@ -3,20 +3,22 @@
     rows = map_cached(ranks, lambda: JsonlCache(path, key), "wmt23", range(count), work, 64)
 
 `work(indices)` returns a row for each index, with the index as its "segment". Rows are written
-after each round, which takes a few seconds. All ranks share the work; rank 0 writes.
+after each round. All ranks share the work; rank 0 writes.
 """
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from run.distributed import Ranks
-from run.files import append_lines
+from run.folder import append_lines, try_lock
 
 INTERVAL = 5.0  # seconds between two progress lines
+CPU_ROUND = 32  # rows of each rank: more together is hardly faster there
 
 
 class JsonlCache:
@@ -30,10 +32,8 @@ class JsonlCache:
         self.path, self.key, self.describe = path, key, describe
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = open(path, "a+b")  # noqa: SIM115 (the lock is held until it is closed)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another process: wait for it") from None
+        if not try_lock(self.lock):
+            raise ValueError(f"{path} is being written by another process: wait for it")
         lines = path.read_bytes().split(b"\n")[:-1]  # a kill may have cut off the last line
         saved = self.parse(lines[0], 1, "of")["of"] if lines else key
         if saved != key:
@@ -69,13 +69,12 @@ class JsonlCache:
 
 def map_cached(
     ranks: Ranks, open_cache: Callable[[], JsonlCache], what: str, indices: Sequence[int],
-    work: Callable[[Sequence[int]], list[dict]], largest_round: int,
+    work: Callable[[Sequence[int]], list[dict]], round_size: int,
 ) -> list[dict]:  # fmt: skip
-    """The rows of all indices, sorted; those that are not in the cache are computed in this order.
-
-    A round begins with one row for each rank. It doubles, up to `largest_round`, while it takes
-    less than INTERVAL, and beyond that while twice the rows take little longer, as on a GPU.
-    """
+    """The rows of all indices, sorted; those that are not in the cache are computed in this order,
+    `round_size` at a time: what a kill may lose."""
+    if not torch.cuda.is_available():
+        round_size = min(round_size, CPU_ROUND * ranks.size)
     caches: list[JsonlCache] = []  # rank 0's only
 
     def read_cache() -> list[dict]:
@@ -84,47 +83,20 @@ def map_cached(
 
     done = {row["segment"]: row for row in ranks.on_rank0(f"open {what}", read_cache)}
     todo = [i for i in indices if i not in done]
-    progress = Progress(what, len(done), len(indices))
-    size, best_rate = ranks.size, 0.0
+    started = printed = time.perf_counter()
     try:
-        while todo:
-            now, todo = todo[:size], todo[size:]
-            started = time.perf_counter()
-            rows = ranks.map_over_ranks(what, now, work)
-
-            def write(rows=rows, started=started) -> float:
-                caches[0].append(rows)
-                return time.perf_counter() - started
-
-            spent = ranks.on_rank0(f"write {what}", write)  # its clock decides for all ranks
-            rate = len(rows) / max(spent, 1e-9)
-            if spent < INTERVAL or rate > 1.5 * best_rate:
-                size = min(2 * size, max(largest_round, ranks.size))
-            best_rate = max(rate, best_rate)
+        for first in range(0, len(todo), round_size):
+            rows = ranks.map_over_ranks(what, todo[first : first + round_size], work)
+            ranks.on_rank0(f"write {what}", lambda rows=rows: caches[0].append(rows))
             done |= {row["segment"]: row for row in rows}
-            progress(len(done))
+            now, left = time.perf_counter(), len(todo) - first - len(rows)
+            if now - printed > INTERVAL or not left:
+                printed = now
+                timing = f"{(now - started) * left / (len(todo) - left):.0f} s left"
+                if not left:
+                    timing = f"in {now - started:.0f} s"
+                print(f"{what}: {len(done)}/{len(indices)} segments, {timing}", flush=True)
     finally:
         for cache in caches:
             cache.lock.close()
     return [done[i] for i in sorted(indices)]
-
-
-class Progress:
-    """Prints every INTERVAL how much is done, and the time left at the speed since the start."""
-
-    def __init__(self, what: str, done: int, total: int):
-        self.what, self.total, self.first = what, total, done
-        self.started = self.last = time.perf_counter()
-
-    def __call__(self, done: int) -> None:
-        now = time.perf_counter()
-        if now - self.last < INTERVAL and done < self.total:
-            return
-        self.last, spent = now, now - self.started
-        left = spent * (self.total - done) / (done - self.first)
-        timing = f"{minutes(left)} left" if left else f"in {minutes(spent)}"
-        print(f"{self.what}: {done}/{self.total} segments, {timing}", flush=True)
-
-
-def minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

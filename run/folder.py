@@ -1,9 +1,11 @@
-"""The folder of a run: its logs, its lock, and what is in it about the machine and the code.
+"""The folder of a run: its logs, its lock, and what is in it about the machine and the code; and
+writing files so that neither a kill nor a full disk leaves half of one behind.
 
 Rank 0 alone writes (`is_writer`); on the other ranks the same calls do nothing.
 """
 
 import dataclasses
+import errno
 import fcntl
 import itertools
 import json
@@ -20,8 +22,8 @@ from pathlib import Path
 import torch
 
 from model import save
-from run.files import append_lines, atomic_write
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "groups.jsonl")
 
 
@@ -31,9 +33,7 @@ class RunFolder:
         self.locked = None
 
     def begin(self, s, step: float | None) -> None:
-        """Create the folder; or cut the logs to before `step`, which is logged again."""
-        if not self.is_writer:
-            return
+        """Create the folder; or cut the logs to before `step`, which is logged again. By rank 0."""
         self.path.mkdir(parents=True, exist_ok=s.resume)
         self.lock()
         settings, about = dataclasses.asdict(s), environment()
@@ -47,16 +47,14 @@ class RunFolder:
 
     def lock(self) -> None:
         """Against a second run in the same folder. It is released when this process ends."""
-        if self.locked or not (self.is_writer and self.path.is_dir()):
+        if self.locked or not self.path.is_dir():
             return
         self.locked = open(self.path / "lock", "a+")  # noqa: SIM115 (open as long as we live)
         if not try_lock(self.locked):
-            time.sleep(0.3)  # a report that looks whether the run goes on holds it briefly
-            if not try_lock(self.locked):
-                self.locked.seek(0)
-                owner = self.locked.read().strip()
-                raise ValueError(f"{self.path} is being written by another run ({owner}): wait for "
-                                 "its end, or stop it")  # fmt: skip
+            self.locked.seek(0)
+            owner = self.locked.read().strip()
+            raise ValueError(f"{self.path} is being written by another run ({owner}): wait for its "
+                             "end, or stop it")  # fmt: skip
         self.locked.truncate(0)
         self.locked.write(f"process {os.getpid()} on {platform.node()}\n")
         self.locked.flush()
@@ -82,6 +80,40 @@ class RunFolder:
         if self.is_writer:
             lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
             append_lines(self.path / name, "".join(lines))
+
+
+# -------------------------------------------------------------------------------- any file
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Readers find the old content or the new one, never a part of it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Append all of `lines` or, when an error occurs, none of them."""
+    left = lines.encode()
+    try:
+        with open(path, "ab", buffering=0) as file:  # a buffer would be written again when closed
+            size = file.tell()
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
+    hint = "; make room there" if error.errno in NO_ROOM else ""
+    return OSError(f"cannot write {path}: {error.strerror}{hint}")
 
 
 def try_lock(file) -> bool:

@@ -9,15 +9,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BELOW = "run.checkpoint run.distributed run.cache run.files"  # of run, what is below the loop
+BELOW = "run.checkpoint run.distributed run.cache run.folder"  # of run, what is below the loop
 ARROWS = {  # module or folder -> the modules and folders of ours that it may import
     "model": "", "sampler": "", "judge": "", "kernels": "kernels", "report": "report",
     "run.distributed": "", "run.metrics": "", "run.console": "", "eval.comet": "",
     "rzero.answers": "",
     "run.checkpoint": "run.distributed",
-    "run.files": "",
-    "run.cache": "run.distributed run.files",
-    "run.folder": "model run.files",
+    "run.cache": "run.distributed run.folder",
+    "run.folder": "model",
     "run.estimate": "kernels model",
     "grpo": "kernels run.distributed run.metrics",
     "data": "judge data",

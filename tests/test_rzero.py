@@ -30,7 +30,7 @@ SMALL = [
     *("--save-every=2", "--max-num-seqs=64", "--lr=0.003", "--band=0-1"),
     "--max-new-tokens=12",
 ]
-TEXT_ANSWER, MAP_CACHED = Programs.text_answer, selfplay.map_cached
+TEXT_ANSWER = Programs.text_answer
 WEIGHTS = [f"iteration-{i}/{x}/model.safetensors" for i in (1, 2) for x in ("challenger", "solver")]
 slow = pytest.mark.slow
 
@@ -53,10 +53,6 @@ def first_letter(*args):
     return (TEXT_ANSWER(*args) or "")[:1] or None
 
 
-def in_small_rounds(*args):
-    return MAP_CACHED(*args[:-1], 32)
-
-
 @pytest.fixture(autouse=True)
 def changes(monkeypatch):
     change(monkeypatch)
@@ -64,7 +60,6 @@ def changes(monkeypatch):
 
 def change(patch):
     patch.setattr(Programs, "text_answer", first_letter)
-    patch.setattr(selfplay, "map_cached", in_small_rounds)
 
 
 def play(folder, model, *words):
