@@ -265,14 +265,10 @@ def host_bytes(k: Workload) -> float:
     return k.offloaded * (8 + 12) * params_of(k.c)[0] / k.G
 
 
-def peak(parts: dict[str, float]) -> float:
-    return sum(parts.values())
-
-
 def check_room(k: Workload, device: torch.device) -> None:
     """Before anything is loaded."""
     advice = "--dry-run shows what for, and what would help"
-    refuse_without_room(peak(memory(k)), device, advice)
+    refuse_without_room(sum(memory(k).values()), device, advice)
     advice = "that is host memory, of which --offload-optimizer takes 20 bytes a parameter"
     refuse_without_room(host_bytes(k), torch.device("cpu"), advice)
 
@@ -338,7 +334,7 @@ def evaluation_seconds(k: Workload, m: Machine) -> float:
 
 
 def format_estimate(k: Workload, m: Machine, name: str) -> str:
-    """The two tables, the verdict, and what would make it fit."""
+    """The two tables and the verdict."""
     parts, s = memory(k), k.s
     evaluations = 1 + -(-s.steps // s.eval_every) if s.eval_prompts else 0  # one before training
 
@@ -358,7 +354,7 @@ def format_estimate(k: Workload, m: Machine, name: str) -> str:
         "",
         f"{'memory of each':28}       GB",
         *(f"{part:28} {amount / 1e9:8.2f}" for part, amount in parts.items()),
-        f"{'peak':28} {peak(parts) / 1e9:8.2f} of {m.gigabytes:,.0f}",
+        f"{'peak':28} {sum(parts.values()) / 1e9:8.2f} of {m.gigabytes:,.0f}",
         *[f"{'host memory':28} {host_bytes(k) / 1e9:8.2f}"] * k.offloaded,
         "",
         f"{'seconds of a step':28} longest  a quarter as long",
@@ -373,33 +369,15 @@ def format_estimate(k: Workload, m: Machine, name: str) -> str:
 
 def missing(k: Workload, m: Machine) -> float:
     """Bytes on each GPU; negative: to spare."""
-    return peak(memory(k)) - m.gigabytes * 1e9
+    return sum(memory(k).values()) - m.gigabytes * 1e9
 
 
 def fit_verdict(k: Workload, m: Machine) -> str:
     if missing(k, m) <= 0:
         return f"It fits, with {-missing(k, m) / 1e9:.1f} GB to spare."
-    now = f"It does NOT fit: {missing(k, m) / 1e9:.1f} GB too much on each."
-    batch = max(k.longest, 8192)
-    tries = [  # least harmful first; each is added to those before until it fits
-        ("micro_batch_tokens", batch, k.s.micro_batch_tokens > batch),
-        ("max_num_seqs", 64, k.slots > 64),
-        ("track_kl", False, k.s.track_kl and not k.s.kl and k.s.judge != "frozen"),
-        ("offload_optimizer", True, k.cuda and not k.offloaded),
-        *(("max_num_seqs", slots, k.slots > slots) for slots in (32, 16, 8)),
-    ]
-    changes, other = {}, k
-    for name, value, helps in tries:
-        if helps and missing(other, m) > 0:
-            changes[name] = value
-            other = k.changed(**changes)
-    options = " ".join(
-        f"--{'no-' * (value is False)}{name.replace('_', '-')}" + f" {value}" * (value > 1)
-        for name, value in changes.items()
+    options = "--micro-batch-tokens, --max-num-seqs or the lengths"
+    options += "; --offload-optimizer" * (k.cuda and not k.offloaded)
+    return (
+        f"It does NOT fit: {missing(k, m) / 1e9:.1f} GB too much on each. What helps: lower "
+        f"{options}; more or larger GPUs."
     )
-    if missing(other, m) <= 0:
-        return f"{now} It would with {options}."
-    if not options:
-        return f"{now} Use more or larger GPUs."
-    left = f"{missing(other, m) / 1e9:.1f} GB too much"
-    return f"{now} {options} would leave {left}: use more or larger GPUs."

@@ -69,7 +69,7 @@ def test_adamw_in_host_memory_is_counted_there_with_its_way_and_its_copy(monkeyp
     plain = work("Qwen/Qwen2.5-1.5B", 2, updates_per_batch=3)
     k = plain.changed(offload_optimizer=True)
     gone = memory(plain)["AdamW"]
-    assert estimate.peak(memory(plain)) - estimate.peak(memory(k)) == pytest.approx(gone)
+    assert sum(memory(plain).values()) - sum(memory(k).values()) == pytest.approx(gone)
     weights = memory(k)["weights, fp32"]
     assert estimate.host_bytes(k) == gone + (gone + weights)  # and a checkpoint's copy
     assert estimate.host_bytes(plain) == 0
@@ -104,12 +104,6 @@ def test_a_judge_that_only_reads_keeps_one_slot():
     assert saved == pytest.approx(written["its KV cache"], rel=0.02)
 
 
-def test_weights_are_sharded_and_copies_are_not():
-    one, eight = (memory(work("Qwen/Qwen2.5-7B", G)) for G in (1, 8))
-    assert one["AdamW"] == 8 * eight["AdamW"]
-    assert one["the sampler's copy"] == eight["the sampler's copy"]
-
-
 def test_time_grows_with_the_work_and_shrinks_with_the_gpus():
     k = work("Qwen/Qwen2.5-7B", 8, max_num_seqs=512, eval_prompts=512)
     runs = (k, k._replace(G=16), k.changed(prompts_per_step=256))
@@ -138,35 +132,10 @@ def test_the_papers_run_fits_on_eight_gpus_of_80_gb_and_32b_does_not(capsys):
     each, step = number_of(out, "evaluation, 3 of them"), number_of(out, "step ")
     hours = number_of(out, "50 steps, hours")
     assert hours * 3600 == pytest.approx(3 * each + 50 * step, rel=0.02)
-    large = ["--preset=ssr-zero-7b", "--model=Qwen/Qwen2.5-32B", "--track-kl"]
-    for words in (["--dry-run=64xh100"],
-                  ["--dry-run=64xh200", "--micro-batch-tokens=16384"]):  # fmt: skip
-        with pytest.raises(SystemExit) as error:
-            ssr.main([*large, *words])
-        assert error.value.code == 1
+    with pytest.raises(SystemExit) as error:
+        ssr.main(["--preset=ssr-zero-7b", "--model=Qwen/Qwen2.5-32B", "--dry-run=64xh100"])
     out = capsys.readouterr().out
-    assert "would leave" in out and "use more or larger GPUs" in out
-    assert "It would with --micro-batch-tokens 8192 --no-track-kl." in out
-
-
-@pytest.mark.parametrize(
-    ("name", "G", "gpu", "offload"),
-    [("Qwen/Qwen2.5-7B", 8, "8xh100", False), ("Qwen/Qwen2.5-1.5B", 1, "1xrtx4090", True)],
-)
-def test_the_advice_fits(name, G, gpu, offload):
-    machine, count = estimate.machines(gpu, any_gpu=False)
-    assert count == G
-    k = work(name, G, max_num_seqs=256, micro_batch_tokens=16384, track_kl=True)
-    advice = estimate.fit_verdict(k, machine).split("It would with ")[1].rstrip(".").split()
-    s = settings.parse(["--preset=ssr-zero-7b", "--max-num-seqs=256", "--track-kl", *advice])
-    assert s.offload_optimizer == offload
-    assert estimate.fit_verdict(k._replace(s=s), machine).startswith("It fits")
-
-
-def test_where_no_advice_helps_none_is_given():
-    large = work("Qwen/Qwen2.5-72B", 8, max_num_seqs=8, offload_optimizer=True)
-    large = large.changed(micro_batch_tokens=large.longest)
-    assert estimate.fit_verdict(large, H100).endswith("on each. Use more or larger GPUs.")
+    assert error.value.code == 1 and "It does NOT fit: " in out and "--offload-optimizer" in out
 
 
 def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
@@ -180,8 +149,6 @@ def test_r_zeros_players_fit_on_eight_gpus_of_80_gb(capsys):
     with pytest.raises(SystemExit) as error:
         selfplay.main([*words, "--max-num-seqs=32"])
     assert error.value.code == 1
-    words += capsys.readouterr().out.split("It would with ")[1].split(".")[0].split()
-    selfplay.main(words)  # the advice fits
 
 
 def test_a_dry_run_of_the_toy_measures_this_machine_and_writes_nothing(
