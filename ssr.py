@@ -41,7 +41,7 @@ from rewards.build import (
     toy_skills,
 )
 from run import driver, estimate
-from run.checkpoint import Checkpoints, fingerprint, fingerprint_tokenizer
+from run.checkpoint import Checkpoints, fingerprint
 from run.distributed import Ranks, interrupt, run_with_error_reporting
 from run.evaluation import Evaluation
 from run.folder import commit
@@ -152,13 +152,12 @@ def check_ranks_agree(s: Settings, ranks: Ranks) -> None:
 def run_identity(s: Settings, problem: Problem, policy: driver.Policy, comets) -> dict:
     """What must be the same on all ranks, and when the run is resumed, besides its settings."""
     shape = {k: v for k, v in dataclasses.asdict(policy.model.config).items() if k != "hub"}
-    identity = {"model": shape, "weights": fingerprint(problem.folder), "texts": problem.digest}
-    identity["tokenizer or chat template"] = fingerprint_tokenizer(problem.folder)
+    identity = {"model": shape, "texts": problem.digest}
+    identity["weights, tokenizer or chat template"] = fingerprint(problem.folder)
     identity["language identifier"] = None if s.preset == "toy" else identifier_version()
     if s.judge_model and not s.judge_url:
-        judge = find_folder(s.judge_model)
-        identity["judge's weights"] = fingerprint(judge)
-        identity["judge's tokenizer or chat template"] = fingerprint_tokenizer(judge)
+        judge = fingerprint(find_folder(s.judge_model))
+        identity["judge's weights, tokenizer or chat template"] = judge
     for part in custom_parts(s.reward):
         identity[f"file of --reward {part}"] = fingerprint(
             Path(part.rpartition(":")[0]).expanduser()

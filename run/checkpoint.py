@@ -28,7 +28,7 @@ from torch import Tensor
 
 from run.distributed import Ranks
 
-VERSION = 5  # of state.json and of the names in `tensors_of`
+VERSION = 6  # of state.json and of the names in `tensors_of`
 
 
 def tensors_of(model, optimizer, average: Iterable[Tensor] = ()) -> dict[str, Tensor]:
@@ -184,23 +184,18 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def fingerprint(weights: Path) -> str:
-    """Hash the size of a file, or of a model folder's, and bytes from 64 places of each."""
-    digest = hashlib.sha256()
-    for path in sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for place in range(64):
-                file.seek(place * size // 64)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def fingerprint_tokenizer(model: Path) -> str:
-    """Hash the tokenizer's files in a model's folder, its chat template included."""
-    digest = hashlib.sha256()
-    for path in sorted(model.iterdir()):
-        if re.search("token|vocab|merges|chat_template", path.name) and path.is_file():
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + path.read_bytes())
+def fingerprint(path: Path) -> str:
+    """Hash a file, or a model folder's weights, tokenizer and chat template. Of files beyond 16 MiB
+    the size and 1,024 places are read."""
+    files, digest = [path], hashlib.sha256()
+    if path.is_dir():
+        names = re.compile(r"\.safetensors$|token|vocab|merges|chat_template")
+        files = sorted(x for x in path.iterdir() if names.search(x.name) and x.is_file())
+    for name in files:
+        size = name.stat().st_size
+        digest.update(f"{name.name} {size}".encode())
+        with open(name, "rb") as file:
+            for place in range(0, size, max(size // 1024, 2**14)):
+                file.seek(place)
+                digest.update(file.read(2**14))
     return digest.hexdigest()[:16]

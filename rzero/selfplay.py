@@ -44,7 +44,7 @@ from model import read_config
 from report.runs import read_rows
 from run import driver, estimate, settings
 from run.cache import JsonlCache, map_cached
-from run.checkpoint import Checkpoints, fingerprint, fingerprint_tokenizer
+from run.checkpoint import Checkpoints, fingerprint
 from run.distributed import Ranks, Stopping, run_with_error_reporting
 from run.folder import RunFolder, save_with_tokenizer
 from run.metrics import mean
@@ -300,7 +300,6 @@ class SelfPlay:
         cache = driver.SamplerRoom(window_size(s, read_config(source)), s.max_num_seqs)
         policy = driver.build_policy(source, s, self.device, ranks, cache)
         identity = {"turn": [player, self.iteration], "weights": fingerprint(source)}
-        identity["tokenizer"] = fingerprint_tokenizer(source)
         folder = final.with_name(f"{player}.checkpoints")
         kept = Checkpoints(folder, 1, ranks, policy.tensors(), identity)
         last: grpo.Step | None = None

@@ -136,9 +136,9 @@ def test_what_was_replaced_is_noticed_at_resume(pupil, texts, tmp_path, monkeypa
     options = ["--chat", f"--judge={judge}"]
     go(model, texts, tmp_path / "run", *options)
     for file, message in (
-        (judge / "model.safetensors", "judge's weights"),
-        (judge / "chat_template.jinja", "judge's tokenizer or chat template"),
-        (model / "tokenizer.json", "the tokenizer or chat template"),
+        (judge / "model.safetensors", "the judge's weights, tokenizer or chat template"),
+        (judge / "chat_template.jinja", "the judge's weights"),
+        (model / "tokenizer.json", "the weights, tokenizer or chat template"),
     ):
         content = file.read_bytes()
         binary = file.suffix == ".safetensors"
