@@ -248,7 +248,7 @@ def memory(k: Workload) -> dict[str, float]:
     H, K, E = c.heads, c.kv_heads, c.head_dim
     in_block = 6 * c.hidden_size + 4 * (H + 2 * K) * E + 2 * H * E + 4 * c.intermediate_size
     between = c.layers * c.hidden_size if k.cuda else (c.layers - 1) * in_block  # checkpointing
-    kept = min(s.micro_batch_tokens, k.train_tokens) * (
+    kept = min(max(s.micro_batch_tokens, k.longest), k.train_tokens) * (
         between + in_block + 2 * c.intermediate_size
     )
     # Gathered weights and their gradients, then in fp32 on their way to their shards.

@@ -127,19 +127,6 @@ class RunMonitor:
         if step.number % self.s.save_every == 0 or step.number == self.s.steps:
             self.save()
         self.had_signal |= step.metrics["groups/zero_variance"] < 1
-        self.record(step)
-
-    def save(self) -> None:
-        step = self.step
-        state = {
-            "metrics": step.metrics,
-            "failure_streaks": step.failure_streaks,
-            "groups": self.groups,
-        }
-        state |= {"steps": self.s.steps, "monitor": self.state}
-        self.checkpoints.save(step.number, state)
-
-    def record(self, step: grpo.Step) -> None:
         self.folder.add("groups.jsonl", self.groups)
         if step.prompts and step.number == self.resumed_at + 1:
             has_template = bool(self.evaluation.codec.tokenizer.chat_template)
@@ -152,6 +139,11 @@ class RunMonitor:
         seconds = (time.perf_counter() - self.started) / step.number  # of a step, on average
         left = seconds * (self.s.steps - step.number)
         self.console.print_step(step.number, step.metrics, self.latest, left)
+
+    def save(self) -> None:
+        state = {"metrics": self.step.metrics, "failure_streaks": self.step.failure_streaks}
+        state |= {"groups": self.groups, "steps": self.s.steps, "monitor": self.state}
+        self.checkpoints.save(self.step.number, state)
 
     def group_rows(self, step: grpo.Step) -> list[dict]:
         """The step's first prompt with its samples, rewards and advantages."""

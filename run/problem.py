@@ -139,10 +139,6 @@ def build_eval_metrics(s, held_out: list[Task], comets: CometWorkers) -> dict[st
     eval_metrics: dict[str, Metric] = {}
     for name in [x.strip() for x in names.split(",") if x.strip() != "none"]:
         label = name.rstrip("/").rpartition("/")[2]
-        if label in (*eval_metrics, "self", "format"):
-            raise ValueError(
-                f"--eval-metrics {names}: the name {label} is taken; rename its folder"
-            )
         if name == "chrf" and not referenced:
             raise ValueError(
                 "--eval-metrics chrf needs a reference of every held-out text: name "
@@ -178,10 +174,9 @@ def judge_window(
 
 
 def judge_template(s) -> int:
-    """About how many tokens the judge's prompt has beside source and translation: four characters
-    each, or (toy) a word; with all candidates but one."""
+    """About how many tokens the judge's prompt has beside source and translation, four characters
+    each; with all candidates but one."""
     task, prompts = Task("", "English", "Chinese"), TEMPLATES[s.prompts]
     question, candidates, _ = family.largest_question(s, prompts, task)
     texts = ["".join(parts) for parts in (prompts.ask_judge(task, "", s.score_mode), question)]
-    template = max(len(x.split()) if s.prompts == "toy" else len(x) // 4 for x in texts)
-    return template + (candidates - 1) * s.max_new_tokens
+    return max(map(len, texts)) // 4 + (candidates - 1) * s.max_new_tokens

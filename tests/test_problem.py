@@ -172,7 +172,6 @@ def test_an_endpoint_judges(pupil, texts, tmp_path, serve):  # noqa: F811
         ("--eval-metrics=chrf,blue", "'blue' is no checkpoint of COMET's: use comet22"),
         ("--reward=self+comet", r"has no COMET: .*python -m eval.comet install"),
         ("--held-out=wmt22", "wmt22: of which languages\\? Write it like wmt22:en-zh"),
-        ("--eval-metrics=chrf,x/self", "the name self is taken"),
         ("--eval-prompts=30", "24 of 24 texts have a prompt .*, and at least 31 are needed"),
         ("--max-prompt-tokens=20", "0 of 24 texts have a prompt within --max-prompt-tokens 20"),
         (
