@@ -56,11 +56,7 @@ class PromptCodec:
         self.turn, self.notes = ("", ""), []  # around a prompt; changes to the chat template
         self.system = ("System: ", "\n\nUser: ", "\n\nAssistant:")  # around a system's and a user's
         self.thought_start = ""  # of an answer, where the template writes it: open, or empty
-        tokens = [x for x in ("<think>", "</think>") if x in added]
-        if len(tokens) == 1:
-            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has {tokens[0]} alone of "
-                             "<think> and </think>: add the other, or remove it")  # fmt: skip
-        self.thinks = bool(tokens)
+        self.thinks = "</think>" in added
         if chat:
             self.begin = []  # the template has it
             thinking = chat == "thinking"
