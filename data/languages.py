@@ -9,7 +9,6 @@ their script and, if it is installed, by py3langid.
 """
 
 import importlib.metadata
-import importlib.util
 import re
 import unicodedata
 from collections import Counter
@@ -195,37 +194,30 @@ def is_wrong_script(answer: str, task: Task) -> bool:
 # ------------------------------------------------- languages of one script: py3langid, if installed
 
 LABELS = {name: {"nb": "no", "zh_hant": "zh"}.get(CODES[name], CODES[name]) for name in SCRIPTS}
-IDENTIFIER = "py3langid~=0.4.0"  # whose probabilities docs/faq.md measures
-MIN_LETTERS, MIN_PROBABILITY = 20, 0.85
+MIN_LETTERS, MIN_PROBABILITY = 20, 0.85  # docs/faq.md has how often it is wrong with these
 
 
 @cache
 def identifier_version() -> str | None:
     """None if it is not installed. The same on all ranks, and when a run is resumed."""
-    if not importlib.util.find_spec("py3langid"):
+    try:
+        return f"py3langid {importlib.metadata.version('py3langid')}"
+    except importlib.metadata.PackageNotFoundError:
         return None
-    version = importlib.metadata.version("py3langid")
-    if not version.startswith("0.4."):
-        raise ValueError(
-            f"py3langid {version} is installed, and the language check was measured with 0.4: "
-            f'pip install "{IDENTIFIER}", or uninstall it'
-        )
-    return f"py3langid {version}"
 
 
 @cache
 def load_identifier():
-    """(Its function text -> label and probability, the labels of those languages that it knows.)"""
+    """For those of our languages that it knows."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    known = {*LABELS.values()} & {*identifier.labels}
-    identifier.set_languages(known)
-    return identifier.classify, known
+    identifier.set_languages({*LABELS.values()} & {*identifier.labels})
+    return identifier
 
 
 def is_identifiable(name: str) -> bool:
-    return bool(identifier_version()) and LABELS.get(name) in load_identifier()[1]
+    return bool(identifier_version()) and LABELS.get(name) in load_identifier().labels
 
 
 def is_identified_as_other(answer: str, target: str) -> bool:
@@ -233,7 +225,7 @@ def is_identified_as_other(answer: str, target: str) -> bool:
     False without the identifier, and for a target that it does not know."""
     if not is_identifiable(target) or len(alnum_only(answer)) < MIN_LETTERS:
         return False
-    label, probability = load_identifier()[0](answer)
+    label, probability = load_identifier().classify(answer)
     names = [name for name, known in LABELS.items() if known == label]
     return probability >= MIN_PROBABILITY and not any(are_close(name, target) for name in names)
 
@@ -246,8 +238,7 @@ def describe_language_check(targets: Iterable[str]) -> str:
     if told:
         line += f" and, for {', '.join(told)}, by {identifier_version()}"
     elif not identifier_version():
-        line += f' alone (pip install "{IDENTIFIER}" tells languages of one script apart)'
+        line += ' alone (pip install "py3langid~=0.4.0" tells languages of one script apart)'
     if unknown := [name for name in targets if name not in SCRIPTS]:
-        line += f"; for {', '.join(unknown)}, of no known script or of two, only copies are: use a "
-        line += "name from data/languages.py's table if it has the language"
+        line += f"; for {', '.join(unknown)}, of no known script or of two, only copies are"
     return line

@@ -112,8 +112,8 @@ def from_file(path: Path, pairs: Pairs) -> Entries:
     if path.suffix == ".parquet":
         rows, parse, unit = parquet_rows(path), dict, "row"
     else:
+        rows, unit = path.read_bytes().split(b"\n"), "line"
         parse = parsed if path.suffix in (".jsonl", ".json") else plain_text
-        rows, unit = lines_in(path), "line"
     for number, row in enumerate(rows, 1):
         if isinstance(row, bytes) and not row.decode(errors="replace").strip():
             continue
@@ -123,20 +123,13 @@ def from_file(path: Path, pairs: Pairs) -> Entries:
             yield ValueError(f"{path}, {unit} {number}: {error}")
 
 
-def lines_in(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        yield from file
-
-
-def parquet_rows(path: Path) -> Iterator[dict]:
+def parquet_rows(path: Path) -> list[dict]:
     try:
-        import pyarrow.parquet as parquet
+        from pyarrow import parquet
     except ImportError:
         raise ValueError(f"{path} needs pyarrow: pip install pyarrow") from None
-    file = parquet.ParquetFile(path)
-    columns = [c for c in KEYS if c in file.schema_arrow.names]
-    for part in file.iter_batches(columns=columns):
-        yield from part.to_pylist()
+    columns = [name for name in parquet.read_schema(path).names if name in KEYS]
+    return parquet.read_table(path, columns=columns).to_pylist()
 
 
 def plain_text(line: bytes) -> dict:
@@ -194,10 +187,9 @@ def from_wmt(name: str, pairs: Pairs) -> Entries:
 
 def years(name: str) -> list[str]:
     """ "wmt17-20" -> wmt17, wmt18, wmt19, wmt20."""
-    match = re.fullmatch(r"wmt(\d\d)-(\d\d)", name)
-    return (
-        [f"wmt{year:02}" for year in range(int(match[1]), int(match[2]) + 1)] if match else [name]
-    )
+    if match := re.fullmatch(r"wmt(\d\d)-(\d\d)", name):
+        return [f"wmt{year:02}" for year in range(int(match[1]), int(match[2]) + 1)]
+    return [name]
 
 
 def pairs_in(name: str) -> set[str]:
@@ -238,9 +230,8 @@ def length_of(text: str) -> int:
 # ------------------------------------------------------------------------------------ the order
 
 
-def hash_texts(tasks: list[Task]) -> str:
-    lines = (json.dumps(task, ensure_ascii=False) for task in tasks)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+def hash_json(content) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def sample_held_out(tasks: list[Task], count: int, seed: int) -> list[Task]:

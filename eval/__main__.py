@@ -36,7 +36,7 @@ if __name__ == "__main__":  # as in ssr.py
 import torch
 
 from data.languages import describe_language_check, is_plausible_translation
-from data.loading import code_pair, split_entries
+from data.loading import code_pair, hash_json, split_entries
 from eval import cli, sets, table
 from eval.comet import DTYPES, NAMES, Comet, comet_rows, find_python, where
 from eval.score import SACREBLEU, Result, mean_score
@@ -212,7 +212,7 @@ def score_with_comet(
     with_references = all(task.reference for task in tasks)
     pairs = comet_rows(tasks, texts, with_references)
     key = {"checkpoint": checkpoint_id(metric.checkpoint), "dtype": args.comet_dtype}
-    key |= {"translation, source or reference": cli.hash_json(pairs)}
+    key |= {"translation, source or reference": hash_json(pairs)}
     opened: list[JsonlCache] = []  # by rank 0 only
 
     def open_cache() -> JsonlCache:

@@ -1,8 +1,6 @@
 """What the command lines of `python -m eval` and `python -m eval.judge` have in common."""
 
 import argparse
-import hashlib
-import json
 import re
 from pathlib import Path
 
@@ -36,7 +34,3 @@ def locate_model(model: str) -> Path:
 def identify_weights(folder: Path) -> str:
     """The same for the same weights, wherever they lie."""
     return f"{fingerprint(folder)} {fingerprint(folder / 'config.json')}"
-
-
-def hash_json(content) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]

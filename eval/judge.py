@@ -33,7 +33,7 @@ if __name__ == "__main__":  # as in ssr.py
 import numpy as np
 import torch
 
-from data.loading import parsed, tasks_of
+from data.loading import hash_json, parsed, tasks_of
 from eval import cli
 from eval.score import bootstrap, interval
 from eval.table import aligned
@@ -320,7 +320,7 @@ def evaluate_judge(argv: list[str]) -> None:
         folder = ranks.rank0_then_all("fetch the model", lambda: cli.locate_model(args.model))
         judge, name = load_judge(args, folder, translations, device), folder.resolve().name
         key |= {"model": f"{folder} {cli.identify_weights(folder)}", "device": device.type}
-    key["translations"] = cli.hash_json([(t.task[:3], t.text) for t in translations])
+    key["translations"] = hash_json([(t.task[:3], t.text) for t in translations])
     path = (args.out or file.parent) / f"{file.stem}.judged-by-{cli.slug(name)}.jsonl"
     print(f"judged by {name}, score {args.score_mode}; writing {path}", flush=True)
     round_size = args.max_num_seqs * ranks.size

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from eval.cli import hash_json, identify_weights, locate_model
+from data.loading import hash_json
+from eval.cli import identify_weights, locate_model
 from eval.sets import TestSet
 from judge import shown_translation
 from model import load

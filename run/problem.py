@@ -126,7 +126,7 @@ def data_problem(s, ranks: Ranks, comets: CometWorkers) -> Problem:
                              f"{s.data} have none: leave those out")  # fmt: skip
     eval_metrics = build_eval_metrics(s, held_out, comets)
     order = loading.EpochShuffler(training, s.seed)
-    digest = loading.hash_texts(training + held_out)
+    digest = loading.hash_json(training + held_out)
     return Problem(folder, prompts, order.task, held_out, eval_metrics, digest)
 
 
