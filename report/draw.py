@@ -6,15 +6,15 @@
     python -m report runs/game/challenger runs/game/solver --out players.html     # of rzero
 
 Self-rewarding fails quietly. The page shows curves, the judge against what it cannot see, the same
-held-out sentences at several steps, and the alarms. It is one file that needs no network. Runs of
-one NAME= share a colour. The page of a run that goes on reloads itself.
+held-out sentences at several steps, and the alarms. It is one file without scripts that needs no
+network. Runs of one NAME= share a colour.
 """
 
 import argparse
-import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from html import escape
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import NamedTuple
 from report import charts
 from report.runs import RunData
 
-COLUMNS = 12  # evaluations of each run whose sentences are in the page
-GROUPS = 40  # training groups of each run in the page
+SENTENCES = 40  # of the held-out texts in the page
+GROUPS = 12  # training groups of each run in the page
+WORD = re.compile(r"[^\W\u3040-\u9fff]+|.", re.S)  # Chinese and Japanese: character by character
 
 
 class Panel(NamedTuple):
@@ -123,7 +124,7 @@ def histogram_html(run: RunData) -> str:
     rows = [row for row in run.rows if row.get(key)]
     if not rows:
         return ""
-    counts = [row[key] for row in spread_out(rows, 120)]
+    counts = [row[key] for row in spread_out(rows, 120, [])]
     columns = [[count / max(sum(bins), 1) for count in bins] for bins in counts]
     axes = charts.Axes((rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5), (0.0, 1.0))
     axes.add_heatmap(columns)
@@ -131,9 +132,9 @@ def histogram_html(run: RunData) -> str:
     return f"<figure>{title}{charts.svg(axes.content)}</figure>"
 
 
-def picture(runs: list[RunData], names: list[str]) -> str:
+def picture(runs: list[RunData], labels: list[str], names: list[str]) -> str:
     """Some panels side by side, as an SVG file for light and dark pages."""
-    labels, panels, content = number_runs(runs), panels_for(runs), ""
+    panels, content = panels_for(runs), ""
     for i, name in enumerate(names):
         if name not in panels:
             raise ValueError(f"--panels {name} is unknown; known: {', '.join(panels)}")
@@ -161,8 +162,10 @@ def fixed(value: float | None) -> str:
 
 def assess_run(run: RunData) -> tuple[str, str]:
     """What to read first: good, unsure or bad; how the run went and which weights to take."""
+    seconds = sum(x or 0.0 for row in run.rows for k, x in row.items() if k.startswith("seconds/"))
+    text = f"{run.step} of {run.total_steps} steps in {timedelta(seconds=round(seconds))}"
     if not run.eval_rows:
-        return "unsure", f"{run.state().capitalize()}: nothing was measured on held-out texts."
+        return "unsure", f"{text}. Nothing was measured on held-out texts."
     if run.step and all(row.get("groups/zero_variance", 1) == 1 for row in run.rows):
         return "unsure", "Nothing was learned: all samples of each group had the same reward."
     changes = [
@@ -170,12 +173,14 @@ def assess_run(run: RunData) -> tuple[str, str]:
         for name in [*run.eval_metrics[:1], "self"]
         if (key := f"eval/{name}") in run.eval_rows[0]
     ]
-    text = f"{run.state().capitalize()}: held-out {', '.join(changes)}. "
+    text += f". Held-out {', '.join(changes)}. "
     if run.best is None:  # a player of R-Zero
         return "good", text
-    weights = f"Take best/, of step {run.best}. "
-    if not run.best:
-        weights = "No step was better than the start: keep the model the run began with. "
+    weights = "No step was better than the start: keep the model the run began with. "
+    if run.best:
+        name = run.eval_metrics[0] if run.eval_metrics else "self"
+        at_best = fixed(run.eval_at(run.best, f"eval/{name}"))
+        weights = f"Take best/, of step {run.best} ({name} {at_best}). "
     if not run.eval_metrics:
         text += "Nothing independent was measured, so no alarm can ring. Give --held-out a set "
         return "unsure", f"{text}with references, or --eval-metrics cometkiwi. {weights}"
@@ -192,23 +197,83 @@ def verdict_html(run: RunData) -> str:
     return f'<p class="verdict {kind}"><b>{escape(run.title)}</b>: {escape(text)}</p>'
 
 
-def overview_row(run: RunData) -> str:
-    """Where the run is, and the metrics at its start, best and last evaluation."""
-    metrics = []
-    for name in [run.eval_metrics[0] if run.eval_metrics else "–", "self"]:
-        values = [run.eval_at(step, f"eval/{name}") for step in (0, run.best, run.last_eval)]
-        metrics += [escape(name), *map(fixed, values)]
-    alarms = f'<b class="bad">{len(run.alarms)}</b>' if run.alarms else "none"
-    seconds = sum(x or 0.0 for row in run.rows for k, x in row.items() if k.startswith("seconds/"))
-    cells = [
-        f'<i class="dot run{run.number}"></i>{escape(run.title)}',
-        escape(run.state()) + (", running" if run.running else ""),
-        *metrics,
-        "–" if run.best is None else str(run.best),
-        alarms if run.eval_metrics and run.best is not None else "cannot ring",
-        str(timedelta(seconds=round(seconds))),
+def text_html(text: str, reference: str | None = None) -> str:
+    """Words that the reference does not have are marked."""
+    expected = {" ", *WORD.findall(text if reference is None else reference)}
+    words = [
+        escape(word) if word in expected else f"<ins>{escape(word)}</ins>"
+        for word in WORD.findall(text)
     ]
-    return f"<tr><td>{'</td><td>'.join(cells)}</td></tr>"
+    return f'<div class="text" dir="auto">{"".join(words) or "(empty)"}</div>'
+
+
+def cell_html(kind: str, head: str, text: str, *notes: str) -> str:
+    """A translation; `text` is HTML, the others are not."""
+    below = "".join(f'<div class="soft">{escape(note)}</div>' for note in notes)
+    return f'<div class="cell {kind}"><b class="soft">{escape(head)}</b>{text}{below}</div>'
+
+
+def spread_out(values: list, most: int, always: list) -> list:
+    """About `most` of the values, evenly, and those in `always`."""
+    every = max(1, -(-len(values) // most))
+    return [v for i, v in enumerate(values) if i % every == 0 or v in always]
+
+
+def translations(run: RunData) -> Iterator[tuple[tuple, str, float]]:
+    """Held-out task, the cell of its greedy translation, and how far the judge is above the finest
+    measure: at the start, the best step, the first alarm and the end."""
+    fields = ("from", "to", "source", "reference")
+    tasks = list(zip(*(run.evaluations[0][name] for name in fields), strict=True))
+    steps = {0, run.best, *run.alarms[:1], run.evaluations[-1]["step"]}
+    for row in [row for row in run.evaluations if row["step"] in steps]:
+        marks = " (best)" * (row["step"] == run.best) + " (alarm)" * (row["step"] in run.alarms)
+        for i, task in enumerate(tasks):
+            one = {name: values[i] for name, values in row["greedy"].items()}
+            scores = [f"{name} {fixed(one[name])}" for name in ("self", *run.eval_metrics)]
+            notes = " · ".join(scores), f"judge: {one['judge'][:300]}"
+            head = f"{run.title}, step {row['step']}{marks}{', wrong format' * (not one['format'])}"
+            cell = cell_html(f"run{run.number}", head, text_html(one["text"], task[-1]), *notes)
+            own = -9.0 if one["self"] is None else one["self"]
+            yield task, cell, own - (one[run.eval_metrics[-1]] if run.eval_metrics else 0.0)
+
+
+def sentences_html(runs: list[RunData]) -> str:
+    """First the texts whose last translation the judge scores most above the measure."""
+    cells: dict[tuple, str] = {}
+    excess: dict[tuple, float] = {}
+    for run in [run for run in runs if run.evaluations]:
+        for task, cell, above in translations(run):
+            cells[task] = cells.get(task, "") + cell
+            excess[task] = above
+    articles = ""
+    for task in sorted(cells, key=excess.__getitem__, reverse=True)[:SENTENCES]:
+        source, target, text, reference = task
+        articles += f'<article><div class="soft">{escape(f"{source} → {target}")}</div>'
+        articles += text_html(text)
+        if reference:
+            articles += f'<div class="soft">reference</div>{text_html(reference)}'
+        articles += f'<div class="cells">{cells[task]}</div></article>'
+    return articles
+
+
+def groups_html(run: RunData) -> str:
+    """Some training groups, among them the last one and the last with a wrong language."""
+    wrong = [row for row in run.groups if any(x.get("wrong_language") for x in row["samples"])]
+    text = ""
+    for row in spread_out(run.groups, GROUPS, [*run.groups[-1:], *wrong[-1:]]):
+        cells = ""
+        for sample in sorted(row["samples"], key=lambda x: -(x["reward"] or 0.0)):
+            advantage = sample["advantage"] or 0.0
+            head = f"reward {fixed(sample['reward'])}, advantage {fixed(sample['advantage'])}"
+            head += ", cut off" * sample["cut"]
+            head += ", wrong language or copy" * bool(sample.get("wrong_language"))
+            kind = "above" if advantage > 0 else "below" if advantage < 0 else "equal"
+            judged = f"judge: {sample['judge'][:300]}"
+            cells += cell_html(kind, head, text_html(sample["text"]), judged)
+        head = f"{run.title}, step {row['step']}, {row['from']} → {row['to']}: {row['source']}"
+        text += f"<details><summary>{escape(head)}</summary>"
+        text += f'<div class="cells">{cells}</div></details>'
+    return text
 
 
 def settings_html(runs: list[RunData]) -> str:
@@ -230,76 +295,23 @@ def settings_html(runs: list[RunData]) -> str:
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def spread_out(values: list, most: int, always: tuple = ()) -> list:
-    """About `most` of the values, evenly, and those in `always`."""
-    every = max(1, -(-len(values) // most))
-    return [v for i, v in enumerate(values) if i % every == 0 or v in always]
-
-
-def wrong_language(run: RunData) -> list[dict]:
-    """The latest training group with an answer in a wrong language."""
-    return [g for g in run.groups if any(x.get("wrong_language") for x in g["samples"])][-1:]
-
-
-def sentences(runs: list[RunData]) -> dict:
-    """Held-out texts, and how each run translated them greedily at some steps."""
-    fields, texts, columns, cells = ("source", "to", "from", "reference"), {}, [], []
-    for run in [run for run in runs if run.evaluations]:
-        tasks = list(zip(*(run.evaluations[0][name] for name in fields), strict=True))
-        texts |= dict.fromkeys(tasks)
-        steps = [row["step"] for row in run.evaluations]
-        kept = spread_out(steps, COLUMNS, (run.best, steps[-1], *run.alarms[:1]))
-        for row in [row for row in run.evaluations if row["step"] in kept]:
-            step, names = row["step"], ["text", "judge", "format", "self", *run.eval_metrics]
-            marks = ["best"] * (step == run.best) + ["alarm"] * (step in run.alarms)
-            column = {"run": run.title, "number": run.number, "step": step, "marks": marks}
-            column |= {"eval_metrics": run.eval_metrics, "shown": step in (0, run.best, steps[-1])}
-            columns.append(column)
-            values = zip(*(row["greedy"][name] for name in names), strict=True)
-            values = [dict(zip(names, x, strict=True)) for x in values]
-            cells.append(dict(zip(tasks, values, strict=True)))
-    rows = [
-        dict(zip(fields, task, strict=True)) | {"cells": [x.get(task) for x in cells]}
-        for task in texts
-    ]
-    return {"columns": columns, "rows": rows}
-
-
 # ---------------------------------------------------------------------------------------- the page
 
 
-def number_runs(runs: list[RunData]) -> list[str]:
-    """Gives the runs of one label one number, which is their colour. Returns the labels."""
-    labels = list(dict.fromkeys(run.label for run in runs))
-    for run in runs:
-        run.number = labels.index(run.label)
-    return labels
-
-
-def page(runs: list[RunData]) -> str:
-    labels = number_runs(runs)
-    panels = panels_for(runs).values()
+def page(runs: list[RunData], labels: list[str]) -> str:
     dots = [f'<span><i class="dot run{i}"></i>{escape(x)}</span>' for i, x in enumerate(labels)]
-    data = {
-        "groups": [
-            row | {"run": run.title}
-            for run in runs
-            for row in spread_out(run.groups, GROUPS, (*run.groups[-1:], *wrong_language(run)))
-        ],
-        "running": any(run.running for run in runs),
-    }
+    panels = panels_for(runs).values()
     values = {
         "title": escape(", ".join(run.title for run in runs[:4]) + " …" * (len(runs) > 4)),
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
         "css": charts.css(len(labels)),
         "verdicts": "".join(map(verdict_html, runs)),
-        "overview": "".join(map(overview_row, runs)),
         "colours": "".join(dots) if len(labels) > 1 else "",
         "curves": "".join(panel_html(p, axes) for p in panels if (axes := draw_panel(p, runs))),
         "histograms": "".join(map(histogram_html, runs)),
+        "sentences": sentences_html(runs),
+        "groups": "".join(map(groups_html, runs)),
         "settings": settings_html(runs),
-        # A "<" in a sentence could end the script element.
-        "data": json.dumps(data | sentences(runs), ensure_ascii=False).replace("<", "\\u003c"),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda m: values[m[1]], template)
@@ -321,19 +333,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", help="default: report.html in the run; of several: here")
     parser.add_argument("--svg", help="write a picture of some panels instead")
     parser.add_argument("--panels", default="held-out,judge,entropy", help=", ".join(PANELS))
-    parser.add_argument("--ended", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     runs = []
     for argument in args.runs:
         is_folder = Path(argument).is_dir()  # its name may have a = in it
         label, _, folder = ("", "", argument) if is_folder else argument.rpartition("=")
         name = folder if len(args.runs) > 1 else Path(folder).resolve().name
-        runs.append(RunData(Path(folder), label or name, args.ended))
-    labels = [run.label for run in runs]
+        runs.append(RunData(Path(folder), label or name))
+    names = [run.label for run in runs]
+    labels = list(dict.fromkeys(names))
     for run in runs:
-        run.title = run.label if labels.count(run.label) == 1 else f"{run.label}: {run.path}"
+        run.number = labels.index(run.label)  # its colour
+        run.title = run.label if names.count(run.label) == 1 else f"{run.label}: {run.path}"
     if args.svg:
-        write(Path(args.svg), picture(runs, args.panels.split(",")))
+        write(Path(args.svg), picture(runs, labels, args.panels.split(",")))
     else:
         default = runs[0].path / "report.html" if len(runs) == 1 else "report.html"
-        write(Path(args.out or default), page(runs))
+        write(Path(args.out or default), page(runs, labels))

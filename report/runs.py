@@ -1,16 +1,11 @@
 """Reads the folder of a run: its settings, metrics, evaluations and training groups."""
 
-import fcntl
 import json
-import statistics
 from pathlib import Path
-
-POINTS = 400  # of a curve at most: longer ones are averaged over neighbouring steps
 
 
 class RunData:
-    def __init__(self, path: Path, label: str, ended: bool = False):
-        """`ended`: the run is over, though its process still holds the lock of the folder."""
+    def __init__(self, path: Path, label: str):
         if not (path / "settings.json").is_file():
             raise ValueError(f"{path} is not the folder of a run: it has no settings.json")
         self.settings = json.loads((path / "settings.json").read_text())
@@ -27,7 +22,6 @@ class RunData:
         first = self.eval_rows[0] if self.eval_rows else {}
         names = [key[13:] for key in first if key.startswith("eval/sampled_")]
         self.eval_metrics = [name for name in names if name != "self"]
-        self.running = not ended and is_locked(path / "lock")
         self.step = self.rows[-1]["step"] if self.rows else 0
         self.last_eval = self.eval_rows[-1]["step"] if self.eval_rows else 0
         selected = [row for row in self.eval_rows if row.get("eval/best_by") is not None]
@@ -36,33 +30,14 @@ class RunData:
         """The step of the weights in best/: the first of the best evaluations."""
         self.alarms = [row["step"] for row in self.eval_rows if row.get("eval/alarm")]
 
-    def series(self, key: str, points: int = POINTS) -> tuple[list[float], list[float]]:
+    def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric; {measure} in its name is the run's first measure."""
         key = key.replace("{measure}", (self.eval_metrics or ["none"])[0])
         rows = [row for row in self.rows if row.get(key) is not None]
-        size = -(-len(rows) // points) or 1
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        steps, values = ([statistics.fmean(r[k] for r in p) for p in parts] for k in ("step", key))
-        return steps, values
+        return [row["step"] for row in rows], [row[key] for row in rows]
 
     def eval_at(self, step: int | None, key: str) -> float | None:
         return next((row.get(key) for row in self.eval_rows if row["step"] == step), None)
-
-    def state(self) -> str:
-        if self.step == self.total_steps and not self.running:
-            return f"{self.step} steps"
-        return f"{'at' if self.running else 'stopped at'} step {self.step} of {self.total_steps}"
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process writes the run: it holds the lock as long as it lives."""
-    if path.exists():
-        with open(path) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
 
 
 def read_rows(path: Path) -> list[dict]:

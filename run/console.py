@@ -87,11 +87,11 @@ class Console:
             left = format_seconds((now - self.work_began) * (1 - share) / share)
             print(f"{work}  {share:.0%}, {left} left", flush=True)
 
-    def draw_report(self, *options: str) -> None:
+    def draw_report(self) -> None:
         """In a process of its own, whose errors do not end the run."""
         if self.has_report:
             run = subprocess.run(
-                [sys.executable, "-m", "report", str(self.path.resolve()), *options],
+                [sys.executable, "-m", "report", str(self.path.resolve())],
                 cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 start_new_session=True,  # Ctrl-C is for the run
             )  # fmt: skip
@@ -102,7 +102,7 @@ class Console:
     def close(self) -> None:
         for dashboard in self.dashboards:
             dashboard.close()
-        self.draw_report("--ended")
+        self.draw_report()
 
 
 def format_seconds(seconds: float) -> str:

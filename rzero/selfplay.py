@@ -176,7 +176,7 @@ class SelfPlay:
                     self.train_solver(self.write_questions())
         except Stopping:
             if self.ranks.rank == 0:
-                self.draw_report(last=True)
+                self.draw_report()
             raise
         self.ranks.on_rank0("end", self.finish)
 
@@ -362,18 +362,17 @@ class SelfPlay:
         partial.rename(final)
         shutil.rmtree(final.with_name(f"{final.name}.checkpoints"), ignore_errors=True)
         if final.name == "solver":
-            self.draw_report(last=self.iteration == self.s.iterations)
+            self.draw_report()
 
-    def draw_report(self, last: bool) -> None:
+    def draw_report(self) -> None:
         """In a process of its own, whose errors do not end the run."""
         folders = [(self.path / name).resolve() for name in PLAYERS]
         folders = [str(x) for x in folders if (x / "metrics.jsonl").is_file()]
         if folders:
             out = str((self.path / "report.html").resolve())
-            command = [sys.executable, "-m", "report", *folders, "--out", out]
             subprocess.run(
-                command + ["--ended"] * last, cwd=Path(__file__).parent.parent,
-                stdout=subprocess.DEVNULL, start_new_session=True,
+                [sys.executable, "-m", "report", *folders, "--out", out],
+                cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
     def finish(self) -> None:

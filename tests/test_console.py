@@ -88,13 +88,13 @@ def test_the_report_of_a_run_says_how_it_ended(toy, tmp_path, capsys, monkeypatc
     change = bool
     out = go("whole", 2)
     text = (tmp_path / "whole" / "report.html").read_text()
-    assert "2 steps: held-out" in text and '"running": false' in text
+    assert "2 of 2 steps in " in text and "Held-out exact_match" in text
     assert re.search(r"(?m)^step 2/2  held-out", out)  # the last step is printed in any case
     change = fail
     with pytest.raises(SystemExit, match="the disk is gone"):
         go("lr=1 failed", 5)
     text = (tmp_path / "lr=1 failed" / "report.html").read_text()
-    assert '"running": false' in text and "stopped at step 2 of 5" in text.lower()
+    assert "2 of 5 steps in " in text
     change = spoil
     assert re.search(r"no report: report: .*metrics\.jsonl, line \d is not JSON", go("spoilt", 2))
     assert (tmp_path / "spoilt" / "result.json").exists()

@@ -1,6 +1,6 @@
-"""The page of a run: what is in it, what it does in a browser, how it looks at any width."""
+"""The page of a run: its curves, verdict, sentences, training groups and settings."""
 
-import fcntl
+import html
 import json
 import re
 import shutil
@@ -15,7 +15,6 @@ import pytest
 import ssr
 from report import charts, draw
 from report.runs import RunData
-from tests.browser import drive, needs_chromium
 from tests.processes import ROOT
 from tests.runs import rows_of, write_rows
 
@@ -25,7 +24,7 @@ SMALL = [
     "--max-new-tokens=6",  # some are cut off, and so of the wrong form
 ]
 PAIRS = [("the old cat", "the new cat sat"), ("他在十号房间开会", "他在九号房间开会吗")]
-NASTY = 'a</script><img src=x onerror="throw 1"> & {{data}} <b>'
+NASTY = 'a</script><img src=x onerror="throw 1"> & {{settings}} <b>'
 
 
 def rewrite(path, change):
@@ -40,6 +39,7 @@ def runs(toy, tmp_path_factory):
     ssr.main([*SMALL, f"--model={toy}", f"--folder={good}"])
     rows = rows_of(good / "evaluations.jsonl")
     rows[0]["reference"][:2] = [reference for reference, _ in PAIRS]
+    rows[0]["source"][2] = NASTY
     write_rows(good / "evaluations.jsonl", rows)
     shutil.copytree(good, bad)
     values = {0: (0.75, 0.5), 2: (0.5, 0.6), 4: (0.125, 0.7), 5: (0.0, 0.9)}
@@ -49,7 +49,7 @@ def runs(toy, tmp_path_factory):
         row["alarm"] = "the judge's score is high" * last
         greedy["text"][:3] = [*(pair[last] for pair in PAIRS), NASTY if last else "x"]
         greedy["quality"] = [i / 100 if last else 1.0 for i in range(16)]
-        greedy["self"] = [0.9] * 16
+        greedy["self"], greedy["format"] = [0.9] * 16, [1.0] * 16
 
     def ring(row):
         if row["step"] in values:
@@ -71,8 +71,9 @@ def page(runs, tmp_path_factory):
     return out
 
 
-def data_in(page):
-    return json.loads(re.search(r' id="data">(.*)</script>', page.read_text())[1])
+def cells_of(text):
+    """(class, head) of each translation on a page."""
+    return re.findall(r'<div class="cell (\w+)"><b class="soft">(.*?)</b>', text)
 
 
 def test_the_page_is_one_file_that_loads_nothing_and_no_text_becomes_a_part_of_it(page):
@@ -80,18 +81,30 @@ def test_the_page_is_one_file_that_loads_nothing_and_no_text_becomes_a_part_of_i
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag, attributes):
-            assert tag not in ("link", "img") and "src" not in dict(attributes)
+            assert tag not in ("link", "img", "script") and "src" not in dict(attributes)
             ids.extend(value for name, value in attributes if name == "id")
             links.extend(value for name, value in attributes if name == "href")
 
     Reader().feed(text)
-    assert len(set(ids)) == len(ids) and set(links) <= {f"#{x}" for x in ids}
-    assert set(re.findall(r"\{\{\w+\}\}", text)) == {"{{data}}"}  # that is in a translation
+    assert len(set(ids)) == len(ids) and len(links) == 5 and set(links) <= {f"#{x}" for x in ids}
+    assert set(re.findall(r"\{\{\w+\}\}", text)) == {"{{settings}}"}  # of a source text
     assert "@import" not in text and "https://" not in text and "url(" not in text
-    cells = [cell for row in data_in(page)["rows"] for cell in row["cells"]]
-    assert NASTY in [cell["text"] for cell in cells] and "<img" not in text
+    assert NASTY in html.unescape(text) and html.escape(NASTY) in text
     titles = re.findall("<figure><h3>(.*?)</h3>", text)
     assert len(titles) == 13 and titles[-2:] == ["self, fine", "self, hacked"]
+
+
+def test_sentences_are_shown_at_start_best_alarm_and_end_the_most_overrated_first(page, runs):
+    articles = re.findall("(?s)<article>.*?</article>", page.read_text())
+    sources = rows_of(runs[0] / "evaluations.jsonl")[0]["source"]
+    assert len(articles) == len(set(sources))
+    heads = cells_of(articles[0])
+    assert heads[0][0] == "run0" and heads[0][1].startswith("fine, step 0")
+    assert heads[-2:] == [("run1", "hacked, step 0 (best)"), ("run1", "hacked, step 5 (alarm)")]
+    assert "self 0.900 · exact_match" in articles[0] and "quality 0.000" in articles[0]
+    assert "quality 0.150" in articles[-1].rpartition("hacked, step 5")[2]
+    marked = {x for article in articles for x in re.findall("<ins>(.*?)</ins>", article)}
+    assert {"new", "sat", "九"} <= marked and not {"the", "在", "cat", " "} & marked
 
 
 def test_curves_are_the_numbers_of_the_runs(runs):
@@ -109,9 +122,10 @@ def test_curves_are_the_numbers_of_the_runs(runs):
 def test_the_page_shows_the_share_in_a_wrong_language_with_an_example(runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "run")
     groups = rows_of(runs[0] / "groups.jsonl") * 40
-    groups = [row | {"step": step} for step, row in enumerate(groups)]
+    groups = [json.loads(json.dumps(row | {"step": step})) for step, row in enumerate(groups)]
     samples = groups[101]["samples"]  # between those that are kept for the page
-    groups[101]["samples"] = [samples[0] | {"text": "Bonjour", "wrong_language": 1.0}, *samples[1:]]
+    samples[0] |= {"text": "Bonjour", "wrong_language": 1.0, "reward": 0.1, "advantage": -0.5}
+    samples[1] |= {"reward": 0.7, "advantage": 0.5}
     text = "".join(json.dumps(row) + "\n" for row in groups)
     (tmp_path / "run" / "groups.jsonl").write_text(text)
     rewrite(
@@ -119,21 +133,21 @@ def test_the_page_shows_the_share_in_a_wrong_language_with_an_example(runs, tmp_
         lambda row: row | {"reward/wrong_language": row["step"] / 9},
     )
     draw.main([str(tmp_path / "run")])
-    page = tmp_path / "run" / "report.html"
-    shown = {row["step"]: row for row in data_in(page)["groups"]}
-    assert shown[101]["samples"][0]["text"] == "Bonjour" and len(shown) < 50
+    shown = (tmp_path / "run" / "report.html").read_text().split("<details>")[1:]
+    assert len(shown) < 20 and sum("Bonjour" in group for group in shown) == 1
+    [group] = [group for group in shown if "Bonjour" in group]
+    heads = cells_of(group)
+    heads = [(kind, head.replace(", cut off", "")) for kind, head in heads]
+    assert heads[0] == ("above", "reward 0.700, advantage 0.500")
+    assert ("below", "reward 0.100, advantage -0.500, wrong language or copy") in heads
     run = RunData(tmp_path / "run", "a")
     panels = draw.panels_for([run])
     assert "wrong language" in draw.draw_panel(panels["unusable"], [run]).legend
     assert "reward/wrong_language" not in panels["reward"].keys
 
 
-def test_many_points_become_means_of_neighbours(runs):
-    run = RunData(runs[0], "a")
-    run.rows = [{"step": i, "x": x} for i, x in enumerate((1.0, 3.0, None, 5.0, 7.0, 20.0))]
-    assert run.series("x", 5) == ([0, 1, 3, 4, 5], [1, 3, 5, 7, 20])
-    assert run.series("x", 3) == ([0.5, 3.5, 5], [2, 6, 20])
-    assert draw.spread_out(list(range(10)), 4, (4, 9)) == [0, 3, 4, 6, 9]
+def test_some_values_are_kept_evenly_and_some_always():
+    assert draw.spread_out(list(range(10)), 4, [4, 9]) == [0, 3, 4, 6, 9]
 
 
 def test_axes_have_round_numbers_and_hold_every_value():
@@ -164,11 +178,17 @@ def test_the_verdict_says_how_it_went_and_which_weights_to_take(runs):
     kind, text = draw.assess_run(good)
     start = "No step was better than the start: keep the model the run began with. "
     assert kind == "good" and text.endswith("No alarm.")
-    assert f"5 steps: held-out exact_match {numbers[0]} → {numbers[1]}" in text
-    assert (f"Take best/, of step {good.best}. " if good.best else start) in text
+    assert text.startswith("5 of 5 steps in 0:00:")
+    assert f". Held-out exact_match {numbers[0]} → {numbers[1]}, self " in text
+    assert (f"Take best/, of step {good.best} (exact_match " if good.best else start) in text
     kind, text = draw.assess_run(bad)
     assert kind == "bad" and "Alarm at step 5: " in text and "score is high)" in text
     assert f"{start}Do not take last/" in text
+    bad.best = 2
+    seconds = {"seconds/train": 90.0, "seconds/judge": None, "groups/zero_variance": 0.0}
+    bad.rows = [seconds] * 5
+    assert "in 0:07:30. " in draw.assess_run(bad)[1]
+    assert "Take best/, of step 2 (exact_match 0.500). " in draw.assess_run(bad)[1]
     for row in good.rows:
         row["groups/zero_variance"] = 1.0
     assert draw.assess_run(good)[1].startswith("Nothing was learned")
@@ -184,20 +204,10 @@ def test_a_run_without_a_measure_is_never_called_free_of_alarms(runs, tmp_path):
     (run / "evaluations.jsonl").unlink()
     draw.main([str(run)])
     text = (run / "report.html").read_text()
-    assert "no alarm can ring" in text and "<td>cannot ring</td>" in text
+    assert "no alarm can ring" in text
     assert "No alarm." not in text and "Held-out quality" not in text
     rewrite(run / "metrics.jsonl", lambda row: row | {"eval/best_by": float(row["step"] == 2)})
     assert RunData(run, "a").best == 2  # best/ goes by what the log says
-
-
-def test_the_overview_has_the_numbers_of_start_best_and_last(runs):
-    run = RunData(runs[1], "a")
-    run.best = 2
-    run.rows = [{"step": i, "seconds/train": 90.0, "seconds/judge": None} for i in range(5)]
-    cells = re.findall(r"<td>(.*?)</td>", draw.overview_row(run))
-    assert cells[1] == "5 steps" and cells[2:6] == ["exact_match", "0.750", "0.500", "0.000"]
-    assert cells[6:10] == ["self", "0.500", "0.600", "0.900"]
-    assert cells[10] == "2" and ">1<" in cells[11] and cells[12] == "0:07:30"
 
 
 def test_rings_stand_where_the_alarm_rang(runs):
@@ -216,15 +226,16 @@ def test_titles_are_distinct_and_labels_share_a_colour(runs, tmp_path):
 
     def titles(*arguments):
         draw.main([*map(str, arguments), f"--out={out}"])
-        return re.findall(r'<i class="dot run(\d)"></i>([^<]*?)</td>', out.read_text())
+        heads = cells_of(out.read_text())
+        return [*dict.fromkeys((k, x.split(", step")[0]) for k, x in heads if k[:3] == "run")]
 
     assert titles(odd, runs[0], f"mine={runs[1]}") == [
-        *(("0", str(odd)), ("1", str(runs[0])), ("2", "mine")),
+        *(("run0", str(odd)), ("run1", str(runs[0])), ("run2", "mine")),
     ]
     assert titles(f"a={runs[0]}", f"a={runs[1]}") == [
-        *(("0", f"a: {runs[0]}"), ("0", f"a: {runs[1]}")),
+        *(("run0", f"a: {runs[0]}"), ("run0", f"a: {runs[1]}")),
     ]
-    assert titles(odd) == [("0", "good")]
+    assert titles(odd) == [("run0", "good")]
 
 
 def test_settings_that_differ_are_marked(runs):
@@ -248,26 +259,13 @@ def test_players_of_r_zero_are_on_one_page(tmp_path):
         write_rows(tmp_path / name / "metrics.jsonl", rows[name])
     players = [str(tmp_path / name) for name in rows]
     challenger, solver = (RunData(Path(path), path) for path in players)
-    text = "4 steps: nothing was measured on held-out texts."
+    text = "4 of 4 steps in 0:00:00. Nothing was measured on held-out texts."
     assert draw.assess_run(challenger) == ("unsure", text)
-    assert draw.assess_run(solver) == ("good", "2 steps: held-out accuracy 0.600 → 0.800. ")
-    assert "<td>accuracy</td><td>0.600</td><td>–</td><td>0.800</td>" in draw.overview_row(solver)
+    text = "2 of 2 steps in 0:00:00. Held-out accuracy 0.600 → 0.800. "
+    assert draw.assess_run(solver) == ("good", text)
     draw.main([*players, f"--out={tmp_path / 'x.html'}"])
     titles = re.findall("<figure><h3>(.*?)</h3>", (tmp_path / "x.html").read_text())
     assert titles == ["Held-out quality", "Difficulty of questions", "Groups"]
-
-
-def test_the_page_of_a_run_that_goes_on_says_so(runs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs[0], run)
-    with open(run / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert RunData(run, "a").state() == "at step 5 of 5"
-        assert not RunData(run, "a", ended=True).running  # its own process asks
-        draw.main([str(run)])
-    assert data_in(run / "report.html")["running"]
-    draw.main([str(run)])
-    assert not data_in(run / "report.html")["running"]
 
 
 def test_a_page_can_be_made_at_any_moment_of_a_run(runs, tmp_path):
@@ -283,7 +281,7 @@ def test_a_page_can_be_made_at_any_moment_of_a_run(runs, tmp_path):
         (run / name).write_bytes(lines[0] + b"\n" + lines[1][:20])
     draw.main([str(run)])
     sources = rows_of(runs[0] / "evaluations.jsonl")[0]["source"]
-    assert len(data_in(run / "report.html")["rows"]) == len(set(sources))
+    assert (run / "report.html").read_text().count("<article>") == len(set(sources))
     (run / "metrics.jsonl").write_text('{"step": 0}\n{"step\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
         RunData(run, "a")
@@ -311,48 +309,3 @@ def test_a_picture_is_svg_for_light_and_dark_pages(runs, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"--panels {name}.*{message}"):
             draw.main([str(runs[0]), f"--svg={out}", f"--panels={name}"])
-
-
-@needs_chromium
-def test_a_person_can_choose_steps_sentences_and_groups_on_a_phone(page, tmp_path):
-    result = drive(page, tmp_path, """
-    const all = (q) => [...page.document.querySelectorAll(q)];
-    const texts = (q) => all(q).map((x) => x.textContent.trim());
-    const set = (id, value) => { $(id).value = value; $(id).dispatchEvent(new page.Event("input")); };
-    const result = { colours: texts("#colours span"), links: all("nav a").length };
-    const boxes = all("#columns label");
-    result.columns = texts("#columns label");
-    result.cells = all("#rows article:first-child .cell").length;
-    boxes.map((x) => x.firstChild).filter((x) => x.checked).forEach((x) => x.click());
-    result.none = all("#rows .cell").length;
-    boxes.at(-1).click();
-    for (const query of ["old cat", "十号", "ONERROR", "no such words"]) {
-      set("query", query);
-      result[query] = [all("#rows article").length, ...texts("#rows ins")];
-    }
-    set("query", "");
-    result.all = all("#rows article").length;
-    boxes[result.columns.findIndex((x) => x.startsWith("hacked step 0"))].click();
-    result.first = all("#rows article:first-child .cell:last-child .soft").map((x) => x.textContent).join();
-    result.group = $("samples").textContent;
-    set("group", 0);
-    result.before = $("samples").textContent;
-    result.images = all("img").length;
-    result.width = page.document.documentElement.scrollWidth;
-    result.ink = page.getComputedStyle(page.document.body).color;
-    result.label = page.getComputedStyle(page.document.querySelector("figure svg text")).fill;
-    return result;
-    """, width=390)  # noqa: E501  # fmt: skip
-    assert result["colours"] == ["fine", "hacked"] and result["links"] == 6
-    assert result["columns"][0].startswith("fine step 0")
-    assert result["columns"][-1] == "hacked step 5 (alarm)"
-    assert result["cells"] >= 4 and result["none"] == 0
-    assert result["old cat"] == [1, "new", "sat"] and result["十号"][0] == 1
-    assert "九" in "".join(result["十号"][1:]) and "在" not in "".join(result["十号"][1:])
-    assert result["ONERROR"][0] == 1 and "b" in result["ONERROR"] and result["images"] == 0
-    assert result["no such words"] == [0] and result["all"] > 8
-    assert "self 0.90 · exact_match" in result["first"] and "quality 0.00" in result["first"]
-    assert result["group"].startswith("step 5 of hacked")
-    assert result["before"].startswith("step 1 of fine")
-    assert result["width"] == 390 and result["label"] == result["ink"]  # nothing sticks out
-    assert int(re.search(r"\d+", result["ink"])[0]) > 128  # a dark page, as the browser asks for

@@ -421,4 +421,4 @@ def test_a_run_that_cheats_raises_the_alarm_in_terminal_and_report(tmp_path):
     assert result["alarms"] and result["after"]["eval/exact_match"] < 0.3
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Alarm at step" in page
-    assert f"Take best/, of step {result['best_step']}. Do not take last/." in page
+    assert f"Take best/, of step {result['best_step']} (" in page and "Do not take last/." in page
