@@ -7,9 +7,9 @@ Interfaces the loop expects (it never inspects text):
 
 - `batch(number)`: the prompts of step 1, 2, …;
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards, NaN where there is none),
-  `.parts` (name -> N numbers; "format" is 1 where that was right), `.judge_text`, and
-  optionally `.weight` (of its advantages) and `.part_weights` (name -> weight of the parts that
-  the total is the sum of); optionally `reward.finish(judged)`, given all ranks' groups;
+  `.parts` (name -> N numbers; "format" is 1 where that was right), and optionally `.weight` (of its
+  advantages) and `.part_weights` (name -> weight of the parts that the total is the sum of);
+  optionally `reward.finish(judged)`, given all ranks' groups;
 - `sampler`: `.model` and `.generate`, as in sampler.py;
 - `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of packed sequences, each prompt
   once before all its samples (`Transformer.forward`), and `.head_weight` (V, D).
@@ -22,9 +22,9 @@ Group Relative Policy Optimisation, as it is done here:
   new to old probability is exactly 1, so nothing is clipped and the loss, -mean(advantage), is
   about 0 whatever is learned. The sampler's log-probs only serve metrics and `importance_cap`.
 - One normaliser for all tokens of a step, known before the first backward, so that gradients of
-  micro-batches add up (`token_loss_weights`).
-- Identical samples of a prompt have the same gradient: they are trained once, with the weight of
-  all. With several updates a batch, only those with equal advantages are.
+  micro-batches add up (`set_loss_weights`).
+- Identical samples of a prompt with equal advantages have the same gradient: they are trained once,
+  with the weight of all.
 - A sample of advantage 0 is not trained, unless a KL or an entropy bonus pulls at it. If there is
   nothing to train, no optimizer step is taken. What was cut off has no stop token to train.
 - Each rank samples and judges its share of the prompts, then trains its share of the micro-batches
@@ -49,7 +49,13 @@ from kernels.logprob import linear_logprob, linear_policy_loss
 from run.distributed import Ranks, clip_gradients, sync_weights
 from run.metrics import Clock, batch_metrics
 
-MAX_BAD_STEPS = 5  # in a row without a finite gradient, a score or a well-formed sample
+MAX_BAD_STEPS = 5  # in a row without what ADVICE names
+ADVICE = {
+    "finite gradient": "such updates were skipped; lower --lr",
+    "valid score": "groups.jsonl has the judge's words",
+    "sample of the right format": "see groups.jsonl; the prompts may not suit the model, or "
+    "--max-new-tokens",
+}
 
 
 @dataclass
@@ -117,14 +123,17 @@ class Prompt(NamedTuple):
     task: object  # for the reward
 
 
-class TrainSample(NamedTuple):
+@dataclass(eq=False)
+class TrainSample:
     """A distinct sample of a prompt, and what is trained of it."""
 
     prompt: list[int]
     ids: list[int]
     logprobs: list[float]  # by the sampler: for metrics and importance_cap
-    advantage: float  # the mean of its copies
-    copies: int  # those that have a reward
+    advantage: float
+    copies: int  # samples that are the same
+    weight: float = 0.0  # of a token in the loss
+    reference: Tensor | None = None  # log-probs under the starting weights
 
 
 @dataclass
@@ -167,20 +176,25 @@ def train(
             judged = reward.finish(judged)
         rewards, advantages = rewards_and_advantages(groups, judged, s, model.head_weight.device)
         rows = merge_identical_samples(prompts, groups, rewards, advantages, s)
-        reference = reference_logprobs(reference_model, rows, s, ranks)
+        set_loss_weights(rows, s)
+        if reference_model is not None:
+            set_reference_logprobs(reference_model, rows, s, ranks)
         clock.end_stage("reference")
         rate = learning_rate(s, number)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        trained = update(model, optimizer, rows, reference, token_loss_weights(rows, s), s, ranks)
+        trained = update(model, optimizer, rows, s, ranks)
         sync_sampler(sampler, model)
         clock.end_stage("train")
-        metrics = batch_metrics(groups, judged, rewards, advantages, rows, reference)
+        has_reference = reference_model is not None
+        metrics = batch_metrics(groups, judged, rewards, advantages, rows, has_reference)
         num_tokens = trained["train/tokens"] * s.updates_per_batch
         metrics |= trained | clock.metrics(groups, num_tokens) | {"train/lr": rate}
         streaks = update_failure_streaks(metrics, streaks)
         yield Step(number, metrics, groups, streaks, prompts, judged, rewards, advantages)
-        check_health(streaks, judged)
+        for what, count in streaks.items():
+            if count >= MAX_BAD_STEPS:
+                raise Stop(f"no {what} for {count} steps in a row: {ADVICE[what]}")
 
 
 def sync_sampler(sampler, model) -> None:
@@ -218,19 +232,20 @@ def rewards_and_advantages(groups, judged, s: Settings, device) -> tuple[Tensor,
     """(P, N) each. On a GPU the Triton kernel computes the advantages."""
     tensor = partial(torch.tensor, dtype=torch.float64)
     rewards = tensor([group.total for group in judged])
-    weights = getattr(judged[0], "part_weights", None) or {}
-    parts = [(w, tensor([x.parts[name] for x in judged])) for name, w in weights.items()]
-    parts = parts or [(1.0, rewards)]
+    excess = torch.zeros_like(rewards)
     if s.overlong == "mask":
         is_cut = torch.tensor([[not sample.stopped for sample in group] for group in groups])
         rewards = rewards.masked_fill(is_cut, math.nan)
     if s.overlong == "soft":  # DAPO's: from 0 to 1 in the last fifth
         lengths = tensor([[len(sample.ids) for sample in group] for group in groups])
         excess = (5 * lengths / s.max_new_tokens - 4).clamp(min=0)
-        rewards, parts = rewards - excess, [*parts, (1.0, -excess)]
+        rewards = rewards - excess
     if s.advantage_scale == "each":
-        known = [(w, x.masked_fill(rewards.isnan(), math.nan).to(device)) for w, x in parts]
-        advantages = decoupled_advantage(known)
+        weights = judged[0].part_weights.items()
+        parts = [(w, tensor([x.parts[name] for x in judged])) for name, w in weights]
+        missing = rewards.isnan()
+        parts = [(w, x.masked_fill(missing, math.nan)) for w, x in (*parts, (-1.0, excess))]
+        advantages = decoupled_advantage([(w, x.to(device)) for w, x in parts])
     else:
         advantages = group_advantage(rewards.to(device), s.advantage_scale)
     return rewards, advantages.cpu() * tensor([[getattr(x, "weight", 1.0)] for x in judged])
@@ -239,67 +254,50 @@ def rewards_and_advantages(groups, judged, s: Settings, device) -> tuple[Tensor,
 def merge_identical_samples(
     prompts: list[Prompt], groups: list[list], rewards: Tensor, advantages: Tensor, s: Settings
 ) -> list[TrainSample]:
-    """Identical samples of a prompt become one row, though a noisy scorer may have given them
-    different rewards; samples without a reward are left out, and with "effective" also groups
-    without a difference."""
+    """One row for identical samples of a prompt with equal advantages: a noisy scorer may have
+    given them different ones. Samples without a reward are left out, and with "effective" also
+    groups without a difference."""
     rows = []
     for p, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         if s.loss_norm == "effective" and not advantages[p].any():
             continue
-        copies: dict[tuple, list[int]] = {}
-        for n in range(len(group)):
+        distinct: dict[tuple, TrainSample] = {}
+        for n, sample in enumerate(group):
             if not math.isnan(rewards[p, n]):
-                # A ratio that moves may be clipped for one sign of the advantage and not for the
-                # other: then only equal advantages can be trained as one.
-                alike = 0.0 if s.updates_per_batch == 1 else float(advantages[p, n])
-                copies.setdefault((tuple(group[n].ids), alike), []).append(n)
-        for same in copies.values():
-            sample = group[same[0]]
-            advantage = math.fsum(float(advantages[p, n]) for n in same) / len(same)
-            rows.append(TrainSample(prompt.ids, sample.ids, sample.logprobs, advantage, len(same)))
+                advantage = float(advantages[p, n])
+                row = TrainSample(prompt.ids, sample.ids, sample.logprobs, advantage, 0)
+                distinct.setdefault((tuple(sample.ids), advantage), row).copies += 1
+        rows += distinct.values()
     return rows
 
 
-def token_loss_weights(rows: list[TrainSample], s: Settings) -> list[float]:
+def set_loss_weights(rows: list[TrainSample], s: Settings) -> None:
     """Loss weight of a token, by row: its copies / the tokens of all rows' copies, those of
     advantage 0 included ("token", "effective"); its copies / (its tokens × all copies)
     ("sequence"); its copies / the most tokens that a batch can have ("constant")."""
-    if s.loss_norm == "sequence":
-        total = sum(r.copies for r in rows)
-        return [r.copies / (len(r.ids) * total) for r in rows]
-    total = sum(r.copies * len(r.ids) for r in rows)
-    if s.loss_norm == "constant":
-        total = s.prompts_per_step * s.samples_per_prompt * s.max_new_tokens
-    return [r.copies / total for r in rows]
+    tokens, copies = sum(r.copies * len(r.ids) for r in rows), sum(r.copies for r in rows)
+    most = s.prompts_per_step * s.samples_per_prompt * s.max_new_tokens
+    for row in rows:
+        total = {"sequence": len(row.ids) * copies, "constant": most}.get(s.loss_norm, tokens)
+        row.weight = row.copies / total
 
 
-def reference_logprobs(
-    model, rows: list[TrainSample], s: Settings, ranks: Ranks
-) -> list[Tensor] | None:
+def set_reference_logprobs(model, rows: list[TrainSample], s: Settings, ranks: Ranks) -> None:
     """Log-probs of rows under the starting weights."""
-    if model is None:
-        return None
-    parts = [
-        x for x in pack_micro_batches(range(len(rows)), rows, s.micro_batch_tokens, ranks.size) if x
-    ]
+    parts = [x for x in pack_micro_batches(rows, s.micro_batch_tokens, ranks.size) if x]
 
-    def score(mine: list[list[int]]) -> list[Tensor]:
+    def score(mine: list[list[TrainSample]]) -> list[Tensor]:
         device = model.head_weight.device
-        batches = (
-            MicroBatch([rows[i] for i in part], [0.0] * len(part), None, device) for part in mine
-        )
-        return [b.logprobs(model, s.temperature).cpu() for b in batches]
+        return [MicroBatch(part, device).logprobs(model, s.temperature).cpu() for part in mine]
 
-    by_row: dict[int, Tensor] = {}
     for part, logprobs in zip(parts, ranks.map_over_ranks("reference", parts, score), strict=True):
-        by_row |= zip(part, logprobs.split([len(rows[i].ids) for i in part]), strict=True)
-    return [by_row[i] for i in range(len(rows))]
+        for row, own in zip(part, logprobs.split([len(x.ids) for x in part]), strict=True):
+            row.reference = own
 
 
 def update(
-    model, optimizer, rows: list[TrainSample], reference: list[Tensor] | None,
-    weights: list[float], s: Settings, ranks: Ranks,
-) -> dict[str, float]:  # fmt: skip
+    model, optimizer, rows: list[TrainSample], s: Settings, ranks: Ranks
+) -> dict[str, float]:
     """Take `updates_per_batch` optimizer steps; return the metrics of the last one.
 
     "policy/…" compares sampler and trainer at the first one, while both have the same weights.
@@ -309,27 +307,19 @@ def update(
     stats = {"train/grad_norm": 0.0, "train/loss": 0.0, "train/clipped": 0.0, "train/skipped": 0.0}
     means = ["sampler_gap"] + ["importance_ratio", "importance_capped"] * (s.importance_cap > 0)
     stats |= {f"policy/{name}": math.nan for name in (*means, "sampler_gap_max")}  # unmeasured
-    trainable = [i for i, row in enumerate(rows) if row.advantage or s.kl or s.entropy_bonus]
-    parts = pack_micro_batches(trainable, rows, s.micro_batch_tokens, ranks.size)
-    num_tokens = sum(sum(map(sum, segments_of([rows[i] for i in part]))) for part in parts)
-    stats |= {"train/rows": len(trainable), "train/tokens": num_tokens}
-    if not trainable:
+    rows = [row for row in rows if row.advantage or s.kl or s.entropy_bonus]
+    parts = pack_micro_batches(rows, s.micro_batch_tokens, ranks.size)
+    stats |= {"train/rows": len(rows), "train/tokens": sum(map(num_tokens, parts))}
+    if not rows:
         return stats
-    batches = [
-        MicroBatch(
-            [rows[i] for i in part],
-            [weights[i] for i in part],
-            None if s.kl == 0 else [reference[i] for i in part],
-            model.head_weight.device,
-        )
-        for part in parts[ranks.rank :: ranks.size]
-    ]
+    device = model.head_weight.device
+    batches = [MicroBatch(part, device) for part in parts[ranks.rank :: ranks.size]]
     # Listed before any forward: after it FSDP shows gathered copies, which no optimizer owns.
     parameters = [p for p in model.parameters() if p.requires_grad]
     if s.updates_per_batch > 1:
         for b in batches:
             b.old = b.logprobs(model, s.temperature)
-    weight = sum(weights[i] * len(rows[i].ids) for i in trainable)
+    weight = sum(row.weight * len(row.ids) for row in rows)
     for number in range(s.updates_per_batch):
         optimizer.zero_grad(set_to_none=True)
         mine: list[dict[str, float]] = []
@@ -338,9 +328,9 @@ def update(
             loss, more = b.loss(model, s)
             loss.backward()
             mine.append({name: float(x) for name, x in {"loss": loss.detach(), **more}.items()})
-        parts = [x for theirs in ranks.gather(mine) for x in theirs]
+        measured = [x for theirs in ranks.gather(mine) for x in theirs]
         totals = {  # sums, or maxima by name
-            k: (max if k.endswith("_max") else sum)(x[k] for x in parts) for k in parts[0]
+            k: (max if k.endswith("_max") else sum)(x[k] for x in measured) for k in measured[0]
         }
         if number == 0:
             stats |= {f"policy/{name}": totals[name] / weight for name in means}
@@ -355,50 +345,35 @@ def update(
     return stats | {"train/grad_norm": norm}
 
 
-def pack_micro_batches(
-    which: Sequence[int], rows: list[TrainSample], most: int, size: int
-) -> list[list[int]]:
-    """The rows `which` in micro-batches of similar size: at most `most` tokens, or one longer row.
-
-    Rows of one prompt stay together as far as they fit: the prompt is computed once for them. Every
-    further row reads a copy of its keys, which counts as an eighth of the prompt's tokens.
+def pack_micro_batches(rows: list[TrainSample], most: int, size: int) -> list[list[TrainSample]]:
+    """Micro-batches of similar size: at most `most` tokens, or one longer row. Rows of one prompt
+    stay together as far as they fit, for the prompt is computed once for them.
 
     All `size` ranks need the same number of micro-batches, because forward and backward are
     collective: some may be empty. Largest first, so that each round is balanced between ranks.
     """
+    prompts = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.prompt)]
+    total = sum(map(num_tokens, prompts))
+    limit = min(most, total / size)  # so that no rank is idle
 
-    def length(group: list[int]) -> int:
-        prompt = len(rows[group[0]].prompt)
-        return prompt + sum(len(rows[i].ids) - 1 for i in group) + (len(group) - 1) * (prompt // 8)
-
-    def halves(group: list[int]) -> list[list[int]]:
+    def halves(group: list[TrainSample]) -> list[list[TrainSample]]:
         half = len(group) // 2
-        if half == 0 or length(group) <= most:
+        if half == 0 or num_tokens(group) <= limit:
             return [group]
         return halves(group[:half]) + halves(group[half:])
 
-    by_prompt = itertools.groupby(which, key=lambda i: rows[i].prompt)
-    groups = [part for _, group in by_prompt for part in halves(list(group))]
-    while len(groups) < size and (several := [g for g in groups if len(g) > 1]):  # no rank is idle
-        longest = max(several, key=length)
-        at, half = groups.index(longest), len(longest) // 2
-        groups[at : at + 1] = [longest[:half], longest[half:]]
-    groups.sort(key=length, reverse=True)
-    lengths = [length(group) for group in groups]
-    count = min(sum(lengths) / most, len(groups))
-    count = size * max(1, math.ceil(count / size))
-    while True:
-        parts: list[list[list[int]]] = [[] for _ in range(count)]
+    groups = [part for group in prompts for part in halves(group)]
+    groups.sort(key=num_tokens, reverse=True)
+    lengths = [num_tokens(group) for group in groups]
+    for count in itertools.count(size * max(1, math.ceil(total / most / size)), size):
+        parts: list[list[TrainSample]] = [[] for _ in range(count)]
         tokens = [0] * count
         for group, added in zip(groups, lengths, strict=True):
             emptiest = tokens.index(min(tokens))
-            parts[emptiest].append(group)
+            parts[emptiest] += group
             tokens[emptiest] += added
         if all(n <= most or len(part) == 1 for n, part in zip(tokens, parts, strict=True)):
-            break
-        count += size
-    order = sorted(range(count), key=lambda part: -tokens[part])
-    return [[i for group in parts[part] for i in group] for part in order]
+            return sorted(parts, key=num_tokens, reverse=True)
 
 
 def segments_of(rows: list[TrainSample]) -> list[list[int]]:
@@ -408,16 +383,17 @@ def segments_of(rows: list[TrainSample]) -> list[list[int]]:
     return [[len(prompt), *(len(r.ids) - 1 for r in group)] for prompt, group in groups]
 
 
+def num_tokens(rows: list[TrainSample]) -> int:
+    return sum(map(sum, segments_of(rows)))
+
+
 class MicroBatch:
     """Rows packed into one sequence, each attending to its prompt and itself alone. No masks, no
     padding. The layout depends on lengths, never on token values."""
 
-    def __init__(
-        self, rows: list[TrainSample], weights: list[float], reference: list[Tensor] | None, device
-    ):
+    def __init__(self, rows: list[TrainSample], device):
         if not rows:  # a rank without work still takes part: one token that weighs nothing
-            rows, weights = [TrainSample([0], [0], [0.0], 0.0, 1)], [0.0]
-            reference = None if reference is None else [torch.zeros(1)]
+            rows = [TrainSample([0], [0], [0.0], 0.0, 1, 0.0, torch.zeros(1))]
         self.segments = segments_of(rows)
         ids: list[int] = []
         predictors: list[int] = []  # positions whose hidden states predict the targets
@@ -427,19 +403,15 @@ class MicroBatch:
             for row in group:
                 predictors += [last, *range(len(ids), len(ids) + len(row.ids) - 1)]
                 ids += row.ids[:-1]
-        self.ids = torch.tensor([ids], device=device)
-        self.predictors = torch.tensor(predictors, device=device)
-        sizes = torch.tensor([len(r.ids) for r in rows])
-        self.targets = torch.tensor([i for r in rows for i in r.ids], device=device)
-
-        def per_token(values: list[float]) -> Tensor:
-            wide = torch.tensor(values, dtype=torch.float64)
-            return wide.repeat_interleave(sizes).to(device)
-
-        self.advantages, self.weights = per_token([r.advantage for r in rows]), per_token(weights)
-        sampled = [x for r in rows for x in r.logprobs]
-        self.sampled = torch.tensor(sampled, dtype=torch.float64, device=device)
-        self.reference = None if reference is None else torch.cat(reference).to(device)
+        tensor = partial(torch.tensor, device=device)
+        wide = partial(tensor, dtype=torch.float64)
+        self.ids, self.predictors = tensor([ids]), tensor(predictors)
+        self.targets = tensor([i for r in rows for i in r.ids])
+        self.sampled = wide([x for r in rows for x in r.logprobs])
+        self.advantages = wide([r.advantage for r in rows for _ in r.ids])
+        self.weights = wide([r.weight for r in rows for _ in r.ids])
+        reference = [r.reference for r in rows if r.reference is not None]
+        self.reference = torch.cat(reference).to(device) if reference else None
         self.old: Tensor | None = None
 
     def hidden(self, model) -> Tensor:
@@ -456,9 +428,9 @@ class MicroBatch:
         head = model.head_weight.to(hidden.dtype)
         return linear_policy_loss(
             hidden, head, self.targets, self.advantages, self.weights, old_logprobs=self.old,
-            ref_logprobs=self.reference, clip=(s.clip, s.clip), kl=s.kl, temperature=s.temperature,
-            sampler_logprobs=self.sampled, entropy_bonus=s.entropy_bonus,
-            importance_cap=s.importance_cap,
+            ref_logprobs=self.reference if s.kl else None, clip=(s.clip, s.clip), kl=s.kl,
+            temperature=s.temperature, sampler_logprobs=self.sampled,
+            entropy_bonus=s.entropy_bonus, importance_cap=s.importance_cap,
         )  # fmt: skip
 
 
@@ -490,15 +462,3 @@ def update_failure_streaks(metrics: dict, before: dict[str, int]) -> dict[str, i
         "sample of the right format": metrics.get("reward/format") == 0,
     }
     return {what: before.get(what, 0) + 1 for what, happened in absent.items() if happened}
-
-
-def check_health(streaks: dict[str, int], judged) -> None:
-    """Raise Stop if anything has been missing for MAX_BAD_STEPS steps in a row."""
-    for what in [what for what, steps in streaks.items() if steps >= MAX_BAD_STEPS]:
-        advice = "such updates were skipped; lower --lr"
-        if what == "valid score":
-            texts = [w for row in judged for w in row.judge_text if w != "not judged"][:3]
-            advice = "the judge's last words:" + "".join(f"\n  {w[-300:]!r}" for w in texts)
-        elif what == "sample of the right format":
-            advice = "see groups.jsonl; the prompts may not suit the model, or --max-new-tokens"
-        raise Stop(f"no {what} for {MAX_BAD_STEPS} steps in a row: {advice}")

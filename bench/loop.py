@@ -49,11 +49,11 @@ def run(_: list[str], count: int) -> dict:
     rate = 1e12 * measure_machine(torch.device("cpu")).teraflops
     steps = [loop.step() for _ in range(count)]
     profiled = {"sample": Profiled(loop.sampler.generate), "judge": Profiled(loop.reward)}
-    profiled["reference"] = Profiled(grpo.reference_logprobs)
+    profiled["reference"] = Profiled(grpo.set_reference_logprobs)
     profiled["train"] = Profiled(grpo.update)
     loop.sampler.generate, loop.reward = profiled["sample"], profiled["judge"]
     with (
-        mock.patch.object(grpo, "reference_logprobs", profiled["reference"]),
+        mock.patch.object(grpo, "set_reference_logprobs", profiled["reference"]),
         mock.patch.object(grpo, "update", profiled["train"]),
     ):
         for _ in range(count):

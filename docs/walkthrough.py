@@ -52,17 +52,14 @@ class Trip:
         self.rows = grpo.merge_identical_samples(
             step.prompts, step.groups, rewards, step.advantages, s
         )
-        self.weights = grpo.token_loss_weights(self.rows, s)
-        both = zip(self.rows, self.weights, strict=True)
-        self.row, self.weight_of_row = next(
-            x for x in both if x[0].prompt == self.ids and x[0].ids == self.best.ids
-        )
+        grpo.set_loss_weights(self.rows, s)
+        self.row = next(x for x in self.rows if x.prompt == self.ids and x.ids == self.best.ids)
         self.p, self.gradient = self.gradients()
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """p and d loss / d logits at the best sample's tokens; three ways must agree."""
         device, T = torch.device("cpu"), self.s.temperature
-        batch = grpo.MicroBatch([self.row], [self.weight_of_row], None, device)
+        batch = grpo.MicroBatch([self.row], device)
         with torch.no_grad():
             z = self.start.model.logits(batch.hidden(self.start.model)).double()
         one = torch.eye(z.shape[1], dtype=z.dtype)
@@ -152,8 +149,7 @@ class Trip:
 
     def weight(self) -> str:
         tokens, copies = sum(x.copies * len(x.ids) for x in self.rows), self.row.copies
-        both = zip(self.weights, self.rows, strict=True)
-        loss = -sum(w * len(row.ids) * row.advantage for w, row in both)
+        loss = -sum(row.weight * len(row.ids) * row.advantage for row in self.rows)
         assert_agree(loss, self.step.metrics["train/loss"], "the loss")
         reward, distinct = self.step.metrics["reward/total"], len(set(self.answers))
         return formulas(
@@ -161,11 +157,11 @@ class Trip:
             f"the step:     {sum(map(len, self.step.groups))} samples, {len(self.rows)} distinct, "
             f"{tokens} tokens, mean reward {reward:.4f}, loss {loss:.4f}",
             f"weight of a token of sample {self.n} = copies / tokens = {copies} / {tokens}"
-            f" = {self.weight_of_row:.4g}",
+            f" = {self.row.weight:.4g}",
         )
 
     def pull(self) -> str:
-        k, n, w = self.hard, self.n, self.weight_of_row
+        k, n, w = self.hard, self.n, self.row.weight
         p, mine, t, a = self.p[k], self.gradient[k], self.best.ids[k], self.advantages[n]
         shown = [t, *[i for i in p.topk(5).indices.tolist() if i != t][:4]]
         rows = [[self.token(i), float(p[i]), float(i == t), float(mine[i])] for i in shown]

@@ -159,23 +159,22 @@ class Confidence:
     @torch.no_grad()
     def scores(self, rows: list[grpo.TrainSample]) -> list[Score]:
         """Packed as in training, so that a prompt is computed once for its samples."""
-        scores: dict[int, Score] = {}
+        scores: dict[grpo.TrainSample, Score] = {}
         device, vocabulary = self.model.head_weight.device, len(self.model.head_weight)
-        for part in grpo.pack_micro_batches(range(len(rows)), rows, self.most, 1) if rows else []:
-            batch = [rows[i] for i in part]
-            hidden = grpo.MicroBatch(batch, [0.0] * len(batch), None, device).hidden(self.model)
+        for part in filter(None, grpo.pack_micro_batches(rows, self.most, 1)):
+            hidden = grpo.MicroBatch(part, device).hidden(self.model)
             values = [
                 self.measure(self.model.logits(h) / self.temperature)
                 for h in hidden.split(max(1, LOGITS // vocabulary))
             ]
-            sizes = [len(row.ids) for row in batch]
-            for i, x in zip(part, torch.cat(values).double().cpu().split(sizes), strict=True):
-                where = self.where(rows[i].ids)
+            sizes = [len(row.ids) for row in part]
+            for row, x in zip(part, torch.cat(values).double().cpu().split(sizes), strict=True):
+                where = self.where(row.ids)
                 value = float(x[where.start : where.stop].mean())
                 if math.isnan(value):
                     raise FloatingPointError("the model's logits are not finite")
-                scores[i] = Score(value, f"{value:.4f} over {len(where)} tokens")
-        return [scores[i] for i in range(len(rows))]
+                scores[row] = Score(value, f"{value:.4f} over {len(where)} tokens")
+        return [scores[row] for row in rows]
 
 
 def answer_span(codec: PromptCodec, ids: list[int]) -> range:

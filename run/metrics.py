@@ -37,7 +37,7 @@ class Clock:
 
 
 def batch_metrics(
-    groups, judged, rewards: Tensor, advantages: Tensor, rows: list, reference
+    groups, judged, rewards: Tensor, advantages: Tensor, rows: list, has_reference: bool
 ) -> dict[str, float | list[int]]:
     """Means over all samples, trained or not; rewards and KL over those that have a reward."""
     samples = [sample for group in groups for sample in group]
@@ -65,10 +65,10 @@ def batch_metrics(
         "length/max": max(lengths),
         "length/truncated": mean([not sample.stopped for sample in samples]),
     }
-    if reference is not None:
+    if has_reference:
         gaps = [
-            (r.copies, theirs.double() - torch.tensor(r.logprobs, dtype=torch.float64))
-            for r, theirs in zip(rows, reference, strict=True)
+            (r.copies, r.reference.double() - torch.tensor(r.logprobs, dtype=torch.float64))
+            for r in rows
         ]
         total = sum(copies * len(x) for copies, x in gaps) or math.nan
         # The estimator called k3, exp(x) - 1 - x: never negative, right on average.

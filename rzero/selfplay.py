@@ -127,6 +127,7 @@ BOUNDS = [
 ]  # fmt: skip
 CHOICES = {name: values for name, values in settings.CHOICES.items() if hasattr(Settings, name)}
 CHOICES |= {"preset": tuple(PRESETS), "challenge": CHALLENGES}
+CHOICES |= {"advantage_scale": settings.SCALES}  # its rewards are no sums of parts
 MOVED = settings.MOVED | {
     "steps": "each player has its own: --challenger-steps, --solver-steps",
     "samples_per_prompt": "each player has its own: --challenger-samples, --solver-samples",
