@@ -157,39 +157,28 @@ def test_a_damaged_checkpoint_is_put_aside_with_a_message(tmp_path, state, capsy
     assert (tmp_path / "step-000003.damaged").is_dir()
 
 
-def test_an_error_of_the_disk_is_no_damage(tmp_path, state, monkeypatch):
+def test_what_cannot_be_restored_is_an_error_that_says_why(tmp_path, state, monkeypatch):
     saved(tmp_path, state, 2, 3)
+    with pytest.raises(ValueError, match="another run: the texts it began with: a, now: b"):
+        opened(tmp_path, state, IDENTITY | {"texts": "b"}).restore()
+    with (
+        monkeypatch.context() as other,
+        pytest.raises(ValueError, match="reads format 1:"),
+    ):
+        other.setattr(checkpoint, "VERSION", 1)
+        opened(tmp_path, state).restore()
 
     def read_text(self):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint.Path, "read_text", read_text)
-    with pytest.raises(OSError, match="Input/output error"):
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="Input/output error"):
+        disk.setattr(checkpoint.Path, "read_text", read_text)
         opened(tmp_path, state).restore()
-    assert len(list(tmp_path.glob("step*[0-9]"))) == 2
-
-
-def test_wrong_bytes_are_an_error_with_the_folders_name(tmp_path, state):
-    saved(tmp_path, state, 3)
     file = tmp_path / "step-000003" / "__0_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(ValueError, match=r"step-000003 cannot be read .*delete it to resume"):
         opened(tmp_path, state).restore()
-
-
-def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, state):
-    saved(tmp_path, state, 3)
-    with pytest.raises(ValueError, match="another run: the texts it began with: a, now: b"):
-        opened(tmp_path, state, IDENTITY | {"texts": "b"}).restore()
-    assert (tmp_path / "step-000003").exists()
-
-
-def test_another_format_is_refused(tmp_path, state, monkeypatch):
-    with monkeypatch.context() as other:
-        other.setattr(checkpoint, "VERSION", 1)
-        saved(tmp_path, state, 3)
-    with pytest.raises(ValueError, match=r"step-000003 has format 1, and this code reads format "):
-        opened(tmp_path, state).restore()
+    assert len(list(tmp_path.glob("step*[0-9]"))) == 2  # none is taken for damaged
 
 
 def test_what_a_kill_left_behind_is_cleared_away(tmp_path, state):
@@ -326,14 +315,14 @@ def is_saving(checkpoints, since):
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_instants_lose_nothing(toy, tmp_path):
+def test_six_kills_at_random_instants_lose_nothing(toy, tmp_path):
     """SIGKILL of one rank or of both: before and while the state is read, in steps, in saves."""
-    words = [f"--model={toy}", "--steps=60", "--save-every=1", "--eval-every=20", "--judge=ema"]
+    words = [f"--model={toy}", "--steps=30", "--save-every=1", "--eval-every=20", "--judge=ema"]
     words += ["--prompts-per-step=2", "--eval-prompts=4", "--lr=1e-4"]
     go_ranks(tmp_path / "whole", 2, *words)
     run, rng, cut_off = tmp_path / "parts", random.Random(1), 0
     resumed = [*RANKS, *words, f"--folder={run}", "--resume"]
-    for kill in range(10):
+    for kill in range(6):
         started, before = time.time(), num_lines(run / "metrics.jsonl")
         ranks = processes.start(tmp_path / "output", 2, train, resumed)
         if kill % 3 == 1:  # in a save of this process
@@ -355,7 +344,7 @@ def test_ten_kills_at_random_instants_lose_nothing(toy, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_rank_again_and_the_run_resumes_by_itself(toy, tmp_path):
-    words = [f"--model={toy}", "--steps=20", "--save-every=3", "--lr=1e-4"]
+    words = [f"--model={toy}", "--steps=10", "--save-every=3", "--lr=1e-4"]
     go_ranks(tmp_path / "whole", 2, *words)
     run = tmp_path / "parts"
     process = torchrun("--nproc_per_node=2", "--max-restarts=2", "ssr.py", *RANKS, *words,
@@ -366,7 +355,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_resumes_by_itself(toy, 
         output = subprocess.run(command, capture_output=True, text=True).stdout
         return [int(number) for number in output.split()]
 
-    for count in (5, 12):
+    for count in (3, 7):
         wait_for(lambda count=count: num_lines(run / "metrics.jsonl") > count)
         old = workers()
         os.kill(old[1], signal.SIGKILL)
@@ -394,16 +383,3 @@ def test_two_nodes_with_an_agent_each(toy, tmp_path):
     for a, b in zip(*rows, strict=True):
         for key in ("reward/total", "eval/quality", "policy/entropy"):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-5)
-
-
-@pytest.mark.slow
-def test_sigterm_to_torchrun_keeps_the_last_step(toy, tmp_path):
-    run = tmp_path / "run"
-    process = torchrun("--nproc_per_node=2", "ssr.py", *RANKS, f"--model={toy}",
-                       "--steps=100000", f"--folder={run}")  # fmt: skip
-    wait_for(lambda: num_lines(run / "metrics.jsonl") > 5)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=180)
-    last = rows_of(run / "metrics.jsonl")[-1]["step"]
-    assert (run / "checkpoints" / f"step-{last:06}").is_dir()
-    assert "go on with --resume" in out, out

@@ -12,7 +12,7 @@ import ssr
 from run import console
 from run.console import Console, format_seconds
 from tests.processes import ROOT
-from tests.runs import rows_of
+from tests.runs import go
 
 SMALL = [
     *("--preset=toy", "--prompts-per-step=2", "--samples-per-prompt=4", "--eval-prompts=4"),
@@ -80,40 +80,48 @@ def test_the_report_of_a_run_says_how_it_ended(toy, tmp_path, capsys, monkeypatc
         with open(tmp_path / "spoilt" / "metrics.jsonl", "a") as file:
             file.write("{\n")
 
-    def go(name, steps):
+    def go_on(name, steps):
         ssr.main([*SMALL, f"--steps={steps}", f"--model={toy}", f"--folder={tmp_path / name}"])
         return capsys.readouterr().out
 
     monkeypatch.setattr(ssr.grpo, "train", train)
     change = bool
-    out = go("whole", 2)
+    out = go_on("whole", 2)
     text = (tmp_path / "whole" / "report.html").read_text()
     assert "2 of 2 steps in " in text and "Held-out exact_match" in text
     assert re.search(r"(?m)^step 2/2  held-out", out)  # the last step is printed in any case
     change = fail
     with pytest.raises(SystemExit, match="the disk is gone"):
-        go("lr=1 failed", 5)
+        go_on("lr=1 failed", 5)
     text = (tmp_path / "lr=1 failed" / "report.html").read_text()
     assert "2 of 5 steps in " in text
     change = spoil
-    assert re.search(r"no report: report: .*metrics\.jsonl, line \d is not JSON", go("spoilt", 2))
+    assert re.search(
+        r"no report: report: .*metrics\.jsonl, line \d is not JSON", go_on("spoilt", 2)
+    )
     assert (tmp_path / "spoilt" / "result.json").exists()
 
 
-def test_a_dashboard_that_fails_is_dropped_and_the_run_goes_on(tmp_path, capsys):
+def test_dashboards_get_the_rows_and_one_that_fails_is_dropped(toy, tmp_path, monkeypatch, capsys):
+    """A run that goes on writes its last row again."""
+    opened = []
+
     class Dashboard:
-        rows = 0
+        def __init__(self, path, settings, first_step):
+            self.first, self.steps, self.close = first_step, [], bool
+            opened.append(self)
 
         def log(self, numbers, step):
-            self.rows += 1
-            raise ConnectionError("no network")
+            self.steps.append(step)
+            if step == 4:
+                raise ConnectionError("no network")
 
-    shown = make_console(tmp_path)
-    shown.dashboards = [dashboard := Dashboard()]
-    for step in (1, 2):
-        shown.log_metrics({"step": step, "x": 1.0})
-    out = capsys.readouterr().out
-    assert out.count("Dashboard gets no more rows: no network") == 1 and dashboard.rows == 1
+    monkeypatch.setitem(console.DASHBOARDS, "wandb", Dashboard)
+    monkeypatch.setattr(console.importlib.util, "find_spec", bool)
+    for words in (["--steps=2"], ["--steps=5", "--resume"]):
+        go(tmp_path / "run", toy, "--log-to=wandb", *words, small=SMALL)
+    assert [(x.first, x.steps) for x in opened] == [(0, [0, 1, 2]), (2, [2, 3, 4])]
+    assert capsys.readouterr().out.count("Dashboard gets no more rows: no network") == 1
 
 
 def test_dashboards_that_are_unknown_or_missing_are_refused(monkeypatch):
@@ -127,37 +135,37 @@ def test_dashboards_that_are_unknown_or_missing_are_refused(monkeypatch):
 # --------------------------------------------------------------------------------- slow proofs
 
 
+BOARDS = """
+from pathlib import Path
+from types import SimpleNamespace
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from run.console import Console
+
+for first, steps in (0, [0, 1, 2]), (2, [2, 3]):  # a run that is stopped and goes on
+    shown = Console(SimpleNamespace(log_to="tensorboard, wandb"), Path("."), None)
+    shown.open({"lr": 1.0}, first)
+    for step in steps:
+        shown.log_metrics({"step": step, "policy/entropy": first + step / 4, "histogram/x": [1]})
+    for dashboard in shown.dashboards:
+        dashboard.close()
+events = EventAccumulator("tensorboard").Reload()
+logged = [(e.step, e.value) for e in events.Scalars("policy/entropy")]
+assert logged == [(0, 0.0), (1, 0.25), (2, 2.5), (3, 2.75)], logged
+"""
+
+
 @pytest.mark.slow
-def test_tensorboard_and_wandb_hold_what_metrics_jsonl_holds(toy, tmp_path):
+def test_tensorboard_and_wandb_hold_what_is_logged(tmp_path):
     """The real ones, W&B offline; a run that is stopped and goes on is one run there."""
     packages = tmp_path / "packages"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--target", str(packages)]
     pins = tmp_path / "pins.txt"
     pins.write_text(re.sub(r"(?m)^(torch|triton).*\n", "", (ROOT / "requirements.txt").read_text()))
     subprocess.run([*pip, "-c", str(pins), "tensorboard", "wandb"], check=True)
-    run = tmp_path / "run"
-    options = [*SMALL, f"--model={toy}", f"--folder={run}", "--log-to=tensorboard,wandb"]
-    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(packages)}
-
-    def go(*more):
-        command = [sys.executable, str(ROOT / "ssr.py"), *options, *more]
-        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
-
-    go("--steps=2", "--save-every=1")
-    go("--steps=4", "--resume")
-    rows = [x for x in rows_of(run / "metrics.jsonl") if "policy/entropy" in x]
-    check = f"""
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-expected = {dict((x["step"], x["policy/entropy"]) for x in rows)}
-events = EventAccumulator({str(run / "tensorboard")!r})
-events.Reload()
-logged = {{e.step: e.value for e in events.Scalars("policy/entropy")}}
-assert logged.keys() == expected.keys() == {{1, 2, 3, 4}}, (logged, expected)
-assert all(abs(logged[k] - expected[k]) < 1e-5 for k in expected)
-"""
-    subprocess.run([sys.executable, "-c", check], check=True, env=environment)
-    files = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
-    name = (run / "wandb-id").read_text()
+    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": f"{packages}:{ROOT}"}
+    subprocess.run([sys.executable, "-c", BOARDS], check=True, env=environment, cwd=tmp_path)
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    name = (tmp_path / "wandb-id").read_text()
     assert len(files) == 2 and all(file.stem == f"run-{name}" for file in files)
     # Protocol buffers, in which names can be read.
     assert all(b"policy/entropy" in file.read_bytes() for file in files)
