@@ -122,10 +122,13 @@ def pupil(tmp_path_factory):
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
     """A toy of small programs that has read just enough to ask, and to answer in the right form."""
-    from toy.programs import ProgramRecipe, program_model
+    from toy.pretrain import build_and_save
+    from toy.programs import ProgramRecipe, pretrain_programs
 
     recipe = ProgramRecipe(
         tokens=9e4, width=48, layers=1, mlp=96, asked=0.2, doubted=0.0, slip=0.0,
         muon=0.02, adamw=6e-3,
     )  # fmt: skip
-    return program_model(recipe, tmp_path_factory.mktemp("programs"))
+    folder = tmp_path_factory.mktemp("programs")
+    build_and_save(pretrain_programs, recipe, folder)
+    return folder

@@ -22,7 +22,7 @@ from tests.test_judge import Scripted, sample, well_formed
 from tests.test_ssr import go, rows_of, untimed
 from tests.tiny import make_model, make_tokenizer
 from toy.languages import Languages
-from toy.pretrain import Recipe, language_model
+from toy.pretrain import Recipe, build_and_save, pretrain_languages
 
 TASK = Task("The sun is shining.", "English", "Chinese")
 
@@ -46,7 +46,9 @@ def taught(tmp_path_factory):
     """A toy that has seen its skills."""
     recipe = Recipe(tokens=6e4, batch=16, width=48, layers=1, mlp=96, muon=0.02, adamw=6e-3,
                     skills=("compare", "rate"))  # fmt: skip
-    return language_model(recipe, tmp_path_factory.mktemp("taught"))
+    folder = tmp_path_factory.mktemp("taught")
+    build_and_save(pretrain_languages, recipe, folder)
+    return folder
 
 
 # ------------------------------------------------------------------------ its own probabilities

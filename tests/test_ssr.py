@@ -146,8 +146,8 @@ def test_the_same_command_gives_the_same_run_bit_for_bit(run, toy, tmp_path):
 
 def test_the_loop_never_sees_the_truth(run, toy, tmp_path, monkeypatch):
     """With every reference replaced by rubbish, training is the same to the last bit."""
-    real = Languages.make_task
-    monkeypatch.setattr(Languages, "make_task", lambda *a: real(*a)._replace(reference="rubbish"))
+    real = Languages.task
+    monkeypatch.setattr(Languages, "task", lambda *a: real(*a)._replace(reference="rubbish"))
     blind = go(tmp_path / "run", toy, *OPTIONS)
     for a, b in zip(untimed(run.rows), untimed(blind), strict=True):
         assert all(a[k] == b[k] for k in a.keys() | b.keys() if "eval" not in k)

@@ -26,10 +26,13 @@ from judge import Task
 KASU, BEVO = "Kasu", "Bevo"
 SIZES = {"noun": 24, "verb": 14, "adjective": 10, "adverb": 6, "numeral": 4, "preposition": 4}
 IDIOMS = 4
-HELD_OUT = 8  # one sentence in 8 is for evaluation
+HELD_OUT = 8  # one sentence (or program) in 8 is for evaluation
 
 Lexeme = tuple[str, int]  # category and number
-Swap = Callable[[Lexeme], Lexeme]
+
+
+def is_held_out(text: str) -> bool:
+    return zlib.crc32(text.encode()) % HELD_OUT == 0
 
 
 class Phrase(NamedTuple):
@@ -48,10 +51,6 @@ class Meaning(NamedTuple):
     place: Phrase | None
 
 
-def unchanged(lexeme: Lexeme) -> Lexeme:
-    return lexeme
-
-
 class Languages:
     def __init__(self, seed: int):
         self.seed = seed
@@ -59,12 +58,12 @@ class Languages:
         used: set[str] = set()
 
         def coin(consonants: str, vowels: str, endings: list[str]) -> str:
-            while True:
+            word = ""
+            while not word or word in used:
                 word = "".join(rng.choice(consonants) + rng.choice(vowels) for _ in range(2))
                 word += rng.choice(endings)
-                if word not in used:
-                    used.add(word)
-                    return word
+            used.add(word)
+            return word
 
         kasu = partial(coin, "ptkmnls", "aiu", [""])
         bevo = partial(coin, "bdgvzrh", "eoy", ["", "n", "x", "l"])
@@ -102,14 +101,13 @@ class Languages:
 
     def task(self, split: str, number: int) -> Task:
         """Sentence `number` of "train" or "held-out", in one of the two directions."""
-        rng = self.stream(split, number)
-        meaning = self.meaning(rng, held_out=split == "held-out")
-        source, target = rng.choice([(KASU, BEVO), (BEVO, KASU)])
-        return self.make_task(meaning, source, target)
+        return self.sentence(self.stream(split, number), held_out=split == "held-out")[1]
 
-    def make_task(self, meaning: Meaning, source: str, target: str) -> Task:
+    def sentence(self, rng: Random, held_out: bool = False) -> tuple[Meaning, Task]:
+        meaning = self.meaning(rng, held_out)
+        source, target = rng.choice([(KASU, BEVO), (BEVO, KASU)])
         text, reference = (" ".join(self.say(meaning, x)) for x in (source, target))
-        return Task(text, source, target, reference)
+        return meaning, Task(text, source, target, reference)
 
     def meaning(self, rng: Random, held_out: bool = False) -> Meaning:
         def maybe(category: str, chance: float) -> int | None:
@@ -131,17 +129,15 @@ class Languages:
                 phrase() if placed else None,
             )
             sentence = self.say(meaning, KASU)
-            if 3 <= len(sentence) <= 10:
-                checksum = zlib.crc32(" ".join(sentence).encode())
-                if (checksum % HELD_OUT == 0) == held_out:
-                    return meaning
+            if 3 <= len(sentence) <= 10 and is_held_out(" ".join(sentence)) == held_out:
+                return meaning
 
     def say(
         self,
         meaning: Meaning,
         language: str,
         order: str | None = None,
-        swap: Swap = unchanged,
+        swap: Callable[[Lexeme], Lexeme] = lambda lexeme: lexeme,
         agrees: Callable[[], bool] = lambda: True,
     ) -> list[str]:
         """The words of a meaning. Mistakes: the other language's word `order`, lexemes that

@@ -1,7 +1,7 @@
 """A tiny model pretrained on the two made-up languages: it stands in for a pretrained LLM.
 
-    folder = make(Recipe())                    # shipped with the project: toy/shipped
-    folder = make(Recipe(seed=1))              # some minutes, once; then it comes from the cache
+    folder = language_model(Recipe())          # shipped with the project: toy/shipped
+    folder = language_model(Recipe(seed=1))    # some minutes, once; then it comes from the cache
     python -m toy.pretrain                     # rebuilds the shipped one
 
 Half of each batch is parallel text as the web has it: per direction about a third of the lexemes
@@ -14,11 +14,11 @@ scores 100. Self-rewarding lives from that gap: recognising a good translation i
 writing one. `Recipe.skills` teaches more kinds of question.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,13 +40,9 @@ from toy.languages import BEVO, KASU, SIZES, Languages, Lexeme, Meaning, quality
 WordRow = tuple[list[str], list[str]]  # a prompt and its answer
 CONTROL = ["<pad>", "<eos>", "<unk>", "translate", "score", "=>", "||"]
 SKILLS = ("compare", "rate")  # each is a control word, too
-SOURCES = [
-    "judge.py",
-    "data/codec.py",
-    "rewards/family.py",
-    "model.py",
-    "toy/languages.py",
-    "toy/pretrain.py",
+SOURCES = [  # all that a model depends on
+    *("judge.py", "data/codec.py", "rewards/family.py", "model.py"),
+    *("toy/languages.py", "toy/programs.py", "toy/pretrain.py"),
 ]
 SHIPPED = Path(__file__).with_name("shipped")
 POOL = 40  # batches that are made together, of rows of similar length
@@ -163,11 +159,6 @@ class PretrainingCorpus:
             damaged = damaged[: rng.randrange(len(damaged) + 1)]
         return damaged[:16]
 
-    def sentence(self) -> tuple[Meaning, Task]:
-        meaning = self.pair.meaning(self.rng)
-        source, target = self.rng.choice([(KASU, BEVO), (BEVO, KASU)])
-        return meaning, self.pair.make_task(meaning, source, target)
-
     def candidates(self, meaning: Meaning, task: Task, count: int) -> tuple[list, list]:
         """Some translations, and the quality of each."""
         candidates = (self.candidate(meaning, task.source, task.target) for _ in range(count))
@@ -177,17 +168,17 @@ class PretrainingCorpus:
     # Each of these returns a prompt and its answer, split at spaces.
 
     def translation(self) -> WordRow:
-        meaning, task = self.sentence()
+        meaning, task = self.pair.sentence(self.rng)
         prompt = "".join(TOY.ask(task)).split()
         return prompt, [*self.habitual(meaning, task.source, task.target), "<eos>"]
 
     def judgement(self) -> WordRow:
-        meaning, task = self.sentence()
+        meaning, task = self.pair.sentence(self.rng)
         [text], values = self.candidates(meaning, task, 1)
         return "".join(TOY.ask_judge(task, text)).split(), [*tens(values), "<eos>"]
 
     def comparison(self) -> WordRow:
-        meaning, task = self.sentence()
+        meaning, task = self.pair.sentence(self.rng)
         while True:
             texts, (first, second) = self.candidates(meaning, task, 2)
             if first != second:
@@ -195,21 +186,18 @@ class PretrainingCorpus:
                 return "".join(ask_pair(TOY, task, *texts)).split(), [better, "<eos>"]
 
     def rating(self) -> WordRow:
-        meaning, task = self.sentence()
+        meaning, task = self.pair.sentence(self.rng)
         texts, values = self.candidates(meaning, task, self.rng.randint(2, COMPARISONS["toy"].most))
         return "".join(ask_group(TOY, task, texts)).split(), [*tens(values), "<eos>"]
 
     def kinds(self) -> list["Kind"]:
-        weight, more = self.recipe.candidate_loss, []
+        weight = self.recipe.candidate_loss
+        kinds = [Kind(self.translation), Kind(self.judgement, weight)]
         for skill in self.recipe.skills:  # a stream each: the other texts stay the same
             corpus = PretrainingCorpus(self.pair, self.recipe, skill)
-            name, row = {
-                "compare": ("comparing", corpus.comparison),
-                "rate": ("rating", corpus.rating),
-            }[skill]
-            more.append(Kind(name, row, "||", weight, counted=False))
-        judging = Kind("judging", self.judgement, "||", weight)
-        return [Kind("translating", self.translation), judging, *more]
+            row = {"compare": corpus.comparison, "rate": corpus.rating}[skill]
+            kinds.append(Kind(row, weight, counted=False))
+        return kinds
 
 
 def tens(values: list[float]) -> list[str]:
@@ -223,10 +211,8 @@ def tens(values: list[float]) -> list[str]:
 class Kind(NamedTuple):
     """A kind of text: each has an equal share of every batch."""
 
-    name: str
     row: Callable[[], WordRow]
-    read_from: str = ""  # the prompt's words after this one are predicted as well …
-    reading_loss: float = 0.0  # … with this weight
+    reading_loss: float = 0.0  # weight of the loss on the prompt's words after "||"
     counted: bool = True  # as part of the recipe's `tokens`
 
 
@@ -243,14 +229,12 @@ def batches(make_row, recipe: Recipe, ids: dict[str, int], rng: Random):
 
 def loss_of(model: Transformer, rows, read_from: int | None, reading_loss: float):
     """Mean loss of the answers' tokens, plus that of the prompt after `read_from`; tokens seen."""
-    length = max(len(p) + len(a) for p, a in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    kind = torch.zeros(len(rows), length, dtype=torch.int64)  # 1: answer, 2: after read_from
-    for i, (prompt, answer) in enumerate(rows):
-        ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        if read_from is not None:
-            kind[i, prompt.index(read_from) + 1 : len(prompt)] = 2
-        kind[i, len(prompt) : len(prompt) + len(answer)] = 1
+    ids, kind = [], []  # kind 1: answer, 2: after read_from
+    for prompt, answer in rows:
+        start = len(prompt) if read_from is None else prompt.index(read_from) + 1
+        ids.append(torch.tensor(prompt + answer))
+        kind.append(torch.tensor([0] * start + [2] * (len(prompt) - start) + [1] * len(answer)))
+    ids, kind = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, kind))
     kind, targets = kind[:, 1:], ids[:, 1:]
     hidden = model(ids[:, :-1])
     wanted = kind > 0
@@ -274,20 +258,20 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), matrices in by_shape.items():
-                updates = []
-                for p in matrices:
-                    average = self.state[p].setdefault("average", torch.zeros_like(p))
-                    average.lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(average, momentum))  # Nesterov's
-                rate = lr * max(1, rows / columns) ** 0.5
-                for p, update in zip(matrices, orthogonalise(torch.stack(updates)), strict=True):
-                    p.mul_(1 - lr * group["decay"]).sub_(update, alpha=rate)
+        [group] = self.param_groups
+        lr, momentum = group["lr"], group["momentum"]
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            by_shape.setdefault(p.shape, []).append(p)
+        for (rows, columns), matrices in by_shape.items():
+            updates = []
+            for p in matrices:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - momentum)
+                updates.append(p.grad.lerp(average, momentum))  # Nesterov's
+            rate = lr * max(1, rows / columns) ** 0.5
+            for p, update in zip(matrices, orthogonalise(torch.stack(updates)), strict=True):
+                p.mul_(1 - lr * group["decay"]).sub_(update, alpha=rate)
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
@@ -302,14 +286,17 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def pretrain(model: Transformer, kinds: list[Kind], ids: dict, recipe, rng: Random) -> None:
-    """`ids`: the vocabulary's. `recipe` has tokens, batch, muon, adamw."""
-    with torch.no_grad():
-        for name, p in model.blocks.named_parameters():
-            if p.dim() == 2:
-                narrow = 0.5 if ".out." in name or ".down." in name else 1.0
-                p.normal_(std=narrow * p.shape[1] ** -0.5)
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+def pretrain(
+    config: Config, kinds: list[Kind], ids: dict[str, int], recipe, rng: Random
+) -> Transformer:
+    """`ids`: the vocabulary's. `recipe` has seed, tokens, batch, muon, adamw."""
+    torch.manual_seed(recipe.seed)
+    model, matrices = Transformer(config), []
+    for name, p in model.blocks.named_parameters():
+        if p.dim() == 2:
+            narrow = 0.5 if ".out." in name or ".down." in name else 1.0
+            nn.init.normal_(p, std=narrow * p.shape[1] ** -0.5)
+            matrices.append(p)
     inside, parameters = set(matrices), list(model.parameters())
     rest = [p for p in parameters if p not in inside]
     muon = Muon(matrices, lr=recipe.muon)
@@ -317,7 +304,7 @@ def pretrain(model: Transformer, kinds: list[Kind], ids: dict, recipe, rng: Rand
     streams = [batches(kind.row, recipe, ids, rng) for kind in kinds]
 
     def gradients(kind: Kind, rows: list) -> tuple[float, int, tuple[Tensor, ...]]:
-        read_from = ids[kind.read_from] if kind.read_from else None
+        read_from = ids["||"] if kind.reading_loss else None
         loss, tokens = loss_of(model, rows, read_from, kind.reading_loss)
         return loss.item(), tokens, torch.autograd.grad(loss, parameters)
 
@@ -329,8 +316,7 @@ def pretrain(model: Transformer, kinds: list[Kind], ids: dict, recipe, rng: Rand
         left = 1 - read / recipe.tokens
         rate = min(1.0, (step + 1) / 50, max(0.02, left / 0.5))
         for optimizer, top in ((muon, recipe.muon), (adamw, recipe.adamw)):
-            for group in optimizer.param_groups:
-                group["lr"] = top * rate
+            optimizer.param_groups[0]["lr"] = top * rate
         results = pool.map(gradients, kinds, rows)
         rows = [next(stream) for stream in streams]  # the next step's, meanwhile
         losses, tokens, parts = zip(*results, strict=True)
@@ -342,12 +328,10 @@ def pretrain(model: Transformer, kinds: list[Kind], ids: dict, recipe, rng: Rand
         read += sum(n for kind, n in zip(kinds, tokens, strict=True) if kind.counted)
         step, seconds = step + 1, time.perf_counter() - start
         if seconds - shown > 5 or read >= recipe.tokens:
-            shown, speed = seconds, read / seconds
-            to_go = max(0.0, recipe.tokens - read) / speed
-            named = zip(kinds, losses, strict=True)
-            loss = ", ".join(f"{kind.name} {x:.2f}" for kind, x in named)
-            print(f"  pretraining {min(1, read / recipe.tokens):4.0%}  loss: {loss}  "
-                  f"{speed:,.0f} tokens/s, {to_go:.0f} s left", flush=True)  # fmt: skip
+            shown, done = seconds, min(1.0, read / recipe.tokens)
+            print(f"  pretraining {done:4.0%}  loss {sum(losses):.2f}  "
+                  f"{seconds / done - seconds:.0f} s left", flush=True)  # fmt: skip
+    return model
 
 
 def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Config:
@@ -363,33 +347,29 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Config:
 def pretrain_languages(recipe: Recipe) -> tuple[Transformer, PreTrainedTokenizerFast]:
     pair = Languages(recipe.seed)
     tokenizer = make_tokenizer(pair, recipe.skills)
-    torch.manual_seed(recipe.seed)
-    model = Transformer(model_config(recipe, tokenizer))
-    rng = pair.stream("batches", 0)
-    pretrain(model, PretrainingCorpus(pair, recipe).kinds(), tokenizer.get_vocab(), recipe, rng)
+    config, kinds = model_config(recipe, tokenizer), PretrainingCorpus(pair, recipe).kinds()
+    model = pretrain(config, kinds, tokenizer.get_vocab(), recipe, pair.stream("batches", 0))
     return model, tokenizer
 
 
-def language_model(recipe: Recipe, cache: Path | None = None) -> Path:
+def language_model(recipe: Recipe) -> Path:
     """The folder of the recipe's model: shipped, cached, or built."""
-    return load_or_build("languages", recipe, SOURCES, pretrain_languages, cache)
+    return load_or_build("languages", recipe, pretrain_languages)
 
 
 # -------------------------------------------------------------------------------- shipped, cached
 
 
-def load_or_build(
-    kind: str, recipe, sources: list[str], build: Callable, cache: Path | None
-) -> Path:
+def load_or_build(kind: str, recipe, build: Callable) -> Path:
     """The cache is $SSR_TOY_CACHE or runs/toy-models, keyed by recipe, sources and PyTorch."""
     name = f"{kind}-seed{recipe.seed}"
     if folder := find_shipped(name, recipe):
         return folder
     root = Path(__file__).parent.parent
     content = [repr(recipe).encode(), torch.__version__.encode()]
-    content += [(root / file).read_bytes() for file in sources]
+    content += [(root / file).read_bytes() for file in SOURCES]
     name = f"{name}-{hashlib.sha256(b'|'.join(content)).hexdigest()[:12]}"
-    cache = cache or Path(os.environ.get("SSR_TOY_CACHE", "runs/toy-models"))
+    cache = Path(os.environ.get("SSR_TOY_CACHE", "runs/toy-models"))
     folder, partial = cache / name, cache / f"{name}.{os.getpid()}.partial"
     if folder.is_dir():
         print(f"Toy model: {folder}, built earlier", flush=True)
@@ -397,56 +377,36 @@ def load_or_build(
     partial.mkdir(parents=True, exist_ok=True)  # fails before the work if it cannot be written
     print(f"Toy model: pretraining {folder}, once", flush=True)
     build_and_save(build, recipe, partial)
-    try:
+    with contextlib.suppress(OSError):  # another process was faster: the same content
         partial.rename(folder)
-    except OSError:  # another process was faster: the same content
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(partial)
     return folder
 
 
 def build_and_save(build: Callable, recipe, folder: Path) -> None:
-    """On one thread: another number of threads rounds differently and makes another model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        model, tokenizer = build(recipe)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # another number rounds differently and makes another model
+    model, tokenizer = build(recipe)
     save(model, folder)
     tokenizer.save_pretrained(folder)
 
 
 def find_shipped(name: str, recipe) -> Path | None:
-    """The model that comes with the project, if it is of this recipe and undamaged."""
-    folder = SHIPPED / name
-    try:
-        about = json.loads((folder / "made.json").read_text())
-        is_same = about["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe)))
-        is_whole = all(hash_file(folder / file) == x for file, x in about["sha256"].items())
-    except (OSError, ValueError, KeyError):
-        is_same, is_whole = recipe == type(recipe)(), False
-    if is_same:
-        state = f"shipped with the project ({about['made']})" if is_whole else "damaged or missing"
-        print(f"Toy model: {folder}, {state}" + "; it is rebuilt" * (not is_whole), flush=True)
-    return folder if is_same and is_whole else None
+    """The model that comes with the project, if it is of this recipe."""
+    about = SHIPPED / name / "made.json"
+    shipped = json.loads(about.read_text()) if about.is_file() else {"recipe": None}
+    if shipped["recipe"] != json.loads(json.dumps(dataclasses.asdict(recipe))):
+        return None
+    print(f"Toy model: {about.parent}, shipped with the project ({shipped['made']})", flush=True)
+    return about.parent
 
 
-def hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def ship(kind: str, recipe, build: Callable, command: str, shipped: Path = SHIPPED) -> Path:
+def ship(kind: str, recipe, build: Callable, command: str) -> None:
     """Build a model and write it where `find_shipped` looks."""
-    folder = shipped / f"{kind}-seed{recipe.seed}"
+    folder = SHIPPED / f"{kind}-seed{recipe.seed}"
     build_and_save(build, recipe, folder)
     made = f"by `{command}` on {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, "
     made += f"{torch.backends.cpu.get_cpu_capability()} processor"
-    hashes = {x.name: hash_file(x) for x in sorted(folder.iterdir()) if x.name != "made.json"}
-    about = {"recipe": dataclasses.asdict(recipe), "made": made, "sha256": hashes}
+    about = {"recipe": dataclasses.asdict(recipe), "made": made}
     (folder / "made.json").write_text(json.dumps(about, indent=1) + "\n")
-    return folder
 
 
 if __name__ == "__main__":

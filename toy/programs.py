@@ -23,16 +23,14 @@ Challenger has to find and follow.
 
 import dataclasses
 import statistics
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
-import torch
-
 from judge import UntrustedText
-from model import Config, Transformer
+from model import Config
 from rzero.games import Quiz
+from toy.languages import is_held_out
 from toy.pretrain import Kind, load_or_build, pretrain, ship, tokenizer_of
 
 LETTERS = [*"abcdefgh"]
@@ -41,8 +39,6 @@ PLACES = [RULES[i : i + 3] for i in range(len(RULES) - 2)]
 DEEPEST = len(PLACES)
 LINES = [f"{i})" for i in range(1, DEEPEST + 1)]
 CONTROL = ["<pad>", "<eos>", "<unk>", "ask", "solve", "=>"]
-SOURCES = ["model.py", "toy/programs.py", "toy/pretrain.py"]
-HELD_OUT = 8  # one program in 8 is for evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +71,6 @@ def program(rng: Random, depth: int) -> str:
 
 def depth(text: str) -> int:
     return len(text.split()) - 3
-
-
-def is_held_out(text: str) -> bool:
-    return zlib.crc32(text.encode()) % HELD_OUT == 0
 
 
 class Programs(Quiz):
@@ -177,28 +169,20 @@ def corpus(recipe: ProgramRecipe) -> tuple[Callable, Callable]:
     return question, solution
 
 
-def make_program_tokenizer():
-    """One token a word."""
-    return tokenizer_of(CONTROL, [*LETTERS, *RULES, *LINES])
-
-
 def pretrain_programs(recipe: ProgramRecipe) -> tuple:
-    tokenizer = make_program_tokenizer()
+    tokenizer = tokenizer_of(CONTROL, [*LETTERS, *RULES, *LINES])
     config = Config(
         "llama", len(tokenizer), recipe.width, recipe.mlp, recipe.layers,
         heads=3, kv_heads=3, head_dim=recipe.width // 3, max_length=96,
         tied=True, hub={"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0},
     )  # fmt: skip
-    torch.manual_seed(recipe.seed)
-    model = Transformer(config)
-    kinds = [Kind(*x) for x in zip(("asking", "solving"), corpus(recipe), strict=True)]
-    pretrain(model, kinds, tokenizer.get_vocab(), recipe, stream(recipe.seed, "batches"))
-    return model, tokenizer
+    kinds, rng = [Kind(row) for row in corpus(recipe)], stream(recipe.seed, "batches")
+    return pretrain(config, kinds, tokenizer.get_vocab(), recipe, rng), tokenizer
 
 
-def program_model(recipe: ProgramRecipe, cache: Path | None = None) -> Path:
+def program_model(recipe: ProgramRecipe) -> Path:
     """The folder of the recipe's model: shipped, cached, or built."""
-    return load_or_build("programs", recipe, SOURCES, pretrain_programs, cache)
+    return load_or_build("programs", recipe, pretrain_programs)
 
 
 if __name__ == "__main__":
