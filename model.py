@@ -146,6 +146,8 @@ class Transformer(nn.Module):
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
         self.checkpointing = False  # recompute each block in the backward pass: memory for time
+        # With a cache: (model, x, rope, cache) -> hidden, such as kernels.fused.decode_blocks.
+        self.decode_blocks: Callable | None = None
         self._frequencies: Tensor | None = None
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -184,6 +186,8 @@ class Transformer(nn.Module):
 
         x = F.embedding(ids, self.embedding.weight).to(self.activation_dtype)  # (B, T, D)
         rope = self.rope(positions)
+        if cache is not None and self.decode_blocks is not None:
+            return self.decode_blocks(self, x, rope, cache)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, packing, cache, use_reentrant=False)

@@ -55,16 +55,24 @@ class Sample(NamedTuple):
     ids: list[int]
     """The generated tokens, including the stop token that ended them."""
     logprobs: list[float]
-    """Of each token, under the distribution it was drawn from (temperature, top-k and top-p
-    included); at temperature 0 under the model's own distribution at temperature 1."""
+    """Of each token, under the distribution it was drawn from (temperature and top-p included); at
+    temperature 0 under the model's own distribution at temperature 1."""
     stopped: bool
     """True: ended with a stop token. False: cut off at max_new_tokens."""
 
 
 class SamplingParams(NamedTuple):
     temperature: float = 1.0
-    top_k: int = 0
     top_p: float = 1.0
+
+
+class Kernels(NamedTuple):
+    """Functions that replace PyTorch's operators in decoding."""
+
+    attention: Callable | None = None
+    """Such as kernels.decode.decode_attention."""
+    block_sums: Callable | None = None
+    """Such as kernels.fused.block_sums."""
 
 
 @dataclass(eq=False)
@@ -169,7 +177,9 @@ class CustomDecode(NamedTuple):
 # -------------------------------------------------------------------------------------- draws
 
 
-def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniform: Tensor, params: SamplingParams, block_sums: Callable | None = None
+) -> tuple[Tensor, Tensor]:
     """logits (B, V), fp32 or float64, uniform (B,) in [0, 1) -> tokens (B,), their log-probs (B,).
 
     Inverse transform sampling: the token is the first whose cumulative probability exceeds
@@ -181,28 +191,41 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tenso
         token = logits.argmax(-1)
         logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
         return token, logprob
-    if params.temperature != 1:
-        logits = logits / params.temperature
-    logits = apply_top_k_top_p(logits, params)
+    if params.top_p < 1:
+        logits = apply_top_p(logits, params)
     B, V = logits.shape
-    prob = logits.softmax(-1)
     if V <= 512:  # one block
+        prob = (logits / params.temperature).softmax(-1)
         cumulative = prob.double().cumsum(-1)
         token = first_true((cumulative > uniform[:, None] * cumulative[:, -1:]) & (prob > 0))
         return token, prob.gather(1, token[:, None])[:, 0].log()
     size = next(d for d in range(512, 0, -1) if V % d == 0)
-    blocks = prob.view(B, -1, size)
-    mass = blocks.sum(-1)  # (B, V/size)
+    scale = 1 / params.temperature
+    maxima, sums = (block_sums or block_sums_torch)(logits, size, scale)  # (B, V/size)
+    peak = maxima.amax(-1, keepdim=True)
+    mass = sums * ((maxima - peak) * scale).exp()
     edge = mass.double().cumsum(-1)
     target = uniform[:, None] * edge[:, -1:]
     block = first_true((edge > target) & (mass > 0))[:, None]
-    inside = blocks.gather(1, block[..., None].expand(B, 1, size))[:, 0]  # (B, size)
-    cumulative = inside.double().cumsum(-1)
+    inside = logits.view(B, -1, size).gather(1, block[..., None].expand(B, 1, size))[:, 0]
+    scaled = (inside - peak) * scale  # (B, size)
+    prob = scaled.exp()
+    cumulative = prob.double().cumsum(-1)
     # A block's mass and the sum of its probabilities round differently: stay inside the block.
     rest = target - (edge - mass).gather(1, block)
     rest = torch.minimum(rest, cumulative[:, -1:] * (1 - 2**-48))
-    token = block[:, 0] * size + first_true((cumulative > rest) & (inside > 0))
-    return token, prob.gather(1, token[:, None])[:, 0].log()
+    column = first_true((cumulative > rest) & (prob > 0))[:, None]
+    logprob = scaled.gather(1, column) - edge[:, -1:].log().to(scaled.dtype)
+    return (block * size + column)[:, 0], logprob[:, 0]
+
+
+def block_sums_torch(logits: Tensor, size: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(B, V) -> over blocks of `size` tokens the maximum z* and Σ exp(scale (z - z*)), (B, V/size)
+    each. A block of -inf has the sum 0."""
+    blocks = logits.view(logits.shape[0], -1, size)
+    maxima = blocks.amax(-1)
+    below = blocks - maxima.clamp(min=-3e38)[..., None]
+    return maxima, below.mul_(scale).exp_().sum(-1)
 
 
 def first_true(condition: Tensor) -> Tensor:
@@ -210,17 +233,13 @@ def first_true(condition: Tensor) -> Tensor:
     return condition.to(torch.uint8).argmax(-1)
 
 
-def apply_top_k_top_p(logits: Tensor, params: SamplingParams) -> Tensor:
-    if params.top_k and params.top_k < logits.shape[-1]:
-        smallest = logits.topk(params.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    if params.top_p < 1:  # the smallest set whose probability reaches top_p
-        ordered, order = logits.sort(dim=-1, descending=True)
-        prob = ordered.softmax(-1)
-        removed = prob.cumsum(-1) - prob >= params.top_p
-        removed[:, 0] = False
-        logits = logits.masked_fill(removed.scatter(1, order, removed), -math.inf)
-    return logits
+def apply_top_p(logits: Tensor, params: SamplingParams) -> Tensor:
+    """-inf outside the smallest set of tokens whose probability reaches top_p."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    prob = (ordered / params.temperature).softmax(-1)
+    removed = prob.cumsum(-1) - prob >= params.top_p
+    removed[:, 0] = False
+    return logits.masked_fill(removed.scatter(1, order, removed), -math.inf)
 
 
 def uniforms(seed: int, keys: Ids, samples: Ids, count: int) -> Tensor:
@@ -248,7 +267,7 @@ def uniforms(seed: int, keys: Ids, samples: Ids, count: int) -> Tensor:
 class Sampler:
     def __init__(
         self, model, slots: int, max_length: int, check_every: int | None = None,
-        attention: Callable | None = None,
+        kernels: Kernels | None = None,
     ):  # fmt: skip
         """Room for `slots` sequences of `max_length` tokens, prompt included.
 
@@ -257,7 +276,6 @@ class Sampler:
         fly would do so for each token, so give the sampler a copy in the compute dtype.
         `check_every`: steps between checks for ended sequences. A check is free on a CPU (default
         1) and stalls a GPU (default 16); tokens past a stop are discarded.
-        `attention`: for decoding, in place of PyTorch's, such as kernels.decode.decode_attention.
         """
         c = model.config
         if slots < 1 or not 2 <= max_length <= c.max_length:
@@ -266,7 +284,7 @@ class Sampler:
                 f"{c.max_length}, the model's positions"
             )
         self.model, self.slots, self.max_length = model, slots, max_length
-        self.attention = attention
+        self.kernels = kernels or Kernels()
         self.device = device = next(model.parameters()).device
         self.check_every = check_every or (16 if device.type == "cuda" else 1)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -313,7 +331,6 @@ class Sampler:
         n: int = 1,
         max_new_tokens: int = 128,
         temperature: float = 1.0,
-        top_k: int = 0,
         top_p: float = 1.0,
         stop_ids: Ids = (),
         seed: int = 0,
@@ -324,11 +341,11 @@ class Sampler:
         `keys` (default 0, 1, 2, …) identify the prompts for the draws: the same key and seed give
         the same samples in any call.
         """
-        params = SamplingParams(temperature, top_k, top_p)
+        params = SamplingParams(temperature, top_p)
         if temperature != 0 and not 1e-4 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be 0 (greedy) or at least 0.0001")
-        if top_k < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"top_k={top_k} must be 0 (off) or above, top_p={top_p} in (0, 1]")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} must be in (0, 1]")
         prompts, stop_ids = to_tuples(prompts), to_tuples([stop_ids])[0]
         keys = range(len(prompts)) if keys is None else to_tuples([keys])[0]
         if n < 1 or max_new_tokens < 1 or len(keys) != len(prompts):
@@ -471,12 +488,13 @@ class Sampler:
         """One token for each of the slots 0 … B-1, without waiting for the host."""
         token, length, alive = self.token[:B], self.length[:B], self.alive[:B]
         num_generated = self.num_generated[:B]
+        attention, block_sums = self.kernels
         cached = self.kv, length, width
-        view = CustomDecode(*cached, self.attention) if self.attention else Decode(*cached)
+        view = CustomDecode(*cached, attention) if attention else Decode(*cached)
         hidden = self.model(token[:, None], positions=length[:, None], cache=view)
         column = num_generated[:, None]
         uniform = self.uniform[:B].gather(1, column)[:, 0]
-        drawn, logprob = draw(self.model.logits(hidden[:, 0]), uniform, params)
+        drawn, logprob = draw(self.model.logits(hidden[:, 0]), uniform, params, block_sums)
         self.ids[:B].scatter_(1, column, drawn[:, None])
         self.logprobs[:B].scatter_(1, column, logprob[:, None])
         token.copy_(drawn)
@@ -493,7 +511,7 @@ class Sampler:
         # every slot that holds one got a sequence at the start. The next sequence in the slot
         # overwrites the stray entry.
         B = min(self.slots, 1 << (count - 1).bit_length())
-        if self.attention:  # reads each sequence's own length: `width` is a bound, 512 · 4^i
+        if self.kernels.attention:  # it reads each sequence's length: `width` is a bound, 512 · 4^i
             width = max(512, 1 << ((width - 1).bit_length() | 1))
         width = min(self.padded_length, -(-width // 256) * 256)
         if (B, width, params) not in self.graphs:

@@ -2,7 +2,7 @@
 
     kernels     each against float64, in fp32 and bf16, beside plain torch in the same type
     decode      a step of the sampler at the shapes of Qwen2.5-0.5B and 7B (random weights), with
-                PyTorch's attention and with kernels/decode.py, beside the limit: the time to read
+                PyTorch's operators and with our kernels, beside the limit: the time to read
                 weights and cache at the measured bandwidth, or to multiply at the measured rate
     step        whole steps at 0.5B's shape, with the judge: stages, and peak memory beside what
                 --dry-run says
@@ -38,10 +38,11 @@ from bench.measure import (
 from bench.step import Ours, prepare
 from kernels.advantage import group_advantage
 from kernels.decode import decode_attention
+from kernels.fused import block_sums, decode_blocks
 from kernels.logprob import linear_policy_loss
 from model import Config, Transformer
 from run import estimate, settings
-from sampler import Sampler, SamplingParams
+from sampler import Kernels, Sampler, SamplingParams
 
 SHAPES = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"]
 TINY = Config("qwen2", 500, 32, 64, 2, 2, 1, 16, 4096, True)
@@ -84,7 +85,7 @@ def kernels(rehearse: bool) -> dict:
 
 
 def decode(rehearse: bool) -> dict:
-    """Milliseconds of a step by PyTorch's attention and by ours, and the share of the limit."""
+    """Milliseconds of a step by PyTorch's operators and by ours, and the share of the limit."""
     gpu = estimate.measure_machine(DEVICE)
     rows: dict[str, dict] = {"machine": gpu._asdict()}
     dtype = torch.float32 if rehearse else torch.bfloat16
@@ -101,8 +102,10 @@ def decode(rehearse: bool) -> dict:
             by_bytes = read / (gpu.terabytes_a_second * 1e12)
             by_flops = 2 * size * count / (gpu.teraflops * 1e12)
             row = {"limit, ms": 1e3 * max(by_bytes, by_flops)}
-            for kind, attention in (("PyTorch", None), ("kernel", decode_attention)):
-                seconds = decoding_seconds(model, count, context, attention)
+            ours = Kernels(decode_attention, block_sums if CUDA else None)
+            for kind, kernels in (("PyTorch", None), ("kernels", ours)):
+                model.decode_blocks = decode_blocks if kernels else None
+                seconds = decoding_seconds(model, count, context, kernels)
                 row |= {f"{kind}, ms": 1e3 * seconds, f"{kind}, of the limit": row["limit, ms"]
                         / (1e3 * seconds)}  # fmt: skip
             rows[f"{name}, {count} sequences, context {context}"] = row
@@ -113,9 +116,9 @@ def decode(rehearse: bool) -> dict:
     return rows
 
 
-def decoding_seconds(model, count: int, context: int, attention) -> float:
+def decoding_seconds(model, count: int, context: int, kernels) -> float:
     """Of a step, with `context` to `context` + STEPS cached tokens, whatever they are."""
-    decoder = Sampler(model, count, context + STEPS + 1, attention=attention)
+    decoder = Sampler(model, count, context + STEPS + 1, kernels=kernels)
     decoder.limit.fill_(context)
 
     @torch.inference_mode()

@@ -10,8 +10,8 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +22,11 @@ from torch.optim.adamw import adamw
 import grpo
 from data.codec import PromptCodec, load_tokenizer
 from kernels.decode import decode_attention
-from model import Transformer, load
+from kernels.fused import block_sums, decode_blocks
+from model import Config, Transformer, load
 from run.checkpoint import tensors_of
 from run.distributed import Ranks, init_device, sync_weights
-from sampler import Sampler
+from sampler import CustomDecode, Kernels, Sampler, block_sums_torch
 
 EMA_DECAY = 0.98  # per step, of --judge ema
 PREVIOUS_EVERY = 10  # steps for which --judge previous keeps its weights
@@ -129,28 +130,37 @@ def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, room: Samp
 
 
 def make_sampler(model: Transformer, slots: int, window: int) -> Sampler:
-    """On a GPU, in bf16, our kernel decodes; SSR_PLAIN_DECODE=1 leaves that to PyTorch."""
-    weight, attention = model.head_weight, None
-    if weight.is_cuda and weight.dtype == torch.bfloat16 and not os.environ.get("SSR_PLAIN_DECODE"):
-        c = model.config
-        check_decode_kernel(c.heads, c.kv_heads, c.head_dim)
-        attention = decode_attention
-    return Sampler(model, slots, window, attention=attention)
+    """On a GPU, in bf16, our kernels decode; SSR_PLAIN_DECODE=1 leaves that to PyTorch."""
+    weight = model.head_weight
+    is_plain = os.environ.get("SSR_PLAIN_DECODE") or weight.dtype != torch.bfloat16
+    if is_plain or not weight.is_cuda:
+        return Sampler(model, slots, window)
+    check_kernels(model.config)
+    model.decode_blocks = decode_blocks
+    return Sampler(model, slots, window, kernels=Kernels(decode_attention, block_sums))
 
 
-@cache
-def check_decode_kernel(H: int, K: int, E: int) -> None:
-    """Raise unless the kernel agrees with PyTorch on this GPU, where it may never have run."""
-    q, k, v = torch.randn(2, 1, H + 2 * K, E, device="cuda").bfloat16().split((H, K, K), dim=2)
-    past = torch.randn(2, 2, K, 512, E, device="cuda").bfloat16()
-    lengths = torch.tensor([3, 400], device="cuda")
-    ours, theirs = (
-        decode_attention(q, k, v, past.clone(), lengths, 512, impl) for impl in ("triton", "torch")
-    )
-    if (gap := float((ours - theirs).abs().max())) > 0.05:
+@torch.no_grad()
+def check_kernels(config: Config) -> None:
+    """Raise unless the kernels agree with PyTorch on this GPU, where they may never have run."""
+    with torch.device("cuda"):
+        model = Transformer(replace(config, layers=1, vocab_size=1024)).to(torch.bfloat16)
+        past = torch.randn(1, 2, 2, config.kv_heads, 512, config.head_dim).bfloat16()
+        lengths, token = torch.tensor([3, 400]), torch.tensor([[1], [2]])
+    results = []
+    for impl in ("torch", "triton"):
+        attention = partial(decode_attention, impl=impl)
+        view = CustomDecode(past.clone(), lengths, 512, attention)
+        hidden = model(token, lengths[:, None], cache=view)
+        logits = model.logits(hidden[:, 0])
+        sums = (block_sums if impl == "triton" else block_sums_torch)(logits, 512, 0.7)
+        results.append((hidden, *sums))
+        model.decode_blocks = decode_blocks
+    gaps = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True)]
+    if not max(gaps) < 0.05:
         raise RuntimeError(
-            f"kernels/decode.py and PyTorch differ by {gap:.2g} on {torch.cuda.get_device_name()}, "
-            "which is a bug: SSR_PLAIN_DECODE=1 goes on with PyTorch's attention"
+            f"kernels/ and PyTorch differ by {gaps} on {torch.cuda.get_device_name()}, which is a "
+            "bug: SSR_PLAIN_DECODE=1 goes on with PyTorch's operators"
         )
 
 

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import advantage, decode, logprob
+from kernels import advantage, decode, fused, logprob
 
 TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # shared memory of a block
 V = 152_064
@@ -39,6 +39,20 @@ for dtype in ("*fp32", "*fp64"):
 for E, group in ((64, 7), (128, 7), (128, 2), (64, 4)):  # Qwen2.5's heads at 0.5B and 7B, Qwen3's,
     heads = HEADS | {"G": group, "E": E, "E_PAD": E}  # and Llama 3's
     KERNELS.append((decode.split_kernel, CACHE, heads, {"num_warps": 4, "num_stages": 3}))
+FUSED = dict.fromkeys(("x", "added", "weight", "normed", "qkv", "q_weight", "k_weight"), "*bf16")
+FUSED |= dict.fromkeys(("cos", "sin", "gate_up", "product"), "*bf16") | {"eps": "fp32"}
+FUSED |= {"H": "i32", "HEADS": "i32", "logits": "*fp32", "maxima": "*fp32", "sums": "*fp32"}
+FUSED |= {"scale": "fp32", "blocks": "i32"}
+for D, block, warps in ((896, 1024, 2), (3584, 4096, 8)):
+    sizes = {"D": D, "BLOCK": block}
+    KERNELS.append((fused.add_norm_kernel, FUSED, sizes, {"num_warps": warps}))
+for E, has_norm in ((64, False), (128, True)):
+    sizes = {"E": E, "BLOCK": E // 2, "HAS_NORM": has_norm}
+    KERNELS.append((fused.norm_rope_kernel, FUSED, sizes, {"num_warps": 1}))
+KERNELS.append((fused.silu_mul_kernel, FUSED, {"INNER": 18_944, "BLOCK": 1024}, {}))
+for size, padded in ((128, 128), (501, 512)):  # Qwen2.5's vocabulary and Llama 3's
+    sizes = {"SIZE": size, "PADDED": padded, "GROUP": 4096 // padded}
+    KERNELS.append((fused.block_sums_kernel, FUSED, sizes, {}))
 
 
 def compile_for(target: str, kernel, types: dict, constants: dict, options: dict) -> str:

@@ -27,7 +27,7 @@ def test_plain_torch(case):
     case("torch", "cpu")
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CASES[:2] + CASES[-3:-1], ids=lambda case: case.__name__)
 def test_plain_torch_in_bf16(case):
     case("torch", "cpu", torch.bfloat16)
 

@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import numpy
 import pytest
@@ -6,7 +7,16 @@ import torch
 
 import model as ours
 from kernels.decode import decode_attention
-from sampler import Sampler, SamplingParams, common_prefix, draw, uniforms
+from kernels.fused import decode_blocks
+from sampler import (
+    Kernels,
+    Sampler,
+    SamplingParams,
+    block_sums_torch,
+    common_prefix,
+    draw,
+    uniforms,
+)
 from tests.tiny import make_model
 
 VOCAB = 99
@@ -124,15 +134,13 @@ def test_truncated_logprobs_are_renormalised(model):
     share = model.logits(hidden).div(0.8).softmax(-1)
     ordered = share.sort(descending=True)
     beyond = (ordered.values.cumsum(0) < 0.5).sum() + 1  # the smallest set that reaches 0.5
-    for params, keep in (({"top_k": 5}, 5), ({"top_p": 0.5}, int(beyond))):
-        kept = set(ordered.indices[:keep].tolist())
-        mass = ordered.values[:keep].sum()
-        drawn = set()
-        for (sample,) in sampler.generate([prompt] * 200, 1, 1, temperature=0.8, **params):
-            drawn.add(sample.ids[0])
-            want = (share[sample.ids[0]] / mass).log().item()
-            assert sample.logprobs[0] == pytest.approx(want, abs=1e-5)
-        assert drawn <= kept and len(drawn) > 1
+    kept, mass = set(ordered.indices[:beyond].tolist()), ordered.values[:beyond].sum()
+    drawn = set()
+    for (sample,) in sampler.generate([prompt] * 200, 1, 1, temperature=0.8, top_p=0.5):
+        drawn.add(sample.ids[0])
+        want = (share[sample.ids[0]] / mass).log().item()
+        assert sample.logprobs[0] == pytest.approx(want, abs=1e-5)
+    assert drawn <= kept and len(drawn) > 1
 
 
 def test_stop_token_is_part_of_the_sample(model):
@@ -169,12 +177,17 @@ def test_samples_do_not_depend_on_batch_slots_or_order(exact_model, slots, size)
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
 
 
-def test_another_attention_gives_the_same_samples(exact_model):
-    settings = {"n": 3, "max_new_tokens": 25, "stop_ids": STOPS, "seed": 5}
-    plain, other = (Sampler(exact_model, 5, 64, attention=x) for x in (None, decode_attention))
-    prompts = some_prompts(7, begin=(4, 5))
-    want, got = plain.generate(prompts, **settings), other.generate(prompts, **settings)
-    for mine, theirs in zip(want, got, strict=True):
+def test_kernels_replace_pytorch_and_give_the_same_samples(tmp_path):
+    make_model(tmp_path, vocab=1003)
+    model = ours.load(tmp_path, dtype=torch.float64)
+    settings = {"n": 3, "max_new_tokens": 25, "stop_ids": range(1, 1003, 32), "seed": 5}
+    prompts, results = some_prompts(7, begin=(4, 5)), []
+    functions = [mock.Mock(wraps=f) for f in (decode_blocks, decode_attention, block_sums_torch)]
+    for model.decode_blocks, *kernels in ((None, None, None), functions):
+        sampler = Sampler(model, 5, 64, kernels=Kernels(*kernels))
+        results.append(sampler.generate(prompts, **settings))
+    assert all(f.called for f in functions)
+    for mine, theirs in zip(*results, strict=True):
         assert [x.ids for x in mine] == [x.ids for x in theirs]
         for a, b in zip(mine, theirs, strict=True):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-9)
@@ -383,7 +396,6 @@ def test_nothing_to_do(model):
         ({"n": 0}, "n=0"),
         ({"temperature": -0.1}, "temperature=-0.1 must be 0"),
         ({"temperature": math.nan}, "temperature=nan must be 0"),
-        ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"stop_ids": [99]}, "stop_ids holds the id 99"),
         ({"keys": [1, 2]}, r"keys \(2\) as many as prompts \(1\)"),
