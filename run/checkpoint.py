@@ -6,8 +6,8 @@
     about = kept.restore()        # of the newest that is whole; the tensors are filled in place
 
 A checkpoint is a folder `step-000025`: each rank's shards in PyTorch's own format, which any number
-of ranks can read, and state.json, with the rest and the size of every file. It is written as
-`step-000025.partial`, synced and renamed.
+of ranks can read, and state.json, with the rest. It is written as `step-000025.partial`, synced and
+renamed.
 """
 
 import hashlib
@@ -85,7 +85,6 @@ class Checkpoints:
         try:
             future.result()  # rank 0 has it when all have written
             if self.ranks.rank == 0:
-                about["files"] = {file.name: file.stat().st_size for file in partial.iterdir()}
                 with open(partial / "state.json", "w") as file:
                     file.write(json.dumps(about, indent=1))
                     file.flush()
@@ -115,23 +114,15 @@ class Checkpoints:
         return sorted(folders, key=lambda folder: -int(folder.name[5:]))
 
     def restore(self) -> dict | None:
-        """The newest whole checkpoint's state, its tensors in place; None where there is none."""
+        """The newest checkpoint's state, its tensors in place; None where there is none."""
 
-        def find() -> tuple[Path, dict] | None:
-            for folder in self.all():
-                about, trouble = read_state(folder)
-                if not trouble:
-                    return folder, about
-                aside = folder.with_suffix(".damaged")
-                print(f"{folder} is not whole ({trouble}): put aside as {aside.name}", flush=True)
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(folder, aside)
-            return None
+        def find() -> list[tuple[Path, dict]]:
+            return [(x, json.loads((x / "state.json").read_text())) for x in self.all()[:1]]
 
         newest = self.ranks.on_rank0("look for checkpoints", find)
-        if newest is None:
+        if not newest:
             return None
-        folder, about = newest
+        [(folder, about)] = newest
         if about["version"] != VERSION:
             raise ValueError(
                 f"{folder} has format {about['version']}, and this code reads format {VERSION}: "
@@ -151,19 +142,6 @@ class Checkpoints:
                 "is damaged, delete it to resume from the one before"
             ) from None
         return about
-
-
-def read_state(folder: Path) -> tuple[dict, str]:
-    """state.json, and what is wrong with the folder, if anything."""
-    try:
-        about = json.loads((folder / "state.json").read_text())
-        if about["version"] == VERSION:  # another version's is refused later, whatever is in it
-            for name, size in about["files"].items():
-                if (actual := (folder / name).stat().st_size) != size:
-                    return {}, f"{name} has {actual} bytes instead of {size}"
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        return {}, f"{type(error).__name__}: {error}"
-    return about, ""
 
 
 def reason(error: BaseException) -> str:

@@ -28,7 +28,6 @@ from judge import FORMAT_REWARDS, PAPER, PLAIN, TOY, check_score_mode
 from kernels.advantage import SCALES
 from rewards import build
 from run.console import check_dashboards
-from run.folder import launcher
 
 TEMPLATES = {"paper": PAPER, "plain": PLAIN, "toy": TOY}
 OWN_JUDGES = ("live", "frozen", "ema", "previous")
@@ -294,12 +293,10 @@ def load_saved_settings(folder: Path, given: dict, cls: type, overridable: str) 
 
 
 def run_folder(prefix: str, folder: str, resume: bool) -> Path:
-    """The folder of a new run, of the one to resume, or of the one whose ranks were restarted."""
+    """The folder of a new run, or of the newest one to resume."""
     if folder:
         return Path(folder)
     runs = sorted(Path("runs").glob(f"{prefix}-[0-9]*-[0-9]*/settings.json"), reverse=True)
-    if is_restart():
-        runs = [f for f in runs if json.loads(f.read_text())["about"].get("launcher") == launcher()]
     if resume and runs:
         return runs[0].parent
     return Path(f"runs/{prefix}-{time.strftime('%Y%m%d-%H%M%S')}")
