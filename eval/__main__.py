@@ -45,7 +45,7 @@ from eval.translate import System, read_translations, translate
 from judge import Task
 from rewards.build import checkpoint_id
 from run.cache import JsonlCache, map_cached
-from run.distributed import Ranks, init_device, run_with_error_reporting
+from run.distributed import Ranks, init_distributed, run_with_error_reporting
 from run.folder import atomic_write
 from run.settings import CHAT, TEMPLATES
 
@@ -312,7 +312,7 @@ def write_segments(
 
 def evaluate(argv: list[str]) -> None:
     args = parse(argv)
-    device, ranks = init_device(cli.HANG_TIMEOUT)
+    device, ranks = init_distributed(cli.HANG_TIMEOUT)
     test_sets = ranks.on_rank0("read the sets", lambda: load_sets(args))
     print(describe_language_check(task.target for one in test_sets for task in one.tasks))
     metrics = parse_metrics(args, test_sets)

@@ -41,7 +41,7 @@ from judge import Judge, Task
 from model import check_folder, load
 from rewards.build import build_judge, build_remote_judge
 from run.cache import JsonlCache, map_cached
-from run.distributed import Ranks, init_device, run_with_error_reporting
+from run.distributed import Ranks, init_distributed, run_with_error_reporting
 from run.driver import make_sampler
 from run.estimate import params_of, refuse_without_room, token_bytes
 from run.folder import atomic_write
@@ -309,7 +309,7 @@ def to_markdown(agreements: dict[str, Agreement]) -> str:
 
 def evaluate_judge(argv: list[str]) -> None:
     args = parse(argv)
-    device, ranks = init_device(cli.HANG_TIMEOUT)
+    device, ranks = init_distributed(cli.HANG_TIMEOUT)
     file = args.file.expanduser()
     translations = ranks.on_rank0("read the translations", lambda: read_scored_translations(file))
     key, name = {name: getattr(args, name) for name in SETTINGS}, args.model

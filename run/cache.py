@@ -35,7 +35,7 @@ class JsonlCache:
         if not try_lock(self.lock):
             raise ValueError(f"{path} is being written by another process: wait for it")
         lines = path.read_bytes().split(b"\n")[:-1]  # a kill may have cut off the last line
-        saved = self.parse(lines[0], 1, "of")["of"] if lines else key
+        saved = json.loads(lines[0])["of"] if lines else key
         if saved != key:
             other = next(k for k in key | saved if saved.get(k) != key.get(k))
             if not replace:
@@ -45,19 +45,9 @@ class JsonlCache:
                 )
             print(f"{path.name}: another {other} than before, computed again")
             lines = []
-        self.about = self.parse(lines[0], 1, "about")["about"] if lines else None
-        self.rows = [self.parse(line, n, "segment") for n, line in enumerate(lines[1:], 2)]
+        self.about = json.loads(lines[0])["about"] if lines else None
+        self.rows = [json.loads(line) for line in lines[1:]]
         os.truncate(path, sum(len(line) + 1 for line in lines))
-
-    def parse(self, line: bytes, number: int, field: str) -> dict:
-        try:
-            row = json.loads(line)
-            row[field]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{self.path}, line {number} is not what we wrote there: remove the file"
-            ) from None
-        return row
 
     def append(self, rows: list[dict]) -> None:
         if self.about is None:

@@ -70,7 +70,7 @@ class Console:
             f"held-out {name} {latest[f'eval/{name}']:.3f} (step {latest['step']})",
             f"reward {metrics['reward/total']:.3f}",
             *[f"wrong language {wrong:.0%}"] * (wrong > 0),
-            f"{format_seconds(left)} left",
+            f"{timedelta(seconds=int(left))} left",
             f"entropy {metrics['policy/entropy']:.2f}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
         ]
@@ -84,8 +84,8 @@ class Console:
         self.share = share
         if now - max(self.work_began, self.printed) >= QUIET:
             self.printed = now
-            left = format_seconds((now - self.work_began) * (1 - share) / share)
-            print(f"{work}  {share:.0%}, {left} left", flush=True)
+            left = (now - self.work_began) * (1 - share) / share
+            print(f"{work}  {share:.0%}, {timedelta(seconds=int(left))} left", flush=True)
 
     def draw_report(self) -> None:
         """In a process of its own, whose errors do not end the run."""
@@ -103,11 +103,6 @@ class Console:
         for dashboard in self.dashboards:
             dashboard.close()
         self.draw_report()
-
-
-def format_seconds(seconds: float) -> str:
-    text = str(timedelta(seconds=int(seconds)))
-    return text.removeprefix("0:").removeprefix("0")
 
 
 # --------------------------------------------------------------------------------- dashboards

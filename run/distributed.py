@@ -1,6 +1,6 @@
 """Many processes that work as one, under torchrun; without it, one rank.
 
-    ranks = init_distributed("cuda", patience=1800)
+    device, ranks = init_distributed()
     model = load(folder, shard=ranks.shard)               # FSDP2: each rank has its shard
     results = ranks.map_over_ranks("sample", prompts, work)   # works on its part, gets all results
     everything = ranks.gather(mine)                       # one object of each rank
@@ -174,27 +174,22 @@ class Ranks:
             abort("\n".join(lines))
 
 
-def init_device(hang_timeout: float) -> tuple[torch.device, Ranks]:
-    """This process's device, and the ranks."""
-    cuda = torch.cuda.is_available()
-    ranks = init_distributed("cuda" if cuda else "cpu", hang_timeout)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), ranks
-
-
-def init_distributed(device: str, hang_timeout: float = 1800.0) -> Ranks:
-    """The ranks that torchrun started, or one alone. Collective."""
+def init_distributed(hang_timeout: float = 1800.0) -> tuple[torch.device, Ranks]:
+    """This process's device, and the ranks that torchrun started, or one alone. Collective."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # cuDNN plans its attention anew for each shape, and packed batches bring new ones each step.
     torch.backends.cuda.enable_cudnn_sdp(False)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
-        return Ranks()
+        return device, Ranks()
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if device == "cuda":
+    if device.type == "cuda":
         if local >= (count := torch.cuda.device_count()):
             raise ValueError(f"{per_node} processes on a machine with {count} GPUs: torchrun "
                              f"--nproc_per_node={count}")  # fmt: skip
-        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
     # The watchdog reports first: it knows more than a collective that timed out.
     limit = datetime.timedelta(seconds=2 * hang_timeout + 60)
     host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -205,11 +200,11 @@ def init_distributed(device: str, hang_timeout: float = 1800.0) -> Ranks:
     store.set(f"starts {rank}", str(starts))
     all_starts = [int(store.get(f"starts {r}")) for r in range(size)]
     store = dist.PrefixStore(f"start {max(all_starts)}", store)
-    both = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    both = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(both, store=store, rank=rank, world_size=size, timeout=limit)
     group = dist.new_group(backend="gloo", timeout=limit)  # for objects, even beside NCCL
     ranks = Ranks(rank, size, None, group, store)
-    ranks.mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    ranks.mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     ranks.set_stage("start")
     ranks.gather(None)  # all keys are there before a watchdog looks
     watchdog = threading.Thread(target=ranks.watch, args=(hang_timeout,), daemon=True)
@@ -225,7 +220,7 @@ def init_distributed(device: str, hang_timeout: float = 1800.0) -> Ranks:
     atexit.register(leave)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (rank 0 prints for all)
-    return ranks
+    return device, ranks
 
 
 def connect(seconds: float = 5, host: bool = False):

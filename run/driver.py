@@ -25,7 +25,7 @@ from kernels.decode import decode_attention
 from kernels.fused import block_sums, decode_blocks
 from model import Config, Transformer, load
 from run.checkpoint import tensors_of
-from run.distributed import Ranks, init_device, sync_weights
+from run.distributed import Ranks, init_distributed, sync_weights
 from sampler import CustomDecode, Kernels, Sampler, block_sums_torch
 
 EMA_DECAY = 0.98  # per step, of --judge ema
@@ -103,7 +103,7 @@ class Policy:
 def init_device_and_ranks(s) -> tuple[torch.device, Ranks]:
     if s.preset.startswith("toy"):  # enough for so small a model, and the same numbers everywhere
         torch.set_num_threads(1)
-    return init_device(s.hang_timeout)
+    return init_distributed(s.hang_timeout)
 
 
 def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, room: SamplerRoom) -> Policy:

@@ -254,8 +254,7 @@ def memory(k: Workload) -> dict[str, float]:
     # Gathered weights and their gradients, then in fp32 on their way to their shards.
     whole = (2 * block + root) * (2 * size + 4) if k.G > 1 else size * c.vocab_size * c.hidden_size
     chunk = min(CHUNK_BYTES["cuda" if k.cuda else "cpu"], 4 * k.train_tokens * c.vocab_size)
-    visiting = 8 * c.vocab_size * c.hidden_size / k.G if k.offloaded else 0  # one parameter's AdamW
-    parts["while training"] = max(size * kept + whole + 2 * chunk, visiting)
+    parts["while training"] = size * kept + whole + 2 * chunk
     return parts
 
 

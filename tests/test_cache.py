@@ -83,18 +83,6 @@ def test_rows_of_another_key_are_refused_or_replaced(tmp_path, capsys):
     assert header["of"] == {"model": "a", "seed": 2} and rows == [{"segment": 5}]
 
 
-@pytest.mark.parametrize(("number", "line"), [(3, '{"segment": 1, "tra'), (1, "[]"), (2, "{}")])
-def test_a_foreign_line_is_named(number, line, tmp_path):
-    path = tmp_path / "x.jsonl"
-    made = JsonlCache(path, {"v": 1})
-    made.append([{"segment": i} for i in range(3)])
-    made.lock.close()
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[: number - 1], line, *lines[number:]]) + "\n")
-    with pytest.raises(ValueError, match=rf"x\.jsonl, line {number} is not what we wrote there"):
-        JsonlCache(path, {"v": 1})
-
-
 def test_a_full_disk_leaves_whole_files_and_whole_lines(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     atomic_write(old, "before\n")

@@ -10,7 +10,7 @@ import pytest
 
 import ssr
 from run import console
-from run.console import Console, format_seconds
+from run.console import Console
 from tests.processes import ROOT
 from tests.runs import go
 
@@ -39,8 +39,6 @@ def test_the_line_has_the_most_important_first(tmp_path, capsys):
     assert alarm.startswith(
         "step 40/100  ALARM  held-out chrf 0.500 (step 25)  reward 0.712  wrong language 25%"
     )
-    times = [format_seconds(x) for x in (0, 59.9, 61, 600, 36061)]
-    assert times == ["0:00", "0:59", "1:01", "10:00", "10:01:01"]
 
 
 def test_long_work_shows_its_progress_and_the_time_left(tmp_path, monkeypatch, capsys):
@@ -56,7 +54,7 @@ def test_long_work_shows_its_progress_and_the_time_left(tmp_path, monkeypatch, c
         now[0] = second
         shown.print_progress(work, share)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["translate  50%, 0:12 left", "judge  25%, 1:00 left"]
+    assert lines == ["translate  50%, 0:00:12 left", "judge  25%, 0:01:00 left"]
     now[0] = 58
     for step in (3, 4):  # the second comes too soon for another line
         shown.print_step(step, METRICS, LATEST, 1.0)

@@ -77,10 +77,6 @@ def test_adamw_in_host_memory_is_counted_there_with_its_way_and_its_copy(monkeyp
     times = seconds(k, H100)
     assert times.pop("offload") == pytest.approx(3 * 2 * gone / (estimate.HOST_RATE * 1e9))
     assert times == seconds(plain, H100)
-    # The embedding's moments visit the GPU, where a small micro-batch takes less than they do.
-    small = k.changed(micro_batch_tokens=64, max_prompt_tokens=8, max_new_tokens=8)
-    small = small.changed(prompts_per_step=2)._replace(G=1)
-    assert memory(small)["while training"] == 2 * 4 * 151_936 * 1_536
     # A CPU's memory is the host's.
     assert memory(k._replace(cuda=False)) == memory(plain._replace(cuda=False))
     free = {"cuda": math.inf, "cpu": 1e9}

@@ -211,7 +211,7 @@ def test_a_translation_is_judged_once_and_progress_is_printed(toy, tmp_path, mon
     out = capsys.readouterr().out
     for words in ("step 0: evaluation 1/3, translate at temperature 0", "step 1: sample",
                   "step 0: evaluation 3/3,", "step 1: judge"):  # fmt: skip
-        assert re.search(rf"(?m)^{words}.*  \d+%, \d+:\d\d left$", out), words
+        assert re.search(rf"(?m)^{words}.*  \d+%, 0:\d\d:\d\d left$", out), words
 
 
 def test_the_correlation_is_pearsons_over_texts_that_have_a_score():
