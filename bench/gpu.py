@@ -1,6 +1,6 @@
 """What only a GPU can show, in about eight minutes: python -m bench.gpu [PART …]
 
-    kernels     each against float64, in fp32 and bf16, beside plain torch in the same type
+    tests       those that need a GPU: kernels against float64, the sampler, bf16 runs of the toy
     decode      a step of the sampler at the shapes of Qwen2.5-0.5B and 7B (random weights), with
                 PyTorch's operators and with our kernels, beside the limit: the time to read
                 weights and cache at the measured bandwidth, or to multiply at the measured rate
@@ -8,11 +8,11 @@
                 --dry-run says
     logprob     the loss kernel at 0.5B's and 7B's widths beside plain torch, Liger, TRL
     sampler     beside transformers' `generate`
-    tests       those that need a GPU;  toy: the toy's run in bf16, and its evaluation
+    toy         the toy's run in bf16, and its evaluation
 
-A part that fails is named, the others continue, and the exit code is 1. Numbers go to
-bench/results/gpu/all.json, logs beside it, and one table is printed at the end. `--rehearse` runs
-the first three parts with tiny shapes, on a CPU where there is no GPU.
+A part that fails is named, the others continue, and the exit code is 1. Numbers go to all.json in
+--out, logs beside it, and one table is printed at the end. `--rehearse` runs `decode` and `step`
+with tiny shapes, on a CPU where there is no GPU.
 """
 
 import argparse
@@ -26,20 +26,10 @@ from pathlib import Path
 import torch
 
 from bench import logprob, sampler
-from bench.measure import (
-    CUDA,
-    DEVICE,
-    RESULTS,
-    call_in_new_process,
-    machine,
-    run_in_session,
-    seconds_of,
-)
-from bench.step import Ours, prepare
-from kernels.advantage import group_advantage
+from bench.measure import CUDA, DEVICE, call_in_new_process, machine, run_in_session, seconds_of
+from bench.step import our_steps, prepare
 from kernels.decode import decode_attention
 from kernels.fused import block_sums, decode_blocks
-from kernels.logprob import linear_policy_loss
 from model import Config, Transformer
 from run import estimate, settings
 from sampler import Kernels, Sampler, SamplingParams
@@ -48,40 +38,7 @@ SHAPES = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"]
 TINY = Config("qwen2", 500, 32, 64, 2, 2, 1, 16, 4096, True)
 DECODING = [(SHAPES[0], 32), (SHAPES[0], 256), (SHAPES[1], 64)]  # model, sequences
 STEPS = 48  # of decoding, that are timed together
-LIMIT = 240  # seconds of a part that is a process of its own
-
-
-def kernels(rehearse: bool) -> dict:
-    """Largest errors against float64, of the largest value; "torch" is the same type's own."""
-    M, D, V = (64, 32, 500) if rehearse else (2048, 896, 151_936)
-    draw, errors = torch.Generator().manual_seed(0), {}
-    columns = (
-        torch.randint(V, (M,), generator=draw).to(DEVICE),
-        torch.randn(M, generator=draw).to(DEVICE),
-        torch.full((M,), 1 / M, device=DEVICE),
-    )
-
-    def outputs(hidden, weight, impl: str) -> dict:
-        h, w = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-        loss, stats = linear_policy_loss(h, w, *columns, impl=impl)
-        loss.backward()
-        names = {"logprob": stats["logprob"], "entropy": stats["entropy"]}
-        return names | {"d hidden": h.grad, "d weight": w.grad[:4096]}
-
-    for dtype in (torch.float32, torch.bfloat16):
-        hidden = torch.randn(M, D, generator=draw).to(DEVICE, dtype)
-        weight = torch.randn(V, D, generator=draw).mul_(0.05).to(DEVICE, dtype)
-        exact = outputs(hidden.double(), weight.double(), "torch")
-        for impl in ("triton", "torch") if CUDA else ("torch",):
-            for name, value in outputs(hidden, weight, impl).items():
-                error = (value.double() - exact[name]).abs().max() / exact[name].abs().max()
-                errors[f"{name}, {str(dtype)[6:]}, {impl}"] = float(error)
-    rewards = torch.rand(512, 8, generator=draw, dtype=torch.float64)
-    rewards[3], rewards[5, 2] = 51.33, torch.nan
-    advantages = group_advantage(rewards.float().to(DEVICE)).double().cpu()
-    errors["advantage"] = float((advantages - group_advantage(rewards)).abs().max())
-    assert not advantages[3].any(), "a tie must give exactly 0"
-    return errors
+LIMIT = 240  # seconds of a part; each is a process of its own
 
 
 def decode(rehearse: bool) -> dict:
@@ -109,10 +66,8 @@ def decode(rehearse: bool) -> dict:
                 row |= {f"{kind}, ms": 1e3 * seconds, f"{kind}, of the limit": row["limit, ms"]
                         / (1e3 * seconds)}  # fmt: skip
             rows[f"{name}, {count} sequences, context {context}"] = row
-            print(f"  {name}, {count} sequences, context {context}: {row}", flush=True)
+            print(f"{name}, {count} sequences, context {context}: {row}", flush=True)
         del model
-        if CUDA:
-            torch.cuda.empty_cache()
     return rows
 
 
@@ -134,23 +89,26 @@ def decoding_seconds(model, count: int, context: int, kernels) -> float:
 
 
 def step(rehearse: bool) -> dict:
-    """In a process of its own. Estimate and peak are without CUDA's own memory."""
+    """Estimate and peak are without CUDA's own memory."""
     config = TINY if rehearse else estimate.find_config(SHAPES[0])
     P, N, new = sizes = (2, 4, 16) if rehearse else (32, 8, 512)
+    room = new + 1500  # the judge's prompt has the translation, tokenised anew
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), config, sizes, "judged letters")
-        ours = Ours(folder, track_kl=True)
-    steps = [ours.step() for _ in range(4)][1:]  # in the first, graphs are captured
-    stages = {k: statistics.median(s["stages"][k] for s in steps) for k in steps[0]["stages"]}
+        prepare(Path(folder), config, sizes)
+        steps = [metrics for _, metrics in our_steps(folder, 4, room)][1:]
+    stages = {  # in the first step graphs are captured
+        name.removeprefix("seconds/"): statistics.median(x[name] for x in steps)
+        for name in steps[0] if name.startswith("seconds/")
+    }  # fmt: skip
     s = settings.parse([
         "--preset=ssr-zero-0.5b", "--model=.", "--data=.", f"--prompts-per-step={P}",
         f"--samples-per-prompt={N}", f"--max-new-tokens={new}", f"--max-num-seqs={P * N}",
-        f"--max-prompt-tokens={ours.sampler.max_length - new}", "--judge-max-new-tokens=8",
+        f"--max-prompt-tokens={new + 1600}", "--judge-max-new-tokens=8",
     ])  # fmt: skip
     parts = estimate.memory(estimate.Workload(s, config, 1, 0, CUDA))
     parts.pop("CUDA and its libraries", None)
     peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
-    return {"seconds": stages, "GB": {"peak": peak, "estimate": estimate.peak(parts) / 1e9}}
+    return {"seconds": stages, "GB": {"peak": peak, "estimate": sum(parts.values()) / 1e9}}
 
 
 def run_command(log, *command: str) -> dict:
@@ -168,15 +126,15 @@ def list_parts(out: Path, rehearse: bool) -> dict:
     def command(*argv: str):
         return lambda log: run_command(log, *argv)
 
+    shapes = {"decode": separate(decode, rehearse), "step": separate(step, rehearse)}
+    if rehearse:
+        return shapes
     toy = out.absolute() / f"toy-{time.time():.0f}"
     tests = ["tests/test_gpu.py", "tests/test_kernels.py"]
-    first = {"kernels": lambda log: kernels(rehearse), "decode": lambda log: decode(rehearse),
-             "step": separate(step, rehearse)}  # fmt: skip
-    return first if rehearse else first | {
+    return {"tests": command("-m", "pytest", "-q", *tests, "-k", "gpu")} | shapes | {
         "logprob-7b": separate(logprob.run, ["7b"], 3),
         "logprob-0.5b": separate(logprob.run, ["0.5b"], 3),
         "sampler": separate(sampler.run, [], 3),
-        "tests": command("-m", "pytest", "-q", *tests, "-k", "gpu"),
         "toy": command("ssr.py", "--preset=toy", f"--folder={toy}"),
         "evaluation": command(
             "-m", "eval", "--prompts=toy", "--max-new-tokens=20", "--metrics=bleu,chrf",
@@ -189,7 +147,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("bench.gpu", description=__doc__.split(":")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     args = parser.parse_args(argv)
     if not (args.rehearse or CUDA):
         parser.error("no CUDA GPU here; --rehearse runs the same code on a CPU")

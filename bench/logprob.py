@@ -23,7 +23,7 @@ from bench.measure import (
     seconds_of,
     take_turns,
 )
-from kernels.logprob import linear_logprob, linear_policy_loss
+from kernels.logprob import linear_policy_loss
 
 SHAPES = {"0.5b": (2048, 896, 151_936), "7b": (8192, 3584, 152_064)}  # M, D, V
 LENGTH = 128  # of a sequence, for peers that want (sequences, tokens)
@@ -35,11 +35,6 @@ def plain_loss(logprob, advantages, weights):
 
 
 # Every side: hidden, weight, targets, advantages, weights -> the loss and more.
-
-
-def recomputing(hidden, weight, targets, advantages, weights):
-    logprob, entropy = linear_logprob(hidden, weight, targets)
-    return plain_loss(logprob, advantages, weights), entropy
 
 
 def plain(hidden, weight, targets, advantages, weights):
@@ -76,7 +71,6 @@ def trl():
 
 SIDES = {
     "ours": lambda: linear_policy_loss,
-    "ours, linear_logprob": lambda: recomputing,
     "plain torch": lambda: plain,
     "liger": liger,
     "trl": trl,

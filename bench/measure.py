@@ -1,7 +1,6 @@
-"""What the benchmarks share: seconds, bytes, other processes, results."""
+"""What the benchmarks share: seconds, bytes, other processes."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+PEER = ROOT / ".peers" / "bin" / "python"  # has TRL and Liger
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -32,21 +31,20 @@ def seconds_of(work: Callable) -> float:
     return time.perf_counter() - begun
 
 
-def resident(key: str) -> int:
-    """Bytes of this process: "VmRSS" now, "VmHWM" at the peak (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
 def peak_bytes(work: Callable) -> int:
-    """The peak above what is held already."""
+    """The peak above what is held already: on the GPU, or resident (Linux)."""
     if CUDA:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")
+
+    def resident(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     work()
     return resident("VmHWM") - before
@@ -104,9 +102,3 @@ def machine() -> str:
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def write_result(file: Path, result: dict) -> None:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    where = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **versions}
-    file.write_text(json.dumps(result | {"where": where}, indent=1) + "\n")

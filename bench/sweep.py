@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,40 +74,28 @@ def run_all(jobs: dict[Path, list[str]]) -> None:
             raise ValueError(f"{folder} was run as {' '.join(saved)} and would now be run as "
                              f"{' '.join(command)}: name another --folder")  # fmt: skip
         record.write_text(json.dumps(command))
-    waiting = [folder for folder in jobs if not is_done(folder)]
+    waiting = [folder for folder in jobs if not (folder / "result.json").is_file()]
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done already", flush=True)
-    total, begun = len(waiting), time.perf_counter()
-    running: dict[Path, subprocess.Popen] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
-                folder = waiting.pop(0)
-                running[folder] = start_run(folder, jobs[folder])
-            time.sleep(0.1)
-            for folder in [x for x, process in running.items() if process.poll() is not None]:
-                del running[folder]
-                if not is_done(folder):
-                    tail = folder.with_suffix(".log").read_text()[-1500:]
-                    raise RuntimeError(f"{folder.name} failed:\n{tail}")
-                done = total - len(waiting) - len(running)
-                left = (time.perf_counter() - begun) / done * (total - done) / 60
-                print(f"  {done}/{total}  {folder.name}  {left:.0f} min left", flush=True)
-    finally:
-        for process in running.values():  # they save what they have
-            process.terminate()
-        for process in running.values():
-            process.wait()
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # after an error none is started
+        futures = [pool.submit(run_one, folder, jobs[folder]) for folder in waiting]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                name = future.result()
+                left = (time.perf_counter() - begun) / done * (len(waiting) - done) / 60
+                print(f"  {done}/{len(waiting)}  {name}  {left:.0f} min left", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def is_done(folder: Path) -> bool:
-    return (folder / "result.json").is_file()
-
-
-def start_run(folder: Path, command: list[str]) -> subprocess.Popen:
-    command = [sys.executable, *command, f"--folder={folder}"]
-    command += ["--resume"] * folder.exists()
+def run_one(folder: Path, command: list[str]) -> str:
+    command = [sys.executable, *command, f"--folder={folder}", *["--resume"] * folder.exists()]
     with folder.with_suffix(".log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if not (folder / "result.json").is_file():
+        tail = folder.with_suffix(".log").read_text()[-1500:]
+        raise RuntimeError(f"{folder.name} failed:\n{tail}")
+    return folder.name
 
 
 def folder_name(row: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import logprob, loop, sampler, step, sweep
+from bench import logprob, sampler, step, sweep
 from bench.sweep import Sweep, run_sweep
 from run import settings
 from rzero import selfplay
@@ -110,23 +110,16 @@ def test_gpu_script_is_rehearsed(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--rehearse", f"--out={tmp_path}"]
     subprocess.run(command, cwd=ROOT, check=True)
     results = json.loads((tmp_path / "all.json").read_text())
-    errors = results["kernels"]
-    assert errors["advantage"] < 1e-5
-    assert max(x for name, x in errors.items() if "float32" in name) < 1e-4
     row = results["decode"]["tiny, 4 sequences, context 64"]
-    assert 0 < row["PyTorch, of the limit"] < 1 and 0 < row["kernel, of the limit"] < 1
+    assert 0 < row["PyTorch, of the limit"] < 1 and 0 < row["kernels, of the limit"] < 1
     assert min(results["step"]["seconds"][x] for x in ("sample", "judge", "reference", "train")) > 0
 
 
 @pytest.mark.slow
 def test_benchmarks_run(monkeypatch):
-    monkeypatch.setitem(step.ROWS, "toy", (None, (4, 4, 20), "truth", 5))
+    monkeypatch.setitem(step.ROWS, "toy", (None, (4, 4, 20), 3))
     [toy] = step.run(["toy"], 1)["rows"]
-    assert toy["seconds"]["ours"] > 0 and toy["memory"]["ours"] > 1e6
-    assert toy["until"]["ours"]["steps"] == 5 and 0.3 < toy["until"]["ours"]["curve"][0] < 0.8
-    stages = loop.run([], 6)["stages"]
-    assert [*stages] == ["sample", "judge", "reference", "train"]
-    assert all(0 < x["limit"] < x["operators"] for x in stages.values())
+    assert toy["ours"]["ms"] > 0 and toy["ours"]["MB"] > 1 and 0.3 < toy["ours"]["reward"] < 0.9
     monkeypatch.setattr(sampler, "NEW", 8)
     [row] = sampler.run(["small"], 1)["rows"]
     assert row["ratio"] > 0
