@@ -193,8 +193,7 @@ def is_echo(answer: str, question: Sequence[str]) -> bool:
 
 def format_ok(text: str) -> bool:
     """Each of the four tags exactly once, in order."""
-    positions = [text.find(tag) for tag in TAGS]
-    return all(text.count(tag) == 1 for tag in TAGS) and positions == sorted(positions)
+    return re.findall("|".join(TAGS), text) == [*TAGS]
 
 
 def read_answer(text: str) -> str | None:
@@ -241,12 +240,16 @@ class Score(NamedTuple):
 NOT_JUDGED, TOO_LONG = Score(0.0, "not judged"), Score(0.0, "too long to judge")
 
 
-def check_score_mode(score_mode: str, samples: int, temperature: float) -> None:
-    if score_mode not in ("written", "expected"):
-        raise ValueError(f"score_mode={score_mode!r} is unknown; known: written, expected")
-    if samples > 1 and (temperature == 0 or score_mode == "expected"):
-        raise ValueError(f"{samples} judge samples would all be the same: use --judge-samples "
-                         "1, or --score-mode written (not at temperature 0)")  # fmt: skip
+def score_distinct(
+    tasks: Sequence[Task], answers: list[list[str | None]],
+    score: Callable[[list[tuple[Task, str]]], list[Score]],
+) -> list[list[Score]]:  # fmt: skip
+    """answers (P, N) -> scores (P, N); each distinct pair is scored once, an answer of None is not
+    judged and scores 0."""
+    rows = [[(Task(*task[:3]), a) for a in row] for task, row in zip(tasks, answers, strict=True)]
+    pairs = sorted({pair for row in rows for pair in row if pair[1] is not None})
+    scores = dict(zip(pairs, score(pairs), strict=True))
+    return [[scores.get(pair, NOT_JUDGED) for pair in row] for row in rows]
 
 
 def prompt_key(step: int, ids: Sequence[int]) -> int:
@@ -276,32 +279,32 @@ class Judge:
         stop_ids: Sequence[int] = (), seed: int = 0,
     ):  # fmt: skip
         """`samples` judgements of each pair are averaged; more than one needs a temperature."""
-        check_score_mode(score_mode, samples, temperature)
         self.sampler, self.codec, self.prompts = sampler, codec, prompts
-        self.score_mode = score_mode
+        self.score_mode, self.max_new_tokens = score_mode, max_new_tokens
         self.samples, self.temperature, self.seed = samples, temperature, seed
-        self.max_new_tokens = max_new_tokens if score_mode == "written" else 1
-        self.stop_ids = list(stop_ids)
+        self.stop_ids, self.values = list(stop_ids), {}
         if score_mode == "expected":
-            self.score_ids = [codec.one_token(text) for text in prompts.scores]
+            self.values = {codec.one_token(text): x for text, x in prompts.scores.items()}
 
     def __call__(self, tasks: Sequence[Task], answers: list[list[str | None]], step: int):
-        """answers (P, N) -> scores (P, N). An answer of None is not judged and scores 0."""
-        pairs = [[(*t[:3], a) for a in row] for t, row in zip(tasks, answers, strict=True)]
-        scores = self.judge({pair for row in pairs for pair in row if pair[3] is not None}, step)
-        return [[scores.get(pair, NOT_JUDGED) for pair in row] for row in pairs]
+        return score_distinct(tasks, answers, lambda pairs: self.judge(pairs, step))
 
-    def judge(self, distinct: set[tuple], step: int) -> dict[tuple, Score]:
-        """By (text, source, target, translation)."""
-        pairs = sorted(distinct)
-        questions = [self.prompts.ask_judge(Task(*p[:3]), p[3], self.score_mode) for p in pairs]
+    def judge(self, pairs: list[tuple[Task, str]], step: int) -> list[Score]:
+        questions = [self.prompts.ask_judge(*pair, self.score_mode) for pair in pairs]
+        scores = self.ask(questions, step, parse_score, self.values)
+        return [scores.get(i, TOO_LONG) for i in range(len(pairs))]
+
+    def ask(
+        self, questions: list[list[str]], step: int, read: Callable, values: dict[int, float]
+    ) -> dict[int, Score]:
+        """Scores of the questions that fit the window, by number: what `read` makes of a written
+        answer, or the mean of `values` (of token ids) under the next token's probabilities."""
         if self.score_mode == "written":
-            judgements = self.write(questions, step, self.max_new_tokens)
-            scores = {i: average_judgements(group) for i, group in judgements.items()}
-        else:
-            probs = self.next_probs(questions, self.score_ids)
-            scores = {i: self.read_expected(row) for i, row in probs.items()}
-        return {pair: scores.get(i, TOO_LONG) for i, pair in enumerate(pairs)}
+            written = self.write(questions, step, self.max_new_tokens)
+            return {i: average_judgements(group, read) for i, group in written.items()}
+        prompts = self.fitting(questions, 1)
+        rows = self.sampler.next_logprobs([*prompts.values()], [*values]).tolist()
+        return {i: self.read_expected(row, values) for i, row in zip(prompts, rows, strict=True)}
 
     def write(
         self, questions: list[list[str]], step: int, max_new_tokens: int
@@ -316,29 +319,25 @@ class Judge:
         groups = dict(zip(prompts, groups, strict=True))
         return {i: [self.read(x, questions[i]) for x in group] for i, group in groups.items()}
 
-    def read(self, sample, question: list[str]) -> Judgement:
-        text = self.codec.decode(sample.ids[: len(sample.ids) - sample.stopped])
-        echo = is_echo(self.codec.thought_start + text, question)
-        return Judgement(text, sample.stopped and not echo)
-
-    def next_probs(self, questions: list[list[str]], ids: list[int]) -> dict[int, list[float]]:
-        """The probabilities of `ids` as the next token, after those questions that fit."""
-        prompts = self.fitting(questions, 1)
-        rows = self.sampler.next_logprobs([*prompts.values()], ids).tolist()
-        return {i: [math.exp(x) for x in row] for i, row in zip(prompts, rows, strict=True)}
-
     def fitting(self, questions: list[list[str]], max_new_tokens: int) -> dict[int, list[int]]:
         """The prompts that fit the window, by the question's number."""
         room = self.sampler.max_length - max_new_tokens
         return {i: p for i, p in enumerate(self.codec.encode(questions)) if len(p) <= room}
 
-    def read_expected(self, probs: list[float]) -> Score:
-        """The mean over the score tokens; None when other tokens are likelier than all of them."""
-        total, scores = sum(probs), self.prompts.scores
+    def read(self, sample, question: list[str]) -> Judgement:
+        text = self.codec.decode(sample.ids[: len(sample.ids) - sample.stopped])
+        echo = is_echo(self.codec.thought_start + text, question)
+        return Judgement(text, sample.stopped and not echo)
+
+    def read_expected(self, logprobs: list[float], values: dict[int, float]) -> Score:
+        """The mean over the tokens of `values`; None when others are likelier than all of them."""
+        probs = [math.exp(x) for x in logprobs]
+        total = sum(probs)
         if not total >= 0.5:
             return Score(None, f"no score: {total:.0%} of the probability lies on score tokens")
-        mean = sum(v * p for v, p in zip(scores.values(), probs, strict=True)) / total
-        return Score(mean, f"{[*scores][probs.index(max(probs))]} ({max(probs):.0%})")
+        mean = sum(v * p for v, p in zip(values.values(), probs, strict=True)) / total
+        likeliest = self.codec.decode([[*values][probs.index(max(probs))]]).strip()
+        return Score(mean, f"{likeliest} ({max(probs):.0%})")
 
 
 Scorer = Callable[[Sequence[Task], list[list[str | None]], int], list[list[Score]]]
@@ -397,24 +396,25 @@ class Reward:
             scores[name] = scorer(shown, answers, step, *samples)
         first = next(iter(scores.values()))
         weights = self.weigh(blind, answers, first, step) if self.weigh else [1.0] * len(groups)
+        wrong, right = self.format_reward
+        part_weights = {"format": right - wrong} if right > wrong else {}
+        part_weights |= {name: weight for name, (weight, _) in self.scorers.items()}
         judged = []
         for p, row in enumerate(answers):
-            parts = {"format": [float(answer is not None) for answer in row]}
+            ok = [answer is not None for answer in row]
+            parts = {"format": [float(x) for x in ok]}
             parts["wrong_language"] = [float(x != y) for x, y in zip(formed[p], row, strict=True)]
             # A missing score stays NaN, but a wrong format needs none.
             for name, rows in scores.items():
                 values = [math.nan if x.value is None else x.value for x in rows[p]]
-                parts[name] = [0.0 if a is None else x for a, x in zip(row, values, strict=True)]
-            wrong, right = self.format_reward
+                parts[name] = [x if good else 0.0 for good, x in zip(ok, values, strict=True)]
             weighted = [(weight, parts[name]) for name, (weight, _) in self.scorers.items()]
             total = [
-                wrong if answer is None else right + sum(w * values[n] for w, values in weighted)
-                for n, answer in enumerate(row)
+                right + sum(w * values[n] for w, values in weighted) if good else wrong
+                for n, good in enumerate(ok)
             ]
             if self.weigh:
                 parts["weight"] = [weights[p]] * len(row)
-            part_weights = {"format": right - wrong} if right > wrong else {}
-            part_weights |= {name: weight for name, (weight, _) in self.scorers.items()}
             judge_text = [x.judge_text for x in first[p]]
             judged.append(RewardOutput(total, parts, judge_text, weights[p], part_weights))
         return judged

@@ -6,6 +6,7 @@ with closing(CometWorkers(s, device)) as comets:
 """
 
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +14,8 @@ import torch
 
 from data.codec import PromptCodec
 from eval.comet import Comet, comet_rows, where
-from judge import Judge, Prompts, Scorer
+from judge import Judge, Prompts, Score, Scorer, Task, score_distinct
 from rewards import family, toy
-from rewards.external import ExternalScorer
 from rewards.remote import RemoteJudge
 from run.checkpoint import fingerprint
 from run.distributed import Ranks
@@ -42,7 +42,12 @@ def check_reward(s) -> None:
         raise ValueError(f"--reward {s.reward}: two of its parts have the same name")
     if s.preset != "toy" and s.reward in toy.REWARDS:
         raise ValueError(f"--reward {s.reward} needs the truth, which only --preset toy has")
-    family.check_self_reward(s)
+    if s.reward in ("certainty", "confidence") and s.judge != "live":
+        raise ValueError(f"--reward {s.reward} is read from the policy's own probabilities: leave "
+                         f"--judge {s.judge} out")  # fmt: skip
+    if s.reward == "cream" and s.judge == "live":
+        raise ValueError("--reward cream compares the live judge with another of the policy's own: "
+                         "use --judge previous (paper), frozen or ema")  # fmt: skip
 
 
 def describe_reward(s) -> str:
@@ -65,8 +70,7 @@ def build_scorers(s, judge, comets: "CometWorkers") -> dict:
                 f"--comet {s.comet} cannot score without a reference, and training has none: use "
                 "one that can, such as cometkiwi"
             )
-        scorer = ExternalScorer(comet.score, comet.about["control"])
-        scorers["comet"] = (s.comet_weight if parts[1:] else 1.0, scorer)
+        scorers["comet"] = (s.comet_weight if parts[1:] else 1.0, comet_scorer(comet))
     own = {part.rpartition(":")[2]: load_scorer(part) for part in custom_parts(s.reward)}
     return scorers | {name: (1.0, scorer) for name, scorer in own.items()}
 
@@ -149,6 +153,21 @@ class CometWorkers:
     def close(self) -> None:
         for comet in self.started.values():
             comet.close()
+
+
+def comet_scorer(comet: Comet) -> Scorer:
+    """COMET, which sees no references, as a reward."""
+    control = re.compile("|".join(map(re.escape, comet.about["control"])) or r"(?!)")
+
+    def break_up(text: str) -> str:
+        """Its control tokens, which a text must not become, with a space inside."""
+        return control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+
+    def score(pairs: list[tuple[Task, str]]) -> list[Score]:
+        rows = [{"src": break_up(task.text), "mt": break_up(answer)} for task, answer in pairs]
+        return [Score(value, f"{value:.4f}") for value in comet.score(rows)]
+
+    return lambda tasks, answers, step: score_distinct(tasks, answers, score)
 
 
 def checkpoint_id(checkpoint: str) -> str:

@@ -34,7 +34,6 @@ from judge import (
     THOUGHT,
     WRAPPER,
     Judge,
-    Judgement,
     Prompts,
     Score,
     Task,
@@ -50,16 +49,6 @@ SKILLS = {"pairs": "compare", "group": "rate"}  # what a toy must have been taug
 LOGITS = 2**26  # at once: 256 MiB in fp32
 TOO_LONG = Score(None, "too long to judge")  # no reward, unlike a single translation's 0
 EQUAL = Score(0.5, "equal")
-
-
-def check_self_reward(s) -> None:
-    """Refuse settings that this reward cannot use."""
-    if s.reward in ("certainty", "confidence") and s.judge != "live":
-        raise ValueError(f"--reward {s.reward} is read from the policy's own probabilities: leave "
-                         f"--judge {s.judge} out")  # fmt: skip
-    if s.reward == "cream" and s.judge == "live":
-        raise ValueError("--reward cream compares the live judge with another of the policy's own: "
-                         "use --judge previous (paper), frozen or ema")  # fmt: skip
 
 
 def largest_question(s, prompts: Prompts, task: Task) -> tuple[list[str], int, int]:
@@ -140,6 +129,7 @@ class Confidence:
         self.codec, self.prompts = codec, prompts
         self.temperature, self.most = temperature, micro_batch_tokens
 
+    @torch.no_grad()
     def __call__(
         self, tasks: Sequence[Task], answers: Answers, step: int, groups: list[list]
     ) -> list[list[Score]]:
@@ -150,18 +140,10 @@ class Confidence:
             for answer, x in zip(row, group, strict=True)
             if answer is not None
         }
-        scores = dict(zip(rows, self.scores([*rows.values()]), strict=True))
-        return [
-            [scores.get((p, tuple(x.ids)), NOT_JUDGED) for x in group]
-            for p, group in enumerate(groups)
-        ]
-
-    @torch.no_grad()
-    def scores(self, rows: list[grpo.TrainSample]) -> list[Score]:
-        """Packed as in training, so that a prompt is computed once for its samples."""
         scores: dict[grpo.TrainSample, Score] = {}
         device, vocabulary = self.model.head_weight.device, len(self.model.head_weight)
-        for part in filter(None, grpo.pack_micro_batches(rows, self.most, 1)):
+        # Packed as in training, so that a prompt is computed once for its samples.
+        for part in filter(None, grpo.pack_micro_batches([*rows.values()], self.most, 1)):
             hidden = grpo.MicroBatch(part, device).hidden(self.model)
             values = [
                 self.measure(self.model.logits(h) / self.temperature)
@@ -174,7 +156,10 @@ class Confidence:
                 if math.isnan(value):
                     raise FloatingPointError("the model's logits are not finite")
                 scores[row] = Score(value, f"{value:.4f} over {len(where)} tokens")
-        return [scores[row] for row in rows]
+        return [
+            [scores.get(rows.get((p, tuple(x.ids))), NOT_JUDGED) for x in group]
+            for p, group in enumerate(groups)
+        ]
 
 
 def answer_span(codec: PromptCodec, ids: list[int]) -> range:
@@ -269,51 +254,39 @@ class PairwiseJudge:
     """
 
     def __init__(self, judge: Judge):
-        self.judge = judge
+        self.judge, self.values = judge, {}
         if judge.score_mode == "expected":
-            self.first, self.second = (word_ids(judge.codec, x) for x in ("first", "second"))
+            both = [(word_ids(judge.codec, word), x / 100) for word, x in PREFERENCES.items()]
+            self.values = {i: value for ids, value in both for i in ids}
 
     def __call__(self, tasks: Sequence[Task], answers: Answers, step: int) -> list[list[Score]]:
-        pairs = {
-            (*task[:3], *pair)
-            for task, row in zip(tasks, answers, strict=True)
-            for pair in itertools.permutations({a for a in row if a is not None}, 2)
-        }
-        judged = self.ask(sorted(pairs), step)
-        scores = [[] for _ in tasks]
-        for task, row, out in zip(tasks, answers, scores, strict=True):
+        mode, prompts = self.judge.score_mode, self.judge.prompts
+        orders = [
+            (p, *pair)
+            for p, row in enumerate(answers)
+            for pair in itertools.permutations(sorted({a for a in row if a is not None}), 2)
+        ]
+        questions = [ask_pair(prompts, tasks[p], a, b, mode) for p, a, b in orders]
+        judged = self.judge.ask(questions, step, parse_preference, self.values)
+        first = {order: judged.get(i, TOO_LONG) for i, order in enumerate(orders)}
+        scores = [[NOT_JUDGED] * len(row) for row in answers]
+        for p, row in enumerate(answers):
             for n, a in enumerate(row):
                 others = [b for b in row[:n] + row[n + 1 :] if b is not None]
-                orders = [((*task[:3], a, b), (*task[:3], b, a)) for b in others]
-                both = [(judged.get(x, EQUAL), judged.get(y, EQUAL)) for x, y in orders]
-                out.append(NOT_JUDGED if a is None else win_rate(both))
+                if a is not None:
+                    both = [[first.get((p, *x), EQUAL) for x in ((a, b), (b, a))] for b in others]
+                    scores[p][n] = win_rate(both)
         return scores
 
-    def ask(self, pairs: list[tuple], step: int) -> dict[tuple, Score]:
-        """(text, source, target, a, b) -> P(a, which stands first, is better)."""
-        judge = self.judge
-        questions = [ask_pair(judge.prompts, Task(*p[:3]), *p[3:], judge.score_mode) for p in pairs]
-        if judge.score_mode == "written":
-            written = judge.write(questions, step, judge.max_new_tokens)
-            scores = {i: average_judgements(x, parse_preference) for i, x in written.items()}
-        else:
-            probs = judge.next_probs(questions, [*self.first, *self.second])
-            scores = {i: self.read_expected(row) for i, row in probs.items()}
-        return {pair: scores.get(i, TOO_LONG) for i, pair in enumerate(pairs)}
 
-    def read_expected(self, probs: list[float]) -> Score:
-        """The first word's share; None when other tokens are likelier than both."""
-        first, second = sum(probs[: len(self.first)]), sum(probs[len(self.first) :])
-        share = first / (first + second) if first + second >= 0.5 else None
-        return Score(share, f"first {first:.0%}, second {second:.0%}")
+PREFERENCES = {"first": 100.0, "second": 0.0}  # that the first is better, as parse_score's numbers
 
 
 def parse_preference(text: str) -> float | None:
-    """0 … 100 that the first is better, as parse_score's numbers are."""
-    return {"first": 100.0, "second": 0.0}.get((answer_text(text) or "").strip().casefold())
+    return PREFERENCES.get((answer_text(text) or "").strip().casefold())
 
 
-def win_rate(both: list[tuple[Score, Score]]) -> Score:
+def win_rate(both: list[list[Score]]) -> Score:
     """From the judgements of a candidate with each other one, in both orders."""
     shares = [(1 + (x.value - y.value)) / 2 for x, y in both if None not in (x.value, y.value)]
     if both and not shares:
@@ -350,10 +323,10 @@ class GroupJudge:
         judgements = self.judge.write(questions, step, self.max_new_tokens)
         scores = {}
         for i, (p, part) in enumerate(parts):
-            read = [TOO_LONG] * len(part)
-            if i in judgements:
-                read = read_scores(judgements[i], len(part))
-            scores |= {(p, a): score for a, score in zip(part, read, strict=True)}
+            for n, answer in enumerate(part):
+                read = partial(parse_scores, len(part), n)
+                score = average_judgements(judgements[i], read) if i in judgements else TOO_LONG
+                scores[p, answer] = score
         return [[scores.get((p, a), NOT_JUDGED) for a in row] for p, row in enumerate(answers)]
 
     def split(self, task: Task, row: list[str | None], step: int) -> list[list[str]]:
@@ -363,18 +336,11 @@ class GroupJudge:
         return [distinct[i::prompts] for i in range(prompts)]
 
 
-def read_scores(judgements: list[Judgement], count: int) -> list[Score]:
-    """The mean of each candidate's scores over the judgements that can be read."""
-    valid = []
-    for text, own in judgements:
-        answer = (answer_text(text) or "").translate(FULL_WIDTH).strip() if own else ""
-        values = [parse_score(piece) for piece in answer.split("," if "," in answer else None)]
-        if len(values) == count and None not in values:
-            valid.append(values)
-    shown = " / ".join(text for text, _ in judgements)
-    if not valid:
-        return [Score(None, shown)] * count
-    return [Score(math.fsum(x) / len(x) / 100, shown) for x in zip(*valid, strict=True)]
+def parse_scores(count: int, n: int, text: str) -> float | None:
+    """The score of candidate n, if there is one for each of them."""
+    answer = (answer_text(text) or "").translate(FULL_WIDTH).strip()
+    scores = [parse_score(piece) for piece in answer.split("," if "," in answer else None)]
+    return scores[n] if len(scores) == count and None not in scores else None
 
 
 # ----------------------------------------------------------------------------- consistent judges

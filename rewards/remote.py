@@ -12,10 +12,10 @@ same output, and the weights are known.
 import http.client
 import json
 import os
-import queue
 import re
-import threading
+import time
 import urllib.request
+from multiprocessing.pool import ThreadPool
 
 from judge import (
     TOO_LONG,
@@ -25,14 +25,13 @@ from judge import (
     Score,
     Task,
     average_judgements,
-    check_score_mode,
     is_echo,
     prompt_key,
 )
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before another attempt; doubled in between
 CONTEXT = re.compile(r"context.?(length|size|window)", re.I)  # in all servers' words for "too long"
-EXAMPLE = ("Good morning.", "English", "German", "Guten Morgen.")
+EXAMPLE = Task("Good morning.", "English", "German"), "Guten Morgen."
 
 
 class RetryableError(Exception):
@@ -62,7 +61,6 @@ class RemoteJudge:
         limit: float = 120.0,
     ):  # fmt: skip
         """`limit`: seconds that the server may be silent in each of a request's `attempts`."""
-        check_score_mode("written", samples, temperature)
         if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", url):
             raise ValueError(
                 "the judge's address must be like http://host:8000/v1, without ?, # or a password; "
@@ -79,7 +77,7 @@ class RemoteJudge:
 
     def check(self) -> Score:
         """Judge one short text with the run's own settings: a server may refuse those, too."""
-        score = self.judge({EXAMPLE}, 0)[EXAMPLE]
+        [score] = self.judge([EXAMPLE], 0)
         if score == TOO_LONG:
             raise ValueError(
                 f"{self.url}: {self.options['max_tokens']} new tokens do not fit the window of "
@@ -89,42 +87,21 @@ class RemoteJudge:
 
     __call__ = Judge.__call__  # answers (P, N) -> scores (P, N); each distinct pair once
 
-    def judge(self, distinct: set[tuple], step: int) -> dict[tuple, Score]:
-        jobs = [(pair, i) for pair in sorted(distinct) for i in range(self.samples)]
-        todo, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-        for job in (*jobs, *[None] * self.parallel):  # None ends a thread
-            todo.put(job)
+    def judge(self, pairs: list[tuple[Task, str]], step: int) -> list[Score]:
+        jobs = [(pair, number, step) for pair in pairs for number in range(self.samples)]
+        # Daemons: neither an error nor Ctrl-C waits for requests that are under way.
+        with ThreadPool(self.parallel) as pool:
+            judgements = dict(pool.imap_unordered(lambda job: (job, self.ask(*job)), jobs))
+        groups = [[judgements[pair, i, step] for i in range(self.samples)] for pair in pairs]
+        return [TOO_LONG if None in group else average_judgements(group) for group in groups]
 
-        def work() -> None:
-            while (job := todo.get()) and not stopped.is_set():
-                try:
-                    done.put((job, self.ask(*job, step, stopped)))
-                except Exception as error:
-                    done.put((job, error))
-
-        # Daemons: neither an error nor Ctrl-C should wait for requests that are under way.
-        for _ in range(min(self.parallel, len(jobs))):
-            threading.Thread(target=work, name="judge request", daemon=True).start()
-        judgements = {}
-        try:
-            for _ in jobs:
-                job, result = done.get()
-                if isinstance(result, Exception):
-                    raise result
-                judgements[job] = result
-        finally:
-            stopped.set()
-        judged = {pair: [judgements[pair, i] for i in range(self.samples)] for pair in distinct}
-        return {
-            pair: TOO_LONG if None in x else average_judgements(x) for pair, x in judged.items()
-        }
-
-    def ask(self, pair: tuple, number: int, step: int, stopped: threading.Event):
+    def ask(self, pair: tuple[Task, str], number: int, step: int) -> Judgement | None:
         """One judgement; None where the pair is too long for the model."""
-        question = self.prompts.ask_judge(Task(*pair[:3]), pair[3])
+        task, answer = pair
+        question = self.prompts.ask_judge(task, answer)
         message = {"role": "user", "content": "".join(question).replace("\0", "")}
         # 31 bits, whatever else is judged.
-        seed = prompt_key(step, json.dumps([self.seed, number, *pair]).encode()) >> 33
+        seed = prompt_key(step, json.dumps([self.seed, number, *task, answer]).encode()) >> 33
         request = {"model": self.model, "messages": [message], "seed": seed} | self.options
         body, pause = json.dumps(request).encode(), FIRST_PAUSE
         for attempt in range(1, self.attempts + 1):
@@ -133,12 +110,12 @@ class RemoteJudge:
                 return None if text is None else self.read(text, question)
             except RetryableError as error:
                 cause = error
-            if attempt < self.attempts and stopped.wait(max(cause.pause, pause)):
-                break
-            pause = min(2 * pause, LONGEST_PAUSE)
+            if attempt < self.attempts:
+                time.sleep(max(cause.pause, pause))
+                pause = min(2 * pause, LONGEST_PAUSE)
         raise RuntimeError(
-            f"{self.url}: no answer from model {self.model!r} in {attempt} attempts; the last: "
-            f"{cause}"
+            f"{self.url}: no answer from model {self.model!r} in {self.attempts} attempts; the "
+            f"last: {cause}"
         )
 
     def post(self, body: bytes) -> str | None:

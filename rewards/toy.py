@@ -25,25 +25,16 @@ def random_scores(seed: int):
     return score
 
 
-def oracle(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
-    return [
-        [Score(quality(answer or "", task.reference), "truth") for answer in row]
-        for task, row in zip(tasks, answers, strict=True)
-    ]
-
-
-oracle.references = True
-
-
 def external(seed: int, noise: float):
     """The truth plus an error with standard deviation `noise`, clamped to 0 … 1."""
 
     def score(tasks: list[Task], answers: Answers, step: int) -> list[list[Score]]:
-        streams = [Random(f"external scorer {seed} {step} {task.text}") for task in tasks]
-        return [
-            [Score(min(1.0, max(0.0, s.value + rng.gauss(0, noise))), "external") for s in row]
-            for rng, row in zip(streams, oracle(tasks, answers, step), strict=True)
-        ]
+        scores = []
+        for task, row in zip(tasks, answers, strict=True):
+            rng = Random(f"external scorer {seed} {step} {task.text}")
+            values = [quality(a or "", task.reference) + rng.gauss(0, noise) for a in row]
+            scores.append([Score(min(1.0, max(0.0, value)), "external") for value in values])
+        return scores
 
     score.references = True
     return score
@@ -53,7 +44,7 @@ def toy_scorers(reward: str, judge, seed: int, noise: float) -> dict:
     """name -> (weight, scorer) for judge.Reward."""
     return {
         "random": {"random": (1.0, random_scores(seed))},
-        "oracle": {"oracle": (1.0, oracle)},
+        "oracle": {"oracle": (1.0, external(seed, 0.0))},
         "external": {"external": (1.0, external(seed, noise))},
         "self+external": {"self": (0.5, judge), "external": (0.5, external(seed, noise))},
     }[reward]

@@ -24,7 +24,7 @@ import torch
 
 import grpo
 from data import loading
-from judge import FORMAT_REWARDS, PAPER, PLAIN, TOY, check_score_mode
+from judge import FORMAT_REWARDS, PAPER, PLAIN, TOY
 from kernels.advantage import SCALES
 from rewards import build
 from run.console import check_dashboards
@@ -360,7 +360,9 @@ def check_settings(s: Settings) -> None:
 
 
 def check_scoring(s) -> None:
-    check_score_mode(s.score_mode, s.judge_samples, s.judge_temperature)
+    if s.score_mode == "expected" and s.judge_samples > 1:
+        raise ValueError(f"{s.judge_samples} judge samples would all be the same: use "
+                         "--judge-samples 1, or --score-mode written")  # fmt: skip
     if s.score_mode == "expected" and s.judge_url:
         raise ValueError("--score-mode expected needs log-probs, which --judge-url does not give: "
                          "use --score-mode written")  # fmt: skip

@@ -174,7 +174,7 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(toy, tmp_path):
 
 def never_scored(rank, words, folder):
     """No score at all: the run stops itself; rank 0 is slow to write the weights."""
-    Judge.judge = lambda self, pairs, step: dict.fromkeys(pairs, Score(None, "hm"))
+    Judge.judge = lambda self, pairs, step: [Score(None, "hm")] * len(pairs)
     grpo.MAX_BAD_STEPS = 2
     keep, abort = monitor.RunMonitor.keep, distributed.abort
 

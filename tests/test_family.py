@@ -205,18 +205,19 @@ def test_the_expected_win_is_the_first_words_share(taught):
     """Against transformers' probabilities."""
     codec = PromptCodec(load_tokenizer(taught))
     judge = Judge(Sampler(load(taught), 4, 150), codec, TOY, "expected")
-    pairs = family.PairwiseJudge(judge)
+    scorer = family.PairwiseJudge(judge)
     task = Languages(0).task("train", 0)
     a, b = task.reference, " ".join(task.reference.split()[::-1])
     theirs = AutoModelForCausalLM.from_pretrained(taught)
-    ids = torch.tensor(codec.encode([ask_pair(TOY, task, a, b)]))
+    ids = torch.tensor(codec.encode([ask_pair(TOY, task, *x) for x in ((a, b), (b, a))]))
     with torch.no_grad():
-        p = theirs(ids).logits[0, -1].double().softmax(-1)
-    first, second = (p[codec.one_token(word)] for word in ("first", "second"))
-    (score,) = pairs.ask([(*task[:3], a, b)], 1).values()
-    assert first + second > 0.5
-    assert score.value == pytest.approx(float(first / (first + second)), rel=1e-4)
-    assert pairs.read_expected([0.2] * len(pairs.first + pairs.second)).value is None
+        p = theirs(ids).logits[:, -1].double().softmax(-1)
+    first, second = (p[:, codec.one_token(word)] for word in ("first", "second"))
+    share = first / (first + second)
+    assert (first + second > 0.5).all()
+    expected = float(1 + share[0] - share[1]) / 2
+    found = [score.value for score in scorer([task], [[a, b]], 1)[0]]
+    assert found == pytest.approx([expected, 1 - expected], rel=1e-4)
 
 
 def in_order(values):

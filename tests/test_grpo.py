@@ -331,7 +331,9 @@ def test_overlong_samples_are_penalized_left_out_or_penalized_the_longer_they_ar
     punishment = [0, 0, -0.25, -0.75, -1, -1]
     expected = [r + x for r, x in zip(total, punishment, strict=True)]
     assert found["soft"][0][0].tolist() == pytest.approx(expected)
-    if scale == "none":
+    if scale == "each":
+        assert found["soft"][1][0, 5] < found["soft"][1][0, 2]
+    else:
         mean = statistics.fmean(expected)
         assert found["soft"][1][0].tolist() == pytest.approx([x - mean for x in expected])
 
@@ -345,6 +347,10 @@ def test_micro_batches_are_whole_even_and_a_multiple_of_the_ranks():
         sizes = [sum(len(row.ids) for row in part) for part in parts]
         assert len(parts) % ranks == 0 and sizes == sorted(sizes, reverse=True)
         assert all(size <= 12 or len(part) == 1 for size, part in zip(sizes, parts, strict=True))
+    sizes = [
+        sum(len(row.ids) for row in part) for part in grpo.pack_micro_batches(rows[1:6], 99, 2)
+    ]
+    assert sizes == [12, 11]
     assert grpo.pack_micro_batches(rows[4:5], 12, 3) == [rows[4:5], [], []]
     rows = [TrainSample([n], [0] * 10, [], 1.0, 1) for n in range(64)]
     even = grpo.pack_micro_batches(rows, 100, 4)

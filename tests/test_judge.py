@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,6 @@ from data.languages import is_plausible_translation
 from judge import (
     PAPER,
     PLAIN,
-    TOY,
     Judge,
     Prompts,
     Reward,
@@ -30,7 +30,6 @@ from judge import (
     translation_in,
 )
 from model import load
-from rewards.external import ExternalScorer
 from sampler import Sample, Sampler
 from tests.tiny import QWEN_CHAT, make_model, make_tokenizer
 
@@ -391,6 +390,8 @@ def test_the_expected_score_is_the_mean_over_the_score_tokens(tmp_path):
     codec, sampler = PromptCodec(tokenizer), Sampler(load(tmp_path), slots=4, max_length=500)
     scores = {"1": 0.0, "2": 0.5, "3": 1.0}
     prompts = Prompts("{source}", "", "{source} {translation} =", scores, False)
+    with pytest.raises(ValueError, match="'100' is not one token here: use --score-mode written"):
+        Judge(None, codec, replace(prompts, scores={"100": 1.0}), score_mode="expected")
     judge = Judge(sampler, codec, prompts, score_mode="expected")
     ids = torch.tensor(codec.encode([prompts.ask_judge(TASK, "a sun", "expected")]))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -404,15 +405,6 @@ def test_the_expected_score_is_the_mean_over_the_score_tokens(tmp_path):
     judge.sampler = SimpleNamespace(max_length=500, next_logprobs=lambda *a: logs)
     [[score]] = judge([TASK], [["a sun"]], 1)
     assert score.value == pytest.approx(float((0.5 * p[1] + p[2]) / p.sum()), abs=1e-12)
-
-
-def test_settings_that_cannot_work_are_refused(codec):
-    with pytest.raises(ValueError, match="'100' is not one token here: use --score-mode written"):
-        Judge(None, codec, Prompts("", "", "", {"100": 1.0}, False), score_mode="expected")
-    with pytest.raises(ValueError, match="score_mode='spoken' is unknown"):
-        Judge(None, codec, TOY, score_mode="spoken")
-    with pytest.raises(ValueError, match="3 judge samples would all be the same"):
-        Judge(None, codec, TOY, samples=3)
 
 
 # ------------------------------------------------------------------------------ chat templates
@@ -510,22 +502,3 @@ def test_a_chat_template_that_changes_words_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "")
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         PromptCodec(tokenizer, chat=True)
-
-
-# ------------------------------------------------------------------------- external scorers
-
-
-def test_an_external_scorer_is_asked_each_pair_once():
-    asked = []
-
-    def score(rows):
-        asked.append(rows)
-        return [len(row["mt"]) / 10 for row in rows]
-
-    outside = ExternalScorer(score, control=["<s>"])
-    found = outside([TASK, TASK], [["ab", None, "abc"], ["ab", "ab", "abcde"]], 1)
-    assert [[round(s.value, 9) for s in row] for row in found] == [[0.2, 0, 0.3], [0.2, 0.2, 0.5]]
-    assert found[0][0].judge_text == "0.2000" and found[0][1].judge_text == "not judged"
-    assert asked == [[{"src": TASK.text, "mt": mt} for mt in ("ab", "abc", "abcde")]]
-    outside([TASK], [["a<s>"]], 1)
-    assert asked[1][0]["mt"] == "a< s>"

@@ -334,7 +334,7 @@ def test_weights_that_are_not_finite_are_reported(toy, tmp_path):
 
 def test_a_run_that_stops_itself_keeps_its_weights(toy, tmp_path, monkeypatch):
     unscored = Score(None, "hm")
-    monkeypatch.setattr(Judge, "judge", lambda self, pairs, step: dict.fromkeys(pairs, unscored))
+    monkeypatch.setattr(Judge, "judge", lambda self, pairs, step: [unscored] * len(pairs))
     monkeypatch.setattr(grpo, "MAX_BAD_STEPS", 2)
     with pytest.raises(SystemExit, match=r"no valid score for 2 steps in a row(.|\n)*'hm'"):
         go(tmp_path / "run", toy, "--steps=9")

@@ -231,7 +231,7 @@ def test_comparison_rewards_score_as_they_say():
     def values(scorer, step=1):
         return [s.value for s in scorer([task], answers, step)[0]]
 
-    assert values(rewards.oracle) == [1.0, 0.0, 1.0, 0.0]
+    assert values(rewards.external(0, 0.0)) == [1.0, 0.0, 1.0, 0.0]
     noise = rewards.random_scores(0)
     assert values(noise) == values(noise) != values(noise, 2) and len(set(values(noise))) == 4
     many = [values(rewards.external(0, 0.3), step)[0] for step in range(2000)]
