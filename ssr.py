@@ -47,20 +47,13 @@ from run.evaluation import Evaluation
 from run.folder import commit
 from run.monitor import RunMonitor
 from run.problem import Problem, data_problem, judge_template, judge_window, toy_problem
-from run.settings import (
-    Settings,
-    describe_run,
-    option,
-    parse,
-    run_folder,
-)
+from run.settings import Settings, describe_run, parse, run_folder
 from toy.languages import Languages
 from toy.pretrain import Recipe, make_tokenizer, model_config
 
 
 def run_training(s: Settings) -> None:
     device, ranks = driver.init_device_and_ranks(s)
-    check_ranks_agree(s, ranks)
     with contextlib.closing(CometWorkers(s, device)) as comets:
         if "comet" in s.reward.split("+"):
             comets.start(s.comet)  # it loads in the background
@@ -95,7 +88,9 @@ def run_training(s: Settings) -> None:
         # The loop: driver.train_policy is grpo.train with this policy's optimizer and copies.
         path = ranks.on_rank0("name the run", lambda: run_folder(s.preset, s.folder, s.resume))
         identity = run_identity(s, problem, policy, comets)
-        driver.assert_same_on_all_ranks(ranks, {f"the {k}": v for k, v in identity.items()})
+        versions = {"code": commit(), "PyTorch version": torch.__version__}
+        same = {f"the {k}": v for k, v in (identity | versions).items()}
+        driver.assert_same_on_all_ranks(ranks, same)
         checkpoints = Checkpoints(path / "checkpoints", 2, ranks, policy.tensors(), identity)
         held_out = encode_prompts(s, problem, codec, problem.held_out)
         evaluation = Evaluation(problem, held_out, codec, policy.sampler, judge, s, ranks)
@@ -142,13 +137,6 @@ def other_judge(
     return build_judge(s, driver.make_sampler(model, slots, window), codec, problem.prompts)
 
 
-def check_ranks_agree(s: Settings, ranks: Ranks) -> None:
-    settings = {option(name): value for name, value in dataclasses.asdict(s).items()}
-    driver.assert_same_on_all_ranks(
-        ranks, settings | {"the code": commit(), "PyTorch": torch.__version__}
-    )
-
-
 def run_identity(s: Settings, problem: Problem, policy: driver.Policy, comets) -> dict:
     """What must be the same on all ranks, and when the run is resumed, besides its settings."""
     shape = {k: v for k, v in dataclasses.asdict(policy.model.config).items() if k != "hub"}
@@ -159,9 +147,8 @@ def run_identity(s: Settings, problem: Problem, policy: driver.Policy, comets) -
         judge = fingerprint(find_folder(s.judge_model))
         identity["judge's weights, tokenizer or chat template"] = judge
     for part in custom_parts(s.reward):
-        identity[f"file of --reward {part}"] = fingerprint(
-            Path(part.rpartition(":")[0]).expanduser()
-        )
+        file = Path(part.rpartition(":")[0]).expanduser()
+        identity[f"file of --reward {part}"] = fingerprint(file)
     for name, comet in comets.started.items():
         identity[f"COMET {Path(name).name}"] = comet.ready()["revision"] or checkpoint_id(name)
     return identity
@@ -174,26 +161,23 @@ def workload(s: Settings, config: Config, size: int, cuda: bool) -> estimate.Wor
 
 def dry_run(s: Settings) -> None:
     machine, count = estimate.machines(s.dry_run, any_gpu=s.preset != "toy")
-    if s.model and not (s.preset == "toy" and s.toy_tokens):
-        config = estimate.find_config(s.model)
-    else:
+    if s.preset == "toy" and s.toy_tokens:
         recipe = Recipe(seed=s.seed, skills=toy_skills(s))
         config = model_config(recipe, make_tokenizer(Languages(s.seed), recipe.skills))
+    else:
+        config = estimate.find_config(s.model)
     work = workload(s, config, count, machine.is_gpu)
     print(estimate.format_estimate(work, machine, s.model or "the toy"))
     if estimate.missing(work, machine) > 0:
         sys.exit(1)
 
 
-def start(argv: list[str]) -> None:
-    s = parse(argv, __doc__)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{'SSR-X-Zero' if s.reward == 'self+comet' else 'SSR-Zero'}, preset {s.preset}")
-    dry_run(s) if s.dry_run else run_training(s)
-
-
 def main(argv: list[str]) -> None:
-    run_with_error_reporting("ssr.py", lambda: start(argv))
+    def start() -> None:
+        s = parse(argv, __doc__)
+        dry_run(s) if s.dry_run else run_training(s)
+
+    run_with_error_reporting("ssr.py", start)
 
 
 if __name__ == "__main__":

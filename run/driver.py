@@ -10,7 +10,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -103,7 +103,10 @@ class Policy:
 def init_device_and_ranks(s) -> tuple[torch.device, Ranks]:
     if s.preset.startswith("toy"):  # enough for so small a model, and the same numbers everywhere
         torch.set_num_threads(1)
-    return init_distributed(s.hang_timeout)
+    device, ranks = init_distributed(s.hang_timeout)
+    settings = {f"--{k}".replace("_", "-"): value for k, value in asdict(s).items()}
+    assert_same_on_all_ranks(ranks, settings)
+    return device, ranks
 
 
 def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, room: SamplerRoom) -> Policy:

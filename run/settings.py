@@ -386,8 +386,8 @@ def describe_run(s: Settings) -> str:
     where = f" on {ranks} ranks" if ranks > 1 else ""
     model = f", model {s.model}" if s.model else ""
     return (
-        f"{s.steps} steps of {P} prompts × {N} samples = {P * N} translations{where}, "
-        f"{s.updates_per_batch} update{'s' * (s.updates_per_batch > 1)} each, at most "
+        f"preset {s.preset}: {s.steps} steps of {P} prompts × {N} samples = {P * N} translations"
+        f"{where}, {s.updates_per_batch} update{'s' * (s.updates_per_batch > 1)} each, at most "
         f"{s.micro_batch_tokens:,} tokens at a time\n"
         f"reward {build.describe_reward(s)}, score {s.score_mode}, lr {s.lr:g}, KL {s.kl:g}, "
         f"seed {s.seed}{model}"

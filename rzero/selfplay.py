@@ -465,8 +465,6 @@ def start(argv: list[str]) -> None:
     if s.dry_run:
         return dry_run(s)
     device, ranks = driver.init_device_and_ranks(s)
-    values = {settings.option(name): value for name, value in dataclasses.asdict(s).items()}
-    driver.assert_same_on_all_ranks(ranks, values)
     name = f"rzero-{s.preset}"
     s.folder = str(ranks.on_rank0("name", lambda: settings.run_folder(name, s.folder, s.resume)))
     with contextlib.closing(build_game(s, ranks)) as game, stop_on_signal(ranks):
