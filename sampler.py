@@ -265,17 +265,12 @@ def uniforms(seed: int, keys: Ids, samples: Ids, count: int) -> Tensor:
 
 
 class Sampler:
-    def __init__(
-        self, model, slots: int, max_length: int, check_every: int | None = None,
-        kernels: Kernels | None = None,
-    ):  # fmt: skip
+    def __init__(self, model, slots: int, max_length: int, kernels: Kernels | None = None):
         """Room for `slots` sequences of `max_length` tokens, prompt included.
 
         The cache holds 2 * layers * slots * kv_heads * max_length * head_dim numbers in the dtype
         the model computes in, for the sampler's lifetime. A model that casts fp32 weights on the
         fly would do so for each token, so give the sampler a copy in the compute dtype.
-        `check_every`: steps between checks for ended sequences. A check is free on a CPU (default
-        1) and stalls a GPU (default 16); tokens past a stop are discarded.
         """
         c = model.config
         if slots < 1 or not 2 <= max_length <= c.max_length:
@@ -286,17 +281,19 @@ class Sampler:
         self.model, self.slots, self.max_length = model, slots, max_length
         self.kernels = kernels or Kernels()
         self.device = device = next(model.parameters()).device
-        self.check_every = check_every or (16 if device.type == "cuda" else 1)
+        # Steps between checks for ended sequences. A check is free on a CPU and stalls a GPU;
+        # tokens past a stop are discarded.
+        self.check_every = 16 if device.type == "cuda" else 1
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             raise ValueError(f"model on {device}: call torch.cuda.set_device({device}) first")
-        self.logit_dtype = torch.promote_types(self.dtype, torch.float32)
+        dtype = getattr(model, "compute_dtype", None) or next(model.parameters()).dtype
+        self.logit_dtype = torch.promote_types(dtype, torch.float32)
         self.padded_length = -(-max_length // 8) * 8  # fused attention wants multiples of 8
         shape = (c.layers, 2, slots, c.kv_heads, self.padded_length, c.head_dim)
-        self.kv = torch.zeros(shape, dtype=self.dtype, device=device)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.prefill_tokens = max(max_length, 8192)  # in one forward, padding included
         self.logit_rows = max(1, 2**26 // c.vocab_size)  # scoring: 256 MB of logits at once
         self.shared = 0  # length of the prefix that all prompts of this call share
-        self.pending_prompt_kv: tuple | None = None  # of a prompt whose other samples wait
         self.stops: frozenset[int] = frozenset()
         # The state of each slot and the call's settings, at addresses that captured graphs read.
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)  # to be fed next
@@ -318,12 +315,6 @@ class Sampler:
         self.graphs: dict = {}
         self.addresses: list[int] = []  # of the weights that the graphs read
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in."""
-        weight = next(self.model.parameters())
-        return getattr(self.model, "compute_dtype", None) or weight.dtype
-
     @torch.inference_mode()  # a tenth less overhead per operator than no_grad
     def generate(
         self,
@@ -342,10 +333,8 @@ class Sampler:
         the same samples in any call.
         """
         params = SamplingParams(temperature, top_p)
-        if temperature != 0 and not 1e-4 <= temperature < math.inf:
-            raise ValueError(f"temperature={temperature} must be 0 (greedy) or at least 0.0001")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p} must be in (0, 1]")
+        if not (temperature == 0 or 1e-4 <= temperature < math.inf) or not 0 < top_p <= 1:
+            raise ValueError(f"{params}: temperature 0 or at least 0.0001, top_p in (0, 1]")
         prompts, stop_ids = to_tuples(prompts), to_tuples([stop_ids])[0]
         keys = range(len(prompts)) if keys is None else to_tuples([keys])[0]
         if n < 1 or max_new_tokens < 1 or len(keys) != len(prompts):
@@ -354,7 +343,6 @@ class Sampler:
                 f"({len(keys)}) as many as prompts ({len(prompts)})"
             )
         self.check_sequences(prompts, "prompt", max_new_tokens)
-        self.check_vocabulary(stop_ids, "stop_ids")
         self.start_call(prompts, n, max_new_tokens, stop_ids)
         # Long prompts first, equal ones side by side: `admit` relies on siblings in a row.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
@@ -367,7 +355,7 @@ class Sampler:
             # Prefill in batches: wait until an eighth of the slots is free.
             if fits and (not active or fits >= self.slots // 8 or fits == len(waiting)):
                 joining = [waiting.pop() for _ in range(fits)]
-                self.admit(joining, len(active), waiting, seed, max_new_tokens)
+                self.admit(joining, len(active), seed, max_new_tokens)
                 active += joining
             steps = min(self.check_every, max_new_tokens - min(s.num_steps for s in active))
             width = max(len(s.prompt) + s.num_steps for s in active)
@@ -385,11 +373,11 @@ class Sampler:
     def start_call(self, prompts: list, n: int, max_new_tokens: int, stop_ids: Ids) -> None:
         """Copy the call's settings to the device and free all slots."""
         addresses = [p.data_ptr() for p in self.model.parameters()]
-        if addresses != self.addresses or len(self.graphs) > 256:
-            self.graphs.clear()  # the weights were replaced, or many settings were used
+        if addresses != self.addresses:
+            self.graphs.clear()  # the weights were replaced
             self.addresses = addresses
         self.share_prefix(prompts, min(self.slots, n * len(prompts)))
-        self.stops, self.pending_prompt_kv = frozenset(stop_ids), None
+        self.stops = frozenset(stop_ids)
         self.limit.fill_(max_new_tokens)
         self.is_stop.zero_()
         self.is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=self.device)] = True
@@ -405,19 +393,15 @@ class Sampler:
                     f"{what} {i} has {len(ids)} tokens and {more} are to come, but the window is "
                     f"{self.max_length}: shorten it or make Sampler(max_length=…) larger"
                 )
-            self.check_vocabulary(ids, f"{what} {i}")
-
-    def check_vocabulary(self, ids: Ids, what: str) -> None:
-        size = self.model.config.vocab_size
-        for bad in (i for i in ids if not 0 <= i < size):
-            raise ValueError(f"{what} holds the id {bad}, outside the vocabulary of {size}")
+            if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
+                raise ValueError(
+                    f"{what} {i} holds ids outside the vocabulary of {self.model.config.vocab_size}"
+                )
 
     # ------------------------------------------------------------------------- prompts
 
     def share_prefix(self, prompts: Sequence[Ids], copies: int) -> None:
         """Compute the prefix that all prompts share, and copy it to the first `copies` slots."""
-        if self.kv.dtype != self.dtype:
-            raise RuntimeError(f"the model now computes in {self.dtype}: make a new Sampler")
         shared, self.shared = common_prefix(prompts), 0
         if shared:
             for _ in self.prefill([prompts[0][:shared]], [0]):
@@ -451,27 +435,18 @@ class Sampler:
             ids = ids.to(self.device)
             yield batch, self.model(ids, positions=positions.expand_as(ids), cache=view)
 
-    def admit(self, joining, start: int, waiting, seed: int, max_new_tokens: int) -> None:
+    def admit(self, joining: list, start: int, seed: int, max_new_tokens: int) -> None:
         """Give slots `start`, `start + 1`, … to new sequences and prefill their prompts."""
         slots_of: dict[tuple, list[int]] = {}
         for slot, s in enumerate(joining, start):
             slots_of.setdefault(s.prompt, []).append(slot)
-        pending_prompt, pending_kv = self.pending_prompt_kv or (None, None)
-        self.pending_prompt_kv = None
-        new = [p for p in slots_of if p != pending_prompt]
-        for _ in self.prefill([p[:-1] for p in new], [slots_of[p][0] for p in new]):
+        first_slots = [slots[0] for slots in slots_of.values()]
+        for _ in self.prefill([prompt[:-1] for prompt in slots_of], first_slots):
             pass  # only the cache is needed, not the hidden states
         for prompt, slots in slots_of.items():
             span = slice(self.shared, len(prompt) - 1)
-            if prompt == pending_prompt:
-                self.kv[:, :, slots[0] : slots[-1] + 1, :, span] = pending_kv
-            else:
-                own = self.kv[:, :, slots[0] : slots[0] + 1, :, span]
-                self.kv[:, :, slots[0] + 1 : slots[-1] + 1, :, span] = own
-        # If siblings of this last `prompt` wait (from waiting[-1]): keep its keys and values.
-        if waiting and waiting[-1].prompt == prompt:
-            rows = self.kv[:, :, slots[0] : slots[0] + 1, :, span]
-            self.pending_prompt_kv = prompt, rows.clone()
+            own = self.kv[:, :, slots[0] : slots[0] + 1, :, span]
+            self.kv[:, :, slots[0] + 1 : slots[-1] + 1, :, span] = own
 
         joined = slice(start, start + len(joining))
         self.token[joined] = torch.tensor([s.prompt[-1] for s in joining], device=self.device)
@@ -576,48 +551,38 @@ class Sampler:
     ) -> list[Tensor]:
         """Log-probs of the tokens of each continuation after its prompt, on the device, in
         `logit_dtype`."""
+        if not temperature >= 1e-4:
+            raise ValueError(f"temperature={temperature} must be at least 0.0001")
         prompts, continuations = to_tuples(prompts), to_tuples(continuations)
-        if len(prompts) != len(continuations):
-            raise ValueError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
         self.check_sequences(prompts, "prompt")
         whole = [p + c for p, c in zip(prompts, continuations, strict=True)]
         self.check_sequences(whole, "prompt and continuation")
-        self.share_prefix(prompts, 1)
         tokens = [torch.tensor(c, dtype=torch.int64)[:, None] for c in continuations]
-        starts = [len(p) - 1 for p in prompts]
-        return [
-            s[:, 0] for s in self.logprobs_of([w[:-1] for w in whole], starts, tokens, temperature)
-        ]
+        scores = self.logprobs_of(prompts, [w[:-1] for w in whole], tokens, temperature)
+        return [score[:, 0] for score in scores]
 
     @torch.no_grad()
-    def next_logprobs(
-        self, prompts: Sequence[Ids], token_ids: Ids, temperature: float = 1.0
-    ) -> Tensor:
+    def next_logprobs(self, prompts: Sequence[Ids], token_ids: Ids) -> Tensor:
         """(len(prompts), len(token_ids)): log-probs of these tokens right after each prompt,
         normalised over the whole vocabulary."""
-        prompts, token_ids = to_tuples(prompts), to_tuples([token_ids])[0]
+        prompts, tokens = to_tuples(prompts), torch.tensor(to_tuples([token_ids]))
         self.check_sequences(prompts, "prompt")
-        self.check_vocabulary(token_ids, "token_ids")
-        distinct = list(dict.fromkeys(prompts))
-        self.share_prefix(distinct, 1)
-        tokens = [torch.tensor([token_ids], dtype=torch.int64)] * len(distinct)
-        rows = self.logprobs_of(distinct, [len(p) - 1 for p in distinct], tokens, temperature)
-        row_of = dict(zip(distinct, rows, strict=True))
+        rows = self.logprobs_of(prompts, prompts, [tokens] * len(prompts), 1.0)
         empty = torch.zeros(0, len(token_ids), dtype=self.logit_dtype, device=self.device)
-        return torch.cat([empty, *(row_of[p] for p in prompts)])
+        return torch.cat([empty, *rows])
 
     def logprobs_of(
-        self, sequences: list, starts: Ids, tokens: list[Tensor], temperature: float
+        self, prompts: list, sequences: list, tokens: list[Tensor], temperature: float
     ) -> list[Tensor]:
-        """Log-probs of the ids tokens[i] (rows, k); position starts[i] + r of sequence i predicts
-        row r."""
-        if not temperature >= 1e-4:
-            raise ValueError(f"temperature={temperature} must be at least 0.0001")
+        """Log-probs of the ids tokens[i] (rows, k): the last token of prompt i, which sequence i
+        begins with, predicts row 0, the token after it row 1."""
+        self.share_prefix(prompts, 1)
         empty = torch.zeros(0, 1, dtype=self.logit_dtype, device=self.device)
         results = [empty] * len(tokens)  # of empty continuations; the others follow
         for batch, hidden in self.prefill(sequences):
             sizes = [len(tokens[i]) for i in batch]
-            rows = zip(hidden, [starts[i] - self.shared for i in batch], sizes, strict=True)
+            starts = [len(prompts[i]) - 1 - self.shared for i in batch]
+            rows = zip(hidden, starts, sizes, strict=True)
             hidden = torch.cat([h[start : start + size] for h, start, size in rows])
             targets = torch.cat([tokens[i] for i in batch]).to(self.device)
             parts, n = [], self.logit_rows

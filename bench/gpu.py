@@ -61,7 +61,7 @@ def decode(rehearse: bool) -> dict:
             row = {"limit, ms": 1e3 * max(by_bytes, by_flops)}
             ours = Kernels(decode_attention, block_sums if CUDA else None)
             for kind, kernels in (("PyTorch", None), ("kernels", ours)):
-                model.decode_blocks = decode_blocks if kernels else None
+                model.decode_blocks = decode_blocks if kernels and CUDA else None
                 seconds = decoding_seconds(model, count, context, kernels)
                 row |= {f"{kind}, ms": 1e3 * seconds, f"{kind}, of the limit": row["limit, ms"]
                         / (1e3 * seconds)}  # fmt: skip

@@ -49,18 +49,13 @@ def decode_attention(
     one, whose k and v are written behind them. `width` > max(lengths) is a bound that the host
     holds. If it is too small for a sequence, the y of that one is wrong, and nothing else.
     """
-    shapes = [tuple(x.shape) for x in (q, k, v, cache, lengths)]
     B, _, H, E = q.shape
     _, S, K, L, _ = cache.shape
-    if shapes[1:] != [(B, 1, K, E), (B, 1, K, E), (2, S, K, L, E), (B,)] or B > S or H % K:
-        raise ValueError(
-            "q (B, 1, H, E), k, v (B, 1, K, E), cache (2, S, K, L, E) and lengths (B,), B ≤ S, H a "
-            f"multiple of K, have the shapes {shapes}"
-        )
+    shapes = [tuple(x.shape) for x in (k, v, cache, lengths)]
+    if shapes != [(B, 1, K, E), (B, 1, K, E), (2, S, K, L, E), (B,)] or B > S or H % K:
+        raise ValueError(f"q {tuple(q.shape)} does not fit k, v, cache and lengths {shapes}")
     if not 1 <= width <= L or not cache.is_contiguous() or lengths.dtype != torch.int64:
         raise ValueError(f"width={width} must be in 1 … {L}, cache contiguous and lengths int64")
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl={impl!r} is unknown; known: auto, torch, triton")
     if impl == "auto":
         usable = triton is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
         impl = "triton" if usable else "torch"

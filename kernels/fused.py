@@ -9,31 +9,28 @@ With one token per sequence an operator takes less time than its launch. A block
     gate and up product | SiLU(gate)·up | down product | add, norm of the next block
 
 An add belongs to the norm that follows it, so the first norm stands before the blocks. Results are
-rounded to the activations' dtype where the unfused operators round them, so that the sampler stays
-as close to the trainer as without these kernels. They have no backward.
+rounded to the activations' dtype where model.py, their reference, rounds them, so that the sampler
+stays as close to the trainer as without these kernels. They have no backward.
 
 Letters: B sequences, T tokens (1), M = B·T rows, D width, H query heads, K key/value heads,
 E head size, V vocabulary.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Triton exists on Linux only; impl="torch" does not need it
+except ImportError:  # Triton exists on Linux only; without it nothing here works
     triton = None
 
 
-def decode_blocks(model, x: Tensor, rope: tuple[Tensor, Tensor], cache, impl: str = "auto"):
+def decode_blocks(model, x: Tensor, rope: tuple[Tensor, Tensor], cache) -> Tensor:
     """`model.blocks` and `model.norm`: embeddings x (B, T, D), overwritten, -> hidden (B, T, D).
 
     The parts of a block and `cache.attend` are those of model.py; rope is (B, T, 1, E) each.
     """
-    use_triton = impl == "triton" or (impl == "auto" and triton is not None and x.is_cuda)
-    add_norm, norm_rope, silu_mul = TRITON if use_triton else TORCH
     following_norms = [*(block.attention_norm for block in model.blocks[1:]), model.norm]
     normed = model.blocks[0].attention_norm(x)
     for block, following_norm in zip(model.blocks, following_norms, strict=True):
@@ -47,6 +44,37 @@ def decode_blocks(model, x: Tensor, rope: tuple[Tensor, Tensor], cache, impl: st
     return normed
 
 
+def add_norm(x: Tensor, added: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """x += added; -> its norm."""
+    D, normed, weight = x.shape[-1], torch.empty_like(x), norm.weight.to(x.dtype)
+    block = triton.next_power_of_2(D)
+    add_norm_kernel[(x.numel() // D,)](
+        x, added, weight, normed, norm.eps, D, block, num_warps=min(16, max(1, block // 512))
+    )
+    return normed
+
+
+def norm_rope(qkv: Tensor, H: int, K: int, q_norm, k_norm, cos: Tensor, sin: Tensor) -> None:
+    """The query and key heads of qkv (B, T, H+2K, E), in place; the norms may be None."""
+    B, T, heads, E = qkv.shape
+    has_norm = q_norm is not None
+    weights = [n.weight.to(qkv.dtype) for n in (q_norm, k_norm)] if has_norm else [qkv, qkv]
+    norm_rope_kernel[B * T, H + K](
+        qkv, *weights, cos.contiguous(), sin.contiguous(), q_norm.eps if has_norm else 0.0, H,
+        heads, E, triton.next_power_of_2(E // 2), has_norm, num_warps=1,
+    )  # fmt: skip
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """(B, T, 2·inner), the gate first -> SiLU(gate)·up (B, T, inner)."""
+    inner = gate_up.shape[-1] // 2
+    product = gate_up.new_empty(*gate_up.shape[:-1], inner)
+    block = min(1024, triton.next_power_of_2(inner))
+    grid = (product.numel() // inner, triton.cdiv(inner, block))
+    silu_mul_kernel[grid](gate_up, product, inner, block)
+    return product
+
+
 def block_sums(logits: Tensor, size: int, scale: float) -> tuple[Tensor, Tensor]:
     """fp32 logits (B, V) -> over blocks of `size` tokens the maximum z* and Σ exp(scale (z - z*)),
     (B, V/size) each, from one pass. A block of -inf has the sum 0."""
@@ -57,33 +85,6 @@ def block_sums(logits: Tensor, size: int, scale: float) -> tuple[Tensor, Tensor]
     grid = (B, triton.cdiv(blocks, group))
     block_sums_kernel[grid](logits, maxima, sums, scale, blocks, size, padded, group)
     return maxima, sums
-
-
-# ---------------------------------------------------------------------------------- reference
-
-
-def add_norm_torch(x: Tensor, added: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """x += added; -> its norm."""
-    x += added
-    return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
-
-
-def norm_rope_torch(qkv: Tensor, H: int, K: int, q_norm, k_norm, cos: Tensor, sin: Tensor) -> None:
-    """The query and key heads of qkv (B, T, H+2K, E), in place; the norms may be None."""
-    for heads, norm in ((qkv[:, :, :H], q_norm), (qkv[:, :, H : H + K], k_norm)):
-        x = heads
-        if norm is not None:
-            x = F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
-        left, right = x.chunk(2, dim=-1)
-        heads.copy_(torch.addcmul(x * cos, torch.cat((-right, left), dim=-1), sin))
-
-
-def silu_mul_torch(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-TORCH = add_norm_torch, norm_rope_torch, silu_mul_torch
 
 
 # ---------------------------------------------------------------------------------- kernels
@@ -161,34 +162,3 @@ if triton is not None:
         e = tl.exp((z - tl.maximum(peak, -3e38)[:, None]) * scale)
         tl.store(maxima + row * blocks + block, peak, mask=is_block)
         tl.store(sums + row * blocks + block, tl.sum(e, 1), mask=is_block)
-
-
-def add_norm_triton(x: Tensor, added: Tensor, norm: nn.RMSNorm) -> Tensor:
-    D, normed, weight = x.shape[-1], torch.empty_like(x), norm.weight.to(x.dtype)
-    block = triton.next_power_of_2(D)
-    add_norm_kernel[(x.numel() // D,)](
-        x, added, weight, normed, norm.eps, D, block, num_warps=min(16, max(1, block // 512))
-    )
-    return normed
-
-
-def norm_rope_triton(qkv: Tensor, H: int, K: int, q_norm, k_norm, cos: Tensor, sin: Tensor) -> None:
-    B, T, heads, E = qkv.shape
-    has_norm = q_norm is not None
-    weights = [n.weight.to(qkv.dtype) for n in (q_norm, k_norm)] if has_norm else [qkv, qkv]
-    norm_rope_kernel[B * T, H + K](
-        qkv, *weights, cos.contiguous(), sin.contiguous(), q_norm.eps if has_norm else 0.0, H,
-        heads, E, triton.next_power_of_2(E // 2), has_norm, num_warps=1,
-    )  # fmt: skip
-
-
-def silu_mul_triton(gate_up: Tensor) -> Tensor:
-    inner = gate_up.shape[-1] // 2
-    product = gate_up.new_empty(*gate_up.shape[:-1], inner)
-    block = min(1024, triton.next_power_of_2(inner))
-    grid = (product.numel() // inner, triton.cdiv(inner, block))
-    silu_mul_kernel[grid](gate_up, product, inner, block)
-    return product
-
-
-TRITON = add_norm_triton, norm_rope_triton, silu_mul_triton

@@ -8,7 +8,7 @@ import torch
 from kernels.advantage import group_advantage
 from kernels.decode import decode_attention
 from kernels.logprob import linear_logprob, linear_policy_loss
-from tests.kernel_cases import CASES, inputs, reference
+from tests.kernel_cases import CASES, FUSED_CASES, inputs, reference
 from tests.processes import ROOT
 
 
@@ -27,7 +27,7 @@ def test_plain_torch(case):
     case("torch", "cpu")
 
 
-@pytest.mark.parametrize("case", CASES[:2] + CASES[-3:-1], ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.__name__)
 def test_plain_torch_in_bf16(case):
     case("torch", "cpu", torch.bfloat16)
 
@@ -40,14 +40,14 @@ def test_triton_kernels_in_the_interpreter(request):
     command = [sys.executable, "-m", "tests.kernel_cases"]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
                          capture_output=True, text=True)  # fmt: skip
-    assert run.stdout.split() == [case.__name__ for case in CASES], run.stderr
+    assert run.stdout.split() == [case.__name__ for case in CASES + FUSED_CASES], run.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CASES + FUSED_CASES, ids=lambda case: case.__name__)
 def test_triton_kernels_on_the_gpu(case, dtype):
-    case("triton", "cuda", dtype)
+    case(*(["triton"] if case in CASES else []), "cuda", dtype)
 
 
 # ---------------------------------------------------------------------------- policy loss
@@ -164,15 +164,11 @@ def test_incoming_gradient_scales_the_loss_once():
     [
         ({"targets": torch.tensor([0, 99, 1])}, "a target is outside the vocabulary"),
         ({"targets": torch.tensor([0, -100, 1])}, "a target is outside the vocabulary"),
-        ({"targets": torch.tensor([0, 1])}, r"targets \(M,\) have the shapes"),
-        ({"targets": torch.tensor([0.0, 1.0, 2.0])}, "targets int64, not"),
-        ({"hidden": torch.randn(3, 7)}, r"hidden \(M, D\), .* have the shapes"),
-        ({"hidden": torch.randn(3, 24).bfloat16()}, "must have one dtype"),
-        ({"temperature": 0.0}, "temperature=0.0"),
-        ({"impl": "cuda"}, "impl='cuda' is unknown"),
+        ({"targets": torch.tensor([0, 1])}, r"int64 targets \(M,\) are "),
+        ({"targets": torch.tensor([0.0, 1.0, 2.0])}, r"int64 targets \(M,\) are .*float32"),
+        ({"hidden": torch.randn(3, 7)}, r"hidden \(M, D\)"),
         ({"weights": torch.zeros(2)}, r"not \(2,\)"),
         ({"kl": 0.1}, "kl=0.1 needs ref_logprobs"),
-        ({"importance_cap": 2.0}, "importance_cap=2.0 needs sampler_logprobs"),
     ],
 )
 def test_bad_arguments_of_the_policy_loss_are_named(changes, match):
@@ -185,12 +181,11 @@ def test_bad_arguments_of_the_policy_loss_are_named(changes, match):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"lengths": torch.zeros(3, dtype=torch.int64)}, "have the shapes"),
-        ({"cache": torch.zeros(2, 1, 2, 9, 8)}, "have the shapes"),
-        ({"q": torch.zeros(2, 1, 3, 8)}, "H a multiple of K"),
+        ({"lengths": torch.zeros(3, dtype=torch.int64)}, "does not fit"),
+        ({"cache": torch.zeros(2, 1, 2, 9, 8)}, "does not fit"),
+        ({"q": torch.zeros(2, 1, 3, 8)}, "does not fit"),
         ({"width": 10}, "width=10 must be in 1 … 9"),
         ({"lengths": torch.zeros(2)}, "lengths int64"),
-        ({"impl": "cuda"}, "impl='cuda' is unknown"),
     ],
 )
 def test_bad_arguments_of_decode_attention_are_named(changes, match):
