@@ -68,12 +68,12 @@ def run_training(s: Settings) -> None:
         load_work = workload(s, read_config(problem.folder), ranks.size, cuda)
         estimate.check_room(load_work, device)
         window = judge_window(s, problem, codec, load_work.c.max_length)
-        cache = driver.SamplerRoom(window, load_work.slots, load_work.judge_slots)
-        policy = driver.build_policy(problem.folder, s, device, ranks, cache)
+        slots, judge_slots = load_work.slots, load_work.judge_slots
+        policy = driver.build_policy(problem.folder, s, device, ranks, slots, window, judge_slots)
         own_judge = build_judge(s, policy.judge_sampler, codec, problem.prompts)
         judge = own_judge
         if s.judge_model:
-            judge = other_judge(s, ranks, problem, device, load_work.slots, codec)
+            judge = other_judge(s, ranks, problem, device, slots, codec)
         elif s.reward == "cream":  # compares the live judge with `own_judge`
             judge = build_judge(s, policy.sampler, codec, problem.prompts)
 

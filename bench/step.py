@@ -90,8 +90,7 @@ def our_steps(folder: str, steps: int, judge_room: int = 0) -> Iterator[tuple[fl
         warmup_steps=WARMUP, min_lr_ratio=1.0, track_kl=judge_room > 0,
     )  # fmt: skip
     window = max(map(len, work["ids"])) + new + judge_room
-    room = driver.SamplerRoom(window, P * N)
-    policy = driver.build_policy(Path(folder), s, DEVICE, Ranks(), room)
+    policy = driver.build_policy(Path(folder), s, DEVICE, Ranks(), P * N, window)
     judge = Judge(policy.sampler, codec, PLAIN, "written", max_new_tokens=8)
 
     def reward(tasks: list[dict], groups: list[list], number: int) -> list[RewardOutput]:

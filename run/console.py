@@ -35,8 +35,7 @@ class Console:
         self.s, self.path, self.measure = s, path, measure
         self.dashboards: list = []
         self.has_report = False
-        self.work, self.share = "", 0.0  # of the latest `print_progress`
-        self.work_began = self.printed = time.monotonic()
+        self.printed = time.monotonic()
 
     def open(self, settings: dict, first_step: int) -> None:
         """Dashboards and report, by the rank that has created and locked the folder."""
@@ -76,15 +75,12 @@ class Console:
         ]
         print("  ".join(parts), flush=True)
 
-    def print_progress(self, work: str, share: float) -> None:
+    def print_progress(self, work: str, share: float, began: float) -> None:
         """The share of the work that is done and the time left, if it takes long."""
         now = time.monotonic()
-        if work != self.work or share < self.share:
-            self.work, self.work_began = work, now
-        self.share = share
-        if now - max(self.work_began, self.printed) >= QUIET:
+        if now - max(began, self.printed) >= QUIET:
             self.printed = now
-            left = (now - self.work_began) * (1 - share) / share
+            left = (now - began) * (1 - share) / share
             print(f"{work}  {share:.0%}, {timedelta(seconds=int(left))} left", flush=True)
 
     def draw_report(self) -> None:

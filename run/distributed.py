@@ -176,19 +176,19 @@ class Ranks:
 
 def init_distributed(hang_timeout: float = 1800.0) -> tuple[torch.device, Ranks]:
     """This process's device, and the ranks that torchrun started, or one alone. Collective."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     # cuDNN plans its attention anew for each shape, and packed batches bring new ones each step.
     torch.backends.cuda.enable_cudnn_sdp(False)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return device, Ranks()
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank = int(os.environ["RANK"])
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if device.type == "cuda":
+    if cuda:
         if local >= (count := torch.cuda.device_count()):
             raise ValueError(f"{per_node} processes on a machine with {count} GPUs: torchrun "
                              f"--nproc_per_node={count}")  # fmt: skip
-        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     # The watchdog reports first: it knows more than a collective that timed out.
     limit = datetime.timedelta(seconds=2 * hang_timeout + 60)
@@ -200,7 +200,7 @@ def init_distributed(hang_timeout: float = 1800.0) -> tuple[torch.device, Ranks]
     store.set(f"starts {rank}", str(starts))
     all_starts = [int(store.get(f"starts {r}")) for r in range(size)]
     store = dist.PrefixStore(f"start {max(all_starts)}", store)
-    both = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    both = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(both, store=store, rank=rank, world_size=size, timeout=limit)
     group = dist.new_group(backend="gloo", timeout=limit)  # for objects, even beside NCCL
     ranks = Ranks(rank, size, None, group, store)

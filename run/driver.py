@@ -1,7 +1,7 @@
 """One training run: the policy with its copies, and the loop that keeps them in step.
 
     device, ranks = init_device_and_ranks(s)
-    policy = build_policy(folder, s, device, ranks, room)
+    policy = build_policy(folder, s, device, ranks, slots, window)
     for step in train(policy, reward, batch, s, stop_ids, ranks, resume_from):
         ...                                             # weights are at rest: log, save, evaluate
 
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,14 +29,6 @@ from sampler import CustomDecode, Kernels, Sampler, block_sums_torch
 
 EMA_DECAY = 0.98  # per step, of --judge ema
 PREVIOUS_EVERY = 10  # steps for which --judge previous keeps its weights
-
-
-class SamplerRoom(NamedTuple):
-    """Room of the samplers."""
-
-    window: int  # tokens of a sequence
-    slots: int
-    judge_slots: int = 1  # of a judge with weights of its own
 
 
 class HostAdamW(torch.optim.AdamW):
@@ -109,21 +100,26 @@ def init_device_and_ranks(s) -> tuple[torch.device, Ranks]:
     return device, ranks
 
 
-def build_policy(folder: Path, s, device: torch.device, ranks: Ranks, room: SamplerRoom) -> Policy:
+def build_policy(
+    folder: Path, s, device: torch.device, ranks: Ranks, slots: int, window: int,
+    judge_slots: int = 1,
+) -> Policy:  # fmt: skip
+    """`window`: tokens of a sequence in the samplers. `judge_slots`: of a judge with weights of its
+    own."""
     model = load(folder, dtype=torch.float32, device=device, shard=ranks.shard)
     # On a GPU the samplers have bf16 copies of the weights; the master weights stay fp32.
     half = torch.bfloat16 if device.type == "cuda" else None
     model.compute_dtype, model.checkpointing = half, half is not None
     judge = getattr(s, "judge", "live")
     alone = half is None and ranks.size == 1
-    sampler = make_sampler(model if alone else unsharded_copy(model, half), room.slots, room.window)
+    sampler = make_sampler(model if alone else unsharded_copy(model, half), slots, window)
     reference = unsharded_copy(model, half) if s.track_kl or s.kl or judge == "frozen" else None
     judge_sampler, average = sampler, []
     if judge == "frozen":
-        judge_sampler = make_sampler(reference, room.judge_slots, room.window)
+        judge_sampler = make_sampler(reference, judge_slots, window)
     if judge in ("ema", "previous"):
         average = [p.detach().clone() for p in model.parameters()]
-        judge_sampler = make_sampler(unsharded_copy(model, half), room.judge_slots, room.window)
+        judge_sampler = make_sampler(unsharded_copy(model, half), judge_slots, window)
     if not (s.track_kl or s.kl):
         reference = None
     optimizer = grpo.make_optimizer(model, s)

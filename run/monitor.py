@@ -187,7 +187,8 @@ class RunMonitor:
             save_with_tokenizer(model, self.source, self.folder.path / name)
 
     def report_progress(self, share: float) -> None:
-        self.console.print_progress(f"step {self.ranks.step}: {self.ranks.stage}", share)
+        ranks = self.ranks
+        self.console.print_progress(f"step {ranks.step}: {ranks.stage}", share, ranks.stage_began)
 
     # ----------------------------------------------------------------------------- how it ends
 

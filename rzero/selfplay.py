@@ -298,8 +298,8 @@ class SelfPlay:
         source, base = self.weights(player, 1), (self.iteration - 1) * s.steps
         ranks.set_stage(f"iteration {self.iteration}: load the {player}")
         gc.collect()  # FSDP's models refer to themselves
-        cache = driver.SamplerRoom(window_size(s, read_config(source)), s.max_num_seqs)
-        policy = driver.build_policy(source, s, self.device, ranks, cache)
+        window = window_size(s, read_config(source))
+        policy = driver.build_policy(source, s, self.device, ranks, s.max_num_seqs, window)
         identity = {"turn": [player, self.iteration], "weights": fingerprint(source)}
         folder = final.with_name(f"{player}.checkpoints")
         kept = Checkpoints(folder, 1, ranks, policy.tensors(), identity)

@@ -96,8 +96,7 @@ def test_adamw_in_host_memory_makes_the_same_steps(tmp_path):
     policies = []
     for switch in ("--no-offload-optimizer", "--offload-optimizer"):
         s = settings.parse(["--preset=toy", "--weight-decay=0.1", switch])
-        room = driver.SamplerRoom(window=32, slots=1)
-        policies.append(driver.build_policy(tmp_path, s, torch.device("cpu"), Ranks(), room))
+        policies.append(driver.build_policy(tmp_path, s, torch.device("cpu"), Ranks(), 1, 32))
         kept, optimizer = policies[-1].tensors(), policies[-1].optimizer
         assert isinstance(optimizer, driver.HostAdamW) == (switch == "--offload-optimizer")
         for lr in (0.1, 0.02, 0.05):

@@ -46,13 +46,12 @@ def test_long_work_shows_its_progress_and_the_time_left(tmp_path, monkeypatch, c
     fake = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr(console, "time", fake)
     shown = make_console(tmp_path)
-    for work, second, share in (
-        ("translate", 0, 0.0), ("translate", 5, 0.25), ("translate", 12, 0.5),
-        ("translate", 15, 0.6), ("judge", 16, 0.1), ("judge", 36, 0.25), ("judge", 38, 0.01),
-        ("judge", 47, 0.1),
+    for work, began, second, share in (
+        ("translate", 0, 5, 0.25), ("translate", 0, 12, 0.5), ("translate", 0, 15, 0.6),
+        ("judge", 16, 36, 0.25), ("judge", 38, 47, 0.1),
     ):  # fmt: skip
         now[0] = second
-        shown.print_progress(work, share)
+        shown.print_progress(work, share, began)
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["translate  50%, 0:00:12 left", "judge  25%, 0:01:00 left"]
     now[0] = 58
