@@ -26,9 +26,8 @@ import os
 import re
 import signal
 import sys
-from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":  # as in ssr.py
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -38,9 +37,10 @@ import torch
 from data.languages import describe_language_check, is_plausible_translation
 from data.loading import code_pair, hash_json, split_entries
 from eval import cli, sets, table
-from eval.comet import DTYPES, NAMES, Comet, comet_rows, find_python, where
+from eval.comet import DTYPES, Comet, comet_rows, find_python, where
 from eval.score import SACREBLEU, Result, mean_score
 from eval.sets import TestSet
+from eval.table import Column
 from eval.translate import System, read_translations, translate
 from judge import Task
 from rewards.build import checkpoint_id
@@ -50,15 +50,6 @@ from run.folder import atomic_write
 from run.settings import CHAT, TEMPLATES
 
 PAPER_SETS = "wmt23:zh-en,wmt24:zh-en,flores200:zh-en,wmt23:en-zh,wmt24:en-zh,flores200:en-zh"
-
-
-class Metric(NamedTuple):
-    name: str
-    checkpoint: str
-    """Empty for sacreBLEU's metrics."""
-
-    def needs_references(self) -> bool:
-        return not self.checkpoint or where(self.checkpoint) == NAMES["comet22"]
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -80,9 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--prompts", choices=list(TEMPLATES), default="paper", help="default: %(default)s")
     option("--chat", default=False, help="use the tokenizer's chat template", **CHAT)
     option("--max-new-tokens", type=cli.positive, default=1024, help="default: %(default)s")
-    option("--max-num-seqs", "--slots", type=cli.positive, default=64,
-           help="sequences decoded together")  # fmt: skip
-    option("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    option("--max-num-seqs", type=cli.positive, default=64, help="sequences decoded together")
     option("--comet-dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     args = parser.parse_args(argv)
     if not args.model and not args.translations:
@@ -114,35 +103,27 @@ def load_sets(args: argparse.Namespace) -> list[TestSet]:
     return [*test_sets.values()]
 
 
-def parse_metrics(args: argparse.Namespace, test_sets: list[TestSet]) -> list[Metric]:
-    metrics: dict[str, Metric] = {}
-    for text in filter(None, (w.strip() for w in args.metrics.split(","))):
-        name, checkpoint = split_name(text)
-        if text in SACREBLEU:
-            name, checkpoint = text, ""
-        elif checkpoint in NAMES or "/" in checkpoint:
-            checkpoint_id(checkpoint)  # refuses a path where there is nothing
-        else:
-            raise ValueError(
-                f"--metrics {text} is unknown: use {', '.join(SACREBLEU)}, COMET's "
-                f"{', '.join(NAMES)}, its hub ids and folders"
-            )
+def parse_metrics(args: argparse.Namespace, test_sets: list[TestSet]) -> dict[str, str]:
+    """Name -> checkpoint of COMET's, empty for sacreBLEU's metrics."""
+    metrics: dict[str, str] = {}
+    for text in split_entries(args.metrics):
+        name, checkpoint = (text, "") if text in SACREBLEU else split_name(text)
+        if text not in SACREBLEU:
+            where(checkpoint)  # refuses what is none
         name = cli.slug(name or checkpoint.rstrip("/").rpartition("/")[2])
-        if name in metrics or name == "segments" or (checkpoint and name in SACREBLEU):
+        if name in metrics:
             raise ValueError(f"--metrics: the name {name} is taken: use NAME=CHECKPOINT")
-        metrics[name] = Metric(name, checkpoint)
-        for one in test_sets if metrics[name].needs_references() else []:
+        metrics[name] = checkpoint
+        for one in test_sets if checkpoint in ("", "comet22") else []:
             lacking = [i for i, task in enumerate(one.tasks, 1) if not task.reference]
             if lacking:
                 raise ValueError(
                     f"{name} needs references, and {one.entry} has none for segment {lacking[0]} "
                     f"({len(lacking)} in all lack one)"
                 )
-    if not metrics:
-        raise ValueError("--metrics is empty")
-    if any(metric.checkpoint for metric in metrics.values()):
+    if any(metrics.values()):
         find_python()  # raises before hours of translating if COMET is not installed
-    return [*metrics.values()]
+    return metrics
 
 
 def parse_systems(args: argparse.Namespace, test_sets: list[TestSet]) -> list[System]:
@@ -169,145 +150,140 @@ def parse_systems(args: argparse.Namespace, test_sets: list[TestSet]) -> list[Sy
             )
         systems.append(System(cli.slug(name), "", files))
     names = [system.name for system in systems]
-    for name in names:
-        if names.count(name) > 1 or not name.strip("._"):
-            raise ValueError(f"the system name {name!r} is taken or no name: use NAME=FOLDER")
+    if taken := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two systems are called {taken[0]}: use NAME=FOLDER")
     return systems
 
 
 # --------------------------------------------------------------------------------------- scoring
 
+Translations = dict[str, dict[str, list[dict]]]  # by system and set's file: a row a segment
+Results = dict[str, dict[Column, Result]]  # by system
+
 
 def score_systems(
-    args, device: torch.device, ranks: Ranks, metric: Metric, systems: list[System],
-    test_sets: list[TestSet], translations: dict[str, dict[str, list[dict]]],
-) -> dict[tuple[str, str], Result]:  # fmt: skip
-    """Results by system and set."""
-    with contextlib.ExitStack() as stack:
-
-        @cache
-        def comet() -> Comet:
-            """Started only if something is left to score."""
-            worker = Comet(metric.checkpoint, str(device), args.comet_dtype, 16,
-                           start_limit=0.9 * cli.HANG_TIMEOUT)  # fmt: skip
-            stack.enter_context(worker).ready()
-            return worker
-
-        results = {}
-        for system in systems:
-            for one in test_sets:
+    args, device: torch.device, ranks: Ranks, metrics: dict[str, str], systems: list[System],
+    test_sets: list[TestSet], translations: Translations,
+) -> Results:  # fmt: skip
+    columns = [column_of(one, name) for one in test_sets for name in metrics]
+    results = {system.name: dict.fromkeys(columns) for system in systems}
+    for name, checkpoint in metrics.items():
+        comet = contextlib.nullcontext()
+        if checkpoint:
+            limit = 0.9 * cli.HANG_TIMEOUT
+            comet = Comet(checkpoint, str(device), args.comet_dtype, 16, start_limit=limit)
+        with comet:
+            for system, one in product(systems, test_sets):
                 texts = [row["translation"] for row in translations[system.name][one.file]]
-                if metric.checkpoint:
-                    file = args.out / system.name / f"{one.file}.{metric.name}.jsonl"
-                    result = score_with_comet(args, ranks, metric, comet, one.tasks, texts, file)
+                if checkpoint:
+                    file = args.out / system.name / f"{one.file}.{name}.jsonl"
+                    result = score_with_comet(args, ranks, comet, one.tasks, texts, file)
                 else:
-                    result = SACREBLEU[metric.name](one.tasks, texts)
-                results[system.name, one.file] = result
-        return results
+                    result = SACREBLEU[name](one.tasks, texts)
+                results[system.name][column_of(one, name)] = result
+    return results
+
+
+def column_of(one: TestSet, metric: str) -> Column:
+    return Column(one.direction, one.label, metric)
 
 
 def score_with_comet(
-    args, ranks: Ranks, metric: Metric, comet, tasks: list[Task], texts: list[str], file: Path
+    args, ranks: Ranks, comet: Comet, tasks: list[Task], texts: list[str], file: Path
 ) -> Result:
+    """The worker starts only if something is left to score."""
     with_references = all(task.reference for task in tasks)
     pairs = comet_rows(tasks, texts, with_references)
-    key = {"checkpoint": checkpoint_id(metric.checkpoint), "dtype": args.comet_dtype}
+    key = {"checkpoint": checkpoint_id(comet.checkpoint), "dtype": args.comet_dtype}
     key |= {"translation, source or reference": hash_json(pairs)}
-    opened: list[JsonlCache] = []  # by rank 0 only
-
-    def open_cache() -> JsonlCache:
-        def describe() -> dict:
-            about = comet().about
-            return about | {"references": with_references and about["takes_reference"]}
-
-        opened.append(JsonlCache(file, key, describe, replace=True))
-        return opened[0]
 
     def work(indices) -> list[dict]:
-        scores = comet().score([pairs[i] for i in indices])
-        return [{"segment": i, "score": x} for i, x in zip(indices, scores, strict=True)]
+        scores = comet.score([pairs[i] for i in indices])
+        by = describe_scorer(comet.about, with_references)
+        return [
+            {"segment": i, "score": score, "by": by}
+            for i, score in zip(indices, scores, strict=True)
+        ]
 
-    what = f"{file.parent.name} {file.stem}"
-    rows = map_cached(ranks, open_cache, what, range(len(pairs)), work, 64 * ranks.size)
-    about = ranks.on_rank0("read", lambda: opened[0].about)
-    revision = f" at {about['revision'][:12]}" if about.get("revision") else ""
-    signature = (
+    rows = map_cached(
+        ranks, lambda: JsonlCache(file, key, replace=True), f"{file.parent.name} {file.stem}",
+        range(len(pairs)), work, 64 * ranks.size,
+    )  # fmt: skip
+    signatures = dict.fromkeys(row["by"] for row in rows)
+    return mean_score([row["score"] for row in rows], "; ".join(signatures))
+
+
+def describe_scorer(about: dict, with_references: bool) -> str:
+    revision = f" at {about['revision'][:12]}" if about["revision"] else ""
+    has_references = "with" if with_references and about["takes_reference"] else "without"
+    return (
         f"{about['checkpoint']}{revision} ({about['class']}), unbabel-comet {about['comet']}, "
-        f"{about['dtype']}, {'with' if about['references'] else 'without'} references"
+        f"{about['dtype']}, {has_references} references"
     )
-    return mean_score([row["score"] for row in rows], signature)
 
 
 # ------------------------------------------------------------------------------------ the report
 
 
 def print_results(
-    args, systems: list[System], test_sets: list[TestSet], results, translations
-) -> None:
-    """Write and print the table; `results` by metric, system and set."""
-    columns: dict[str, dict] = {}
-    unreadable: dict[str, dict] = {}
-    wrong_language, wrong_notes = {}, []
-    for system in systems:
-        columns[system.name] = {
-            table.Column(one.direction, one.label, metric): by_set[system.name, one.file]
-            for one in test_sets
-            for metric, by_set in results.items()
-        }
-        unreadable[system.name] = {}
-        for one in test_sets:
-            rows = translations[system.name][one.file]
-            readable = [row["readable"] for row in rows if row["readable"] is not None]
-            share = 1 - sum(readable) / len(readable) if readable else None
-            unreadable[system.name][one.direction, one.label] = share
-            wrong = [
-                row["readable"] is not False
-                and not is_plausible_translation(row["translation"], task)
-                for row, task in zip(rows, one.tasks, strict=True)
-            ]
-            share, name = sum(wrong) / len(wrong), f"{system.name} {one.direction}/{one.label}"
-            wrong_language[name] = share
-            if share:
-                i = wrong.index(True)
-                text = " ".join(rows[i]["translation"].split())[:80]
-                wrong_notes.append(f"wrong language: {name} {share:.1%}, e.g. segment {i}: {text}")
-            write_segments(args.out, system, one, rows, wrong, results)
-    rows = table.make_rows(columns, unreadable)
-    if args.compare:
-        rows = table.published(rows[0].cells) + rows
-    signatures = {
-        metric: list(dict.fromkeys(result.signature for result in by_set.values()))
-        for metric, by_set in results.items()
-    }
-    notes = [f"{metric}: {'; '.join(texts)}" for metric, texts in signatures.items()]
-    notes += [
+    args, systems: list[System], test_sets: list[TestSet], translations: Translations,
+    results: Results,
+) -> None:  # fmt: skip
+    """Write and print the table, and write a file of segments for each system and set."""
+    unreadable = {system.name: {} for system in systems}
+    wrong_notes = []
+    for system, one in product(systems, test_sets):
+        rows = translations[system.name][one.file]
+        readable = [row["readable"] for row in rows]
+        share = None if None in readable else 1 - sum(readable) / len(readable)
+        unreadable[system.name][one.direction, one.label] = share
+        wrong = [
+            row["readable"] is not False and not is_plausible_translation(row["translation"], task)
+            for row, task in zip(rows, one.tasks, strict=True)
+        ]
+        if any(wrong):
+            i = wrong.index(True)
+            text = " ".join(rows[i]["translation"].split())[:80]
+            where_found = f"{system.name} {one.direction}/{one.label} {sum(wrong) / len(wrong):.1%}"
+            wrong_notes.append(f"wrong language: {where_found}, e.g. segment {i}: {text}")
+        write_segments(args.out / system.name, one, rows, wrong, results[system.name])
+    rows = table.make_rows(results, unreadable)
+    signatures: dict[str, dict[str, None]] = {}  # by metric
+    for column, result in (pair for columns in results.values() for pair in columns.items()):
+        signatures.setdefault(column.metric, {})[result.signature] = None
+    notes = [
+        *(f"{metric}: {'; '.join(texts)}" for metric, texts in signatures.items()),
         "Avg: the plain mean of the direction's COMET columns",
         "±: half of the 95% bootstrap interval; unreadable: outputs without a readable answer, "
         "scored as they are",
         f"↑ ↓: better or worse than {systems[0].name} with p < 0.05 (paired bootstrap); none if a "
         f"set has fewer than {table.TOO_FEW} segments",
         *wrong_notes,
-    ] + [f"Only the first {args.first} segments of each set"] * bool(args.first)
-    text = f"{table.to_markdown(rows)}\n\n" + "".join(f"- {note}\n" for note in notes)
-    about = {"metrics": signatures, "sets": {one.entry: len(one.tasks) for one in test_sets}}
-    about |= {"wrong_language": wrong_language}
-    atomic_write(args.out / "table.md", text)
+        *[f"Only the first {args.first} segments of each set"] * bool(args.first),
+    ]
+    about = {"metrics": {metric: [*texts] for metric, texts in signatures.items()}}
+    about |= {"sets": {one.entry: len(one.tasks) for one in test_sets}}
     atomic_write(args.out / "table.json", table.to_json(rows, about | {"command": sys.argv}))
+    if args.compare:
+        rows = table.published(rows[0].cells) + rows
+    text = f"{table.to_markdown(rows)}\n\n" + "".join(f"- {note}\n" for note in notes)
+    atomic_write(args.out / "table.md", text)
     print(f"\n{text}\n{args.out}/: table.md, table.json, and a folder for each system")
 
 
 def write_segments(
-    out: Path, system: System, one: TestSet, rows: list[dict], wrong: list[bool], results
+    folder: Path, one: TestSet, rows: list[dict], wrong: list[bool], results: dict[Column, Result]
 ) -> None:
+    scores = {column.metric: result.segments for column, result in results.items()
+              if column == column_of(one, column.metric)}  # fmt: skip
     lines = []
     for i, (task, row) in enumerate(zip(one.tasks, rows, strict=True)):
-        scores = {m: by_set[system.name, one.file].segments[i] for m, by_set in results.items()}
         line = {"segment": i} | {k: v for k, v in task._asdict().items() if v is not None}
         line |= {k: row[k] for k in ("translation", "readable")}
-        line |= {"wrong_language": wrong[i], "scores": scores}
+        line |= {"wrong_language": wrong[i], "scores": {k: v[i] for k, v in scores.items()}}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    (out / system.name).mkdir(parents=True, exist_ok=True)
-    atomic_write(out / system.name / f"{one.file}.segments.jsonl", "".join(lines))
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / f"{one.file}.segments.jsonl", "".join(lines))
 
 
 def evaluate(argv: list[str]) -> None:
@@ -326,12 +302,9 @@ def evaluate(argv: list[str]) -> None:
             translations[system.name] = translate(args, device, ranks, system, test_sets)
             gc.collect()  # the model, to make room for the next one and COMET
             torch.cuda.empty_cache()
-    results = {
-        metric.name: score_systems(args, device, ranks, metric, systems, test_sets, translations)
-        for metric in metrics
-    }
+    results = score_systems(args, device, ranks, metrics, systems, test_sets, translations)
     ranks.ending = True
-    ranks.on_rank0("report", lambda: print_results(args, systems, test_sets, results, translations))
+    ranks.on_rank0("report", lambda: print_results(args, systems, test_sets, translations, results))
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """COMET scores, from a process with an environment of its own.
 
-    with Comet("comet22", device="cuda", dtype="bfloat16") as comet:   # loads while you go on
+    with Comet("comet22", device="cuda", dtype="bfloat16") as comet:
+        comet.start()                                        # it loads while you go on
         scores = comet.score([{"src": "Hallo", "mt": "Hello", "ref": "Hi"}])
 
     python -m eval.comet install                                       # makes .comet/, once
@@ -15,6 +16,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -45,15 +47,14 @@ class Comet:
         self, checkpoint: str, device: str = "cpu", dtype: str = "float32", batch_size: int = 32,
         python: str = "", start_limit: float = 1800.0, silence_limit: float = 600.0,
     ):  # fmt: skip
-        """`checkpoint`: one of NAMES, a hub id, a folder or a .ckpt file. `dtype`: of the encoder;
-        the heads always compute in fp32. `start_limit`: seconds to download and load.
-        `silence_limit`: seconds that one batch may take."""
+        """`checkpoint`: one of NAMES, a hub id or a folder. `dtype`: of the encoder; the heads
+        always compute in fp32. `start_limit`: seconds to download and load. `silence_limit`:
+        seconds that one batch may take."""
         self.checkpoint, self.device, self.batch_size = checkpoint, device, batch_size
         self.start_limit, self.silence_limit = start_limit, silence_limit
         settings = {"checkpoint": where(checkpoint), "device": device, "dtype": dtype}
         self.command = [find_python(python), "-W", "ignore", str(WORKER), json.dumps(settings)]
         self.process: subprocess.Popen | None = None
-        self.start()
 
     def ready(self) -> dict:
         """Wait until the model is loaded; returns its description, also in `about`."""
@@ -61,9 +62,7 @@ class Comet:
             self.start()
         if not self.about:
             left = self.started + self.start_limit - time.monotonic()
-            problem = f"no model after {self.start_limit:g} s (start_limit)"
-            self.about = self.exchange("", left, problem)["about"]
-            self.about["checkpoint"] = self.checkpoint
+            self.about = self.exchange("", left)["about"] | {"checkpoint": self.checkpoint}
         return self.about
 
     def score(self, rows: list[dict[str, str]]) -> list[float]:
@@ -83,8 +82,7 @@ class Comet:
         for start in range(0, len(rows), self.batch_size):
             batch = order[start : start + self.batch_size]
             request = json.dumps([rows[i] for i in batch]) + "\n"
-            problem = f"no scores after {self.silence_limit:g} s (silence_limit)"
-            reply = self.exchange(request, self.silence_limit, problem)
+            reply = self.exchange(request, self.silence_limit)
             for i, score in zip(batch, reply["scores"], strict=True):
                 if not math.isfinite(score):
                     raise RuntimeError(f"row {i} has the score {score}: try dtype 'float32'")
@@ -111,7 +109,7 @@ class Comet:
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the worker
             )  # fmt: skip
 
-    def exchange(self, request: str, limit: float, problem: str) -> dict:
+    def exchange(self, request: str, limit: float) -> dict:
         """Send a request and return the reply, which takes at most `limit` seconds."""
         worker = f"{self.checkpoint} on {self.device} (worker {self.process.pid})"
         try:
@@ -123,7 +121,9 @@ class Comet:
                 raise ConnectionResetError
         except TimeoutError:
             self.close()
-            raise TimeoutError(f"{worker}: {problem}; it was killed") from None
+            what = (f"scores after {self.silence_limit:g} s (silence_limit)" if request
+                    else f"model after {self.start_limit:g} s (start_limit)")  # fmt: skip
+            raise TimeoutError(f"{worker}: no {what}; it was killed") from None
         except ConnectionError:
             raise RuntimeError(f"{worker} died: {self.describe_death()}") from None
         except BaseException:  # Ctrl-C: the pending reply would answer the next request
@@ -162,12 +162,14 @@ class Comet:
 
 
 def where(checkpoint: str) -> str:
-    """The hub id of a short name; anything but a name, an id or a path is refused."""
-    if checkpoint not in NAMES and "/" not in checkpoint and not os.path.exists(checkpoint):
+    """A folder or hub id; of a short name, the latter."""
+    path = os.path.expanduser(NAMES.get(checkpoint, checkpoint))
+    if not os.path.isdir(path) and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise ValueError(
-            f"{checkpoint!r} is no checkpoint of COMET's: use {', '.join(NAMES)}, a hub id or path"
+            f"{checkpoint!r} is no checkpoint of COMET's: use {', '.join(NAMES)}, a hub id or a "
+            "folder"
         )
-    return NAMES.get(checkpoint, checkpoint)
+    return path
 
 
 def comet_rows(tasks: list, texts: list[str], references: bool) -> list[dict[str, str]]:

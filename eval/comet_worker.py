@@ -51,11 +51,11 @@ def explain(error: Exception) -> dict:
 def load_comet(settings: dict) -> tuple:
     """The model and its description."""
     check_version()
-    file = locate(settings["checkpoint"])
+    folder = locate(settings["checkpoint"])
     import yaml
     from huggingface_hub import constants
 
-    hparams = yaml.load((file.parents[1] / "hparams.yaml").read_text("utf-8"), yaml.FullLoader)
+    hparams = yaml.load((folder / "hparams.yaml").read_text("utf-8"), yaml.FullLoader)
     if (encoder := hparams.get("pretrained_model")) and not os.path.isdir(encoder):
         fetch(encoder, ["*.json", "*.model"])  # its tokenizer
     # Even with local_files_only, transformers asks the hub about large tokenizers unless this is
@@ -65,11 +65,12 @@ def load_comet(settings: dict) -> tuple:
     import comet
     import torch
 
-    model = comet.load_from_checkpoint(str(file), local_files_only=True)
+    file = str(folder / "checkpoints" / "model.ckpt")
+    model = comet.load_from_checkpoint(file, local_files_only=True)
     model = halved(model, getattr(torch, settings["dtype"])).to(settings["device"]).eval()
     needs = model.requires_references()
     return model, {
-        "revision": file.parents[1].name if file.parents[2].name == "snapshots" else None,
+        "revision": folder.name if folder.parent.name == "snapshots" else None,
         "class": type(model).__name__,
         "comet": WANTED,
         "dtype": settings["dtype"],
@@ -89,16 +90,12 @@ def check_version() -> None:
 
 
 def locate(checkpoint: str) -> Path:
-    """The file of a checkpoint named by a file, a folder or a hub id."""
-    path = Path(checkpoint)
-    if not path.is_file():
-        folder = path if path.is_dir() else Path(fetch(checkpoint))
-        path = folder / "checkpoints" / "model.ckpt"
-    path = path.absolute()  # not resolved: the hub's cache has links to files with other names
-    for file in (path, path.parents[1] / "hparams.yaml"):
+    """The folder of a checkpoint, which may be a hub id."""
+    folder = Path(checkpoint if os.path.isdir(checkpoint) else fetch(checkpoint)).absolute()
+    for file in (folder / "hparams.yaml", folder / "checkpoints" / "model.ckpt"):
         if not file.is_file():
             raise ValueError(f"{checkpoint} is incomplete: there is no {file}")
-    return path
+    return folder
 
 
 def fetch(name: str, patterns: list[str] | None = None) -> str:

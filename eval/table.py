@@ -57,7 +57,7 @@ def make_rows(results: dict[str, dict[Column, Result]], unreadable: dict[str, di
             seed = SEED + crc32(f"{c.direction} {c.set}".encode())
             cells[c] = Cell(x.score, bootstrap(x.statistics, x.aggregate, seed=seed))
         cells |= averages(cells)
-        if rows and min(len(x.segments) for x in columns.values()) >= TOO_FEW:
+        if rows and min((len(x.segments) for x in columns.values()), default=0) >= TOO_FEW:
             for c, x in cells.items():
                 first = rows[0].cells[c]
                 p = p_value(x.score, x.draws, first.score, first.draws)
@@ -152,9 +152,8 @@ def to_json(rows: list[Row], about: dict) -> str:
     for row in rows:
         cells = {}
         for column, x in row.cells.items():
-            ends = interval(x.draws) if len(x.draws) else (None, None)
-            numbers = zip(("value", "low", "high", "p"), (x.score, *ends, x.p), strict=True)
-            cells[str(column)] = {k: v if v is None else round(v, 4) for k, v in numbers}
+            low, high = interval(x.draws)
+            cells[str(column)] = {"value": x.score, "low": low, "high": high, "p": x.p}
         shares = {"/".join(key): share for key, share in row.unreadable.items()}
         systems[row.name] = {"scores": cells, "unreadable": shares}
     return json.dumps(about | {"systems": systems}, indent=1, ensure_ascii=False) + "\n"

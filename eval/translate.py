@@ -1,13 +1,13 @@
 """A system's translations of test sets: sampled greedily here, or read from files."""
 
-import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from data.loading import hash_json
+from data.loading import hash_json, parsed
 from eval.cli import identify_weights, locate_model
 from eval.sets import TestSet
 from judge import shown_translation
@@ -35,7 +35,7 @@ def translate(
     prompts = TEMPLATES[args.prompts]
     codec = load_codec(folder, args.chat)
     key = {"model": identify_weights(folder), "prompts": args.prompts, "chat": args.chat}
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
     key |= {"max_new_tokens": args.max_new_tokens, "dtype": dtype}
     encoded = {t.file: codec.encode([prompts.ask(task) for task in t.tasks]) for t in test_sets}
 
@@ -83,13 +83,8 @@ def read_translations(system: System, test_sets: list[TestSet]) -> dict[str, lis
     translations = {}
     for one, name in zip(test_sets, system.files, strict=True):
         path = Path(name).expanduser()
-        try:
-            lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--translations {name}: cannot be read ({error})") from None
-        rows = [{"translation": line.removesuffix("\r")} for line in lines]
-        if path.suffix == ".jsonl":
-            rows = [parse_row(path, n, line) for n, line in enumerate(lines, 1)]
+        parse = parse_translation if path.suffix == ".jsonl" else plain_translation
+        rows = parse_lines(path, parse)
         if len(rows) != len(one.tasks):
             raise ValueError(
                 f"--translations {name}: {len(rows)} translations, and {one.entry} has "
@@ -101,12 +96,23 @@ def read_translations(system: System, test_sets: list[TestSet]) -> dict[str, lis
     return translations
 
 
-def parse_row(path: Path, number: int, line: str) -> dict:
-    try:
-        row = json.loads(line)
-        row["translation"].encode()  # raises for what is no string, too
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{path}, line {number}: not a JSON row with a "translation" ({error})'
-        ) from None
+def parse_lines(path: Path, parse: Callable[[bytes], object]) -> list:
+    rows = []
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+        try:
+            rows.append(parse(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return rows
+
+
+def plain_translation(line: bytes) -> dict:
+    return {"translation": line.decode("utf-8-sig").removesuffix("\r")}
+
+
+def parse_translation(line: bytes) -> dict:
+    row = parsed(line)
+    if not isinstance(row.get("translation"), str):
+        raise ValueError('"translation" is missing, or no string')
+    row["translation"].encode()  # raises for half of a surrogate pair
     return row

@@ -140,6 +140,7 @@ class CometWorkers:
                 checkpoint, str(self.device), dtype, 32,
                 start_limit=limit, silence_limit=min(600.0, limit),
             )  # fmt: skip
+            self.started[checkpoint].start()
         return self.started[checkpoint]
 
     def measure(self, checkpoint: str, referenced: bool):
@@ -172,10 +173,7 @@ def comet_scorer(comet: Comet) -> Scorer:
 
 def checkpoint_id(checkpoint: str) -> str:
     """Tells one COMET checkpoint from another at the same path."""
-    path = Path(where(checkpoint)).expanduser()
-    if checkpoint[0] in "./~" and not path.exists():
-        raise ValueError(f"{checkpoint}: there is no such checkpoint")
-    file = path / "checkpoints" / "model.ckpt" if path.is_dir() else path
-    if not file.is_file():
-        return where(checkpoint)  # a hub id, whose revision the worker reports
-    return f"{Path(checkpoint).name} {fingerprint(file)}"
+    folder = Path(where(checkpoint))
+    if not folder.is_dir():
+        return str(folder)  # a hub id, whose revision the worker reports
+    return f"{folder.name} {fingerprint(folder / 'checkpoints' / 'model.ckpt')}"

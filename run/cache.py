@@ -24,12 +24,9 @@ CPU_ROUND = 32  # rows of each rank: more together is hardly faster there
 class JsonlCache:
     """A growing file of JSON rows; its first line is the key, all that the rows depend on."""
 
-    def __init__(
-        self, path: Path, key: dict, describe: Callable[[], dict] = dict, replace: bool = False
-    ):
-        """What `describe()` returns at the first write is kept beside the key. Rows of another key
-        are dropped (`replace`), or refused."""
-        self.path, self.key, self.describe = path, key, describe
+    def __init__(self, path: Path, key: dict, replace: bool = False):
+        """Rows of another key are dropped (`replace`), or refused."""
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = open(path, "a+b")  # noqa: SIM115 (the lock is held until it is closed)
         if not try_lock(self.lock):
@@ -45,14 +42,12 @@ class JsonlCache:
                 )
             print(f"{path.name}: another {other} than before, computed again")
             lines = []
-        self.about = json.loads(lines[0])["about"] if lines else None
         self.rows = [json.loads(line) for line in lines[1:]]
         os.truncate(path, sum(len(line) + 1 for line in lines))
+        if not lines:
+            self.append([{"of": key}])
 
     def append(self, rows: list[dict]) -> None:
-        if self.about is None:
-            self.about = self.describe()
-            rows = [{"of": self.key, "about": self.about}, *rows]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         append_lines(self.path, lines)
 

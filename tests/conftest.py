@@ -105,7 +105,7 @@ def comet_python(tmp_path_factory):
 def comet_checkpoints(comet_python, tmp_path_factory):
     """A folder with tiny random models, one of each kind in `tiny_comet.MODELS`."""
     folder = tmp_path_factory.mktemp("tiny-comet")
-    command = [comet_python, "-W", "ignore", str(HERE / "tiny_comet.py"), "make", str(folder)]
+    command = [comet_python, "-W", "ignore", str(HERE / "tiny_comet.py"), str(folder)]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 

@@ -302,10 +302,8 @@ def test_somebody_elses_translations_are_scored(here, first, out, tmp_path):
     scores = {name: x["scores"] for name, x in found["systems"].items()}
     assert scores["a"]["en-zh/there/bleu"]["value"] == pytest.approx(100)
     assert scores["b"]["en-zh/there/bleu"]["value"] < 1
-    assert found["wrong_language"]["a en-zh/there"] == found["wrong_language"]["b zh-en/back"] == 0
-    assert found["wrong_language"]["b en-zh/there"] == 0.95
-    note = "- wrong language: b en-zh/there 95.0%, e.g. segment 0: x\n"
-    assert note in (out / "table.md").read_text()
+    notes = (out / "table.md").read_text().split("- wrong language: ")
+    assert notes[1] == "b en-zh/there 95.0%, e.g. segment 0: x\n" and len(notes) == 2
     segments = rows_of(out / "b" / "there.en-zh.segments.jsonl")
     assert [row["wrong_language"] for row in segments] == [True] * 19 + [False]
     own = first.table["systems"]["one"]
@@ -339,20 +337,17 @@ def test_two_ranks_translate_as_one(here, tmp_path):
     ("words", "message"),
     [
         ([], "nothing to evaluate: give --model or --translations"),
-        (["--model=x/y", "--metrics=blue"], "--metrics blue is unknown: use bleu, chrf, COMET's"),
+        (["--model=x/y", "--metrics=blue"], "'blue' is no checkpoint of COMET's: use comet22, "),
+        (["--model=x/y", "--metrics=./gone"], r"'\./gone' is no checkpoint"),
         (["--model=x/y", "--metrics=bleu,bleu"], "the name bleu is taken: use NAME"),
-        (["--model=x/y", "--metrics=segments=a/b"], "the name segments is taken"),
-        (["--model=x/y", "--metrics=chrf=a/b"], "the name chrf is taken"),
-        (["--model=x/y", "--metrics=./gone"], r"\./gone: there is no such checkpoint"),
         (["--model=x/y", "--compare", "--first=3"], "published numbers are for whole sets"),
-        (["--translations=..=x.txt", "--metrics=bleu"], r"name '\.\.' is taken or no name"),
-        (["--model=a/x", "--model=b/x", "--metrics=bleu"], "name 'x' is taken or no name: use"),
+        (["--model=a/x", "--model=b/x", "--metrics=bleu"], "two systems are called x: use NAME="),
         (["--model=nowhere/at/all", "--metrics=bleu"], "there is no nowhere/at/all/config.json"),
         (["--model=x", "--sets=gone.jsonl"], "gone.jsonl: there is no such file"),
         (["--model=x", "--sets=,"], "--sets is empty"),
         (["--translations=a,b", "--metrics=bleu"], "2 files for 1 sets; give one for each"),
-        (["--translations=gone.txt", "--metrics=bleu"], "--translations gone.txt: cannot be read"),
-        (["--model=x", "--max-num-seqs=0"], "--max-num-seqs/--slots: 0 must be at least 1"),
+        (["--translations=gone.txt", "--metrics=bleu"], "No such file or directory: 'gone.txt'"),
+        (["--model=x", "--max-num-seqs=0"], "--max-num-seqs: 0 must be at least 1"),
     ],
 )
 def test_a_command_that_cannot_work_is_refused_before_any_work(
@@ -380,7 +375,7 @@ def test_segments_that_do_not_fit_together_are_refused(here, tmp_path):
     there, model, at = f"--sets={here}/there.jsonl", f"--model={here}/one", tmp_path
     for words, message in (
         ([there, f"--translations={at}/short.txt"], "19 translations, and .* has 20 segments"),
-        ([there, f"--translations={at}/bad.jsonl"], r"bad.jsonl, line 5: not a JSON row with a "),
+        ([there, f"--translations={at}/bad.jsonl"], r"bad.jsonl, line 5: .translation. is missing"),
         ([model, f"--sets={at}/bare.jsonl"], r"bleu needs references, .* none for segment 2 \(1"),
         ([model, f"--sets={at}/a b.jsonl,{at}/a_b.jsonl"], "two called a_b en-zh: rename a file"),
         ([model, there, "--max-new-tokens=4000"], "one has 4096 positions, .* 4000 does not fit"),
@@ -402,16 +397,16 @@ def test_comet_scores_again_only_what_has_changed(here, tmp_path, monkeypatch):
     """COMET is a stub that records what it scores."""
     scored = []
 
-    class Recorder(contextlib.AbstractContextManager):
-        def __init__(self, *_, **__):
-            self.about = dict.fromkeys(("checkpoint", "class", "comet", "dtype", "revision"), "x")
-            self.about["takes_reference"] = True
+    class Recorder(contextlib.nullcontext):
+        about = dict.fromkeys(("checkpoint", "class", "comet", "dtype", "revision"), "x")
+        about["takes_reference"] = True
+
+        def __init__(self, checkpoint, *_, **__):
+            self.checkpoint, self.enter_result = checkpoint, self
 
         def score(self, rows):
             scored.extend(rows)
             return [0.5] * len(rows)
-
-        ready = __exit__ = lambda *_: None
 
     checkpoint = tmp_path / "kiwi" / "checkpoints" / "model.ckpt"
     checkpoint.parent.mkdir(parents=True)

@@ -83,9 +83,8 @@ def test_the_table_of_the_whole_path(world, trained, pupil, tmp_path):
                 assert unreadable[f"{direction}/{name}"] == approx(share)
             average = scores[f"{direction}/avg"]["value"]
             assert average == approx(sum(columns) / 6, abs=1e-3)
-    published = table["systems"]["SSR-Zero-7B (published)"]["scores"]
-    assert published["zh-en/wmt23/cometkiwi-xxl"]["value"] == 79.29
-    assert published["zh-en/avg"]["value"] == 87.37
+    published = next(line for line in out.splitlines() if "SSR-Zero-7B (published)" in line)
+    assert "| 79.29 |" in published and "| 87.37 |" in published
     about = table["metrics"][METRICS[1]][0]
     assert "(XCOMETMetric), unbabel-comet 2.2.7, float32, with references" in about
     assert "(UnifiedMetric)" in table["metrics"][METRICS[0]][0]

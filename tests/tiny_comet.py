@@ -1,11 +1,10 @@
 """Tiny random COMET models, made with the real library under COMET's own Python, offline.
 
-    python tests/tiny_comet.py make FOLDER
-    python tests/tiny_comet.py scores FOLDER ROWS.jsonl
+    python tests/tiny_comet.py FOLDER [ROWS.jsonl]
 
-`scores` prints what the worker says about each model, and the scores that the library's `predict`
-and the worker's code give: {"about": {model: {…}}, "scores": {model: {"predict": […],
-"float32": […], "bfloat16": […], "float16": […]}}}.
+With rows it prints what the worker says about each model, and the scores that the library's
+`predict` and the worker's code give: {"about": {model: {…}}, "scores": {model: {"predict": […],
+"float32": […], "float16": […]}}}.
 """
 
 import argparse
@@ -96,37 +95,27 @@ def scores(folder: Path, rows: list[dict]) -> dict[str, dict]:
     plain = [{key: row[key] for key in ("src", "mt")} for row in rows]
     results: dict[str, dict] = {"about": {}, "scores": {}}
     for name in MODELS:
-        file = str(folder / name / "checkpoints" / "model.ckpt")
         cases = {name: rows}
         if name in ("unified", "xcomet"):
             cases[f"{name} without references"] = plain
-        library = comet.load_from_checkpoint(file, local_files_only=True)
+        checkpoint = folder / name / "checkpoints" / "model.ckpt"
+        library = comet.load_from_checkpoint(str(checkpoint), local_files_only=True)
+        settings = {"checkpoint": str(folder / name), "device": "cpu", "dtype": "float16"}
+        half, results["about"][name] = worker.load_comet(settings)
         for case, given in cases.items():
             predicted = library.predict(given, 8, gpus=0, progress_bar=False, num_workers=0)
-            results["scores"][case] = {"predict": predicted.scores}
-        for dtype in ("bfloat16", "float16", "float32"):
-            settings = {"checkpoint": file, "device": "cpu", "dtype": dtype}
-            model, results["about"][name] = worker.load_comet(settings)
-            for case, given in cases.items():
-                results["scores"][case][dtype] = in_batches(worker, model, given)
+            batches = [given[i : i + 8] for i in range(0, len(given), 8)]
+            results["scores"][case] = {"predict": predicted.scores} | {
+                dtype: [score for batch in batches for score in worker.score(model, batch)]
+                for dtype, model in (("float32", library), ("float16", half))
+            }
     return results
 
 
-def in_batches(worker, model, rows: list[dict]) -> list[float]:
-    """As the client makes them."""
-    order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i].values())))
-    result = {}
-    for start in range(0, len(rows), 8):
-        batch = order[start : start + 8]
-        result |= zip(batch, worker.score(model, [rows[i] for i in batch]), strict=True)
-    return [result[i] for i in sorted(result)]
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "make":
-        make(Path(sys.argv[2]))
-    else:
-        lines = Path(sys.argv[3]).read_text("utf-8").splitlines()
+    make(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        lines = Path(sys.argv[2]).read_text("utf-8").splitlines()
         with contextlib.redirect_stdout(sys.stderr):
-            result = scores(Path(sys.argv[2]), [json.loads(line) for line in lines])
+            result = scores(Path(sys.argv[1]), [json.loads(line) for line in lines])
         print(json.dumps(result))
