@@ -33,22 +33,21 @@ if __name__ == "__main__":  # as in ssr.py
 import numpy as np
 import torch
 
-from data.loading import hash_json, parsed, tasks_of
+from data.loading import hash_json, tasks_of
 from eval import cli
 from eval.score import bootstrap, interval
 from eval.table import aligned
+from eval.translate import parse_lines, parse_translation
 from judge import Judge, Task
-from model import check_folder, load
+from model import load
 from rewards.build import build_judge, build_remote_judge
 from run.cache import JsonlCache, map_cached
 from run.distributed import Ranks, init_distributed, run_with_error_reporting
 from run.driver import make_sampler
-from run.estimate import params_of, refuse_without_room, token_bytes
 from run.folder import atomic_write
 from run.problem import load_codec
 from run.settings import CHAT, TEMPLATES, check_scoring
 
-SCORE_MODES = ("written", "expected")
 TOO_LONG = "too long to judge"  # the text of judge.Judge's score
 TOO_FEW = 3  # texts, for an interval
 SETTINGS = ("model", "prompts", "score_mode", "judge_samples", "judge_max_new_tokens", "chat")
@@ -67,12 +66,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--judge-url", default="", help="OpenAI-compatible endpoint that serves --model")
     option("--prompts", choices=list(TEMPLATES), default="paper", help="default: %(default)s")
     option("--chat", default=False, help="use the tokenizer's chat template", **CHAT)
-    option("--score-mode", "--reading", choices=SCORE_MODES, default="written",
+    option("--score-mode", choices=["written", "expected"], default="written",
            help="the number the judge writes, or its mean under the probabilities")  # fmt: skip
     option("--judge-samples", type=cli.positive, default=1, help="judgements to average")
     option("--judge-max-new-tokens", type=cli.positive, default=512, help="default: %(default)s")
-    option("--max-num-seqs", "--slots", type=cli.positive, default=256,
-           help="sequences decoded together")  # fmt: skip
+    option("--max-num-seqs", type=cli.positive, default=64, help="sequences decoded together")
     option("--out", type=Path, help="folder to write to; default: that of the file")
     args = parser.parse_args(argv)
     args.judge_model, args.seed = args.model, 0
@@ -91,33 +89,15 @@ class Translation(NamedTuple):
     """From elsewhere, by name."""
 
 
-def read_scored_translations(path: Path) -> list[Translation]:
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    translations = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                translations += [parse_translation(line)] if line.strip() else []
-            except (ValueError, RecursionError, OverflowError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-    if not translations:
-        raise ValueError(f"{path} holds no translations")
-    return translations
-
-
-def parse_translation(line: bytes) -> Translation:
-    row = parsed(line)
-    if not isinstance(row.get("translation"), str):
-        raise ValueError('"translation" is missing, or no string')
-    row["translation"].encode()  # raises for half of a surrogate pair
+def parse_scored(line: bytes) -> Translation:
+    row = parse_translation(line)
     [task] = tasks_of(row, [], hint="")
     scores = row.get("scores") or {}
     if not isinstance(scores, dict):
         raise ValueError('"scores" must be an object with a number for each name')
     scores = {k: v for k, v in (scores | {"score": row.get("score")}).items() if v is not None}
     for name, x in scores.items():
-        if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+        if not (isinstance(x, int | float) and math.isfinite(x)):
             raise ValueError(f'the score "{name}" is {x!r}, no number')
     return Translation(task, row["translation"], scores)
 
@@ -127,29 +107,21 @@ def parse_translation(line: bytes) -> Translation:
 
 def load_judge(args, folder: Path, translations: list[Translation], device: torch.device) -> Judge:
     """A judge whose KV cache fits the longest of the translations that the model has positions
-    for. The memory that is there is checked before the model is loaded."""
-    config, _ = check_folder(folder)
+    for."""
     codec, prompts = load_codec(folder, args.chat), TEMPLATES[args.prompts]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load(folder, dtype=dtype, device=device)
+    positions = model.config.max_length
     questions = [prompts.ask_judge(t.task, t.text, args.score_mode) for t in translations]
     new_tokens = args.judge_max_new_tokens if args.score_mode == "written" else 1
     windows = [len(ids) + new_tokens for ids in codec.encode(questions)]
-    window = max((w for w in windows if w <= config.max_length), default=0)
+    window = max((w for w in windows if w <= positions), default=0)
     if not window:
         raise ValueError(
-            f"no translation can be judged within the model's {config.max_length} positions: "
-            f"lower --judge-max-new-tokens {args.judge_max_new_tokens}"
+            f"no translation can be judged within the model's {positions} positions: lower "
+            f"--judge-max-new-tokens {args.judge_max_new_tokens}"
         )
-    slots = (
-        min(args.max_num_seqs, len(windows) * args.judge_samples)
-        if args.score_mode == "written"
-        else 1
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = dtype.itemsize
-    needed = size * params_of(config)[0] + slots * window * token_bytes(config, size)
-    advice = f"lower --max-num-seqs (now {slots} of {window} tokens), or take a smaller model"
-    refuse_without_room(needed, device, advice)
-    model = load(folder, dtype=dtype, device=device)
+    slots = min(args.max_num_seqs, len(windows) * args.judge_samples)
     return build_judge(args, make_sampler(model, slots, window), codec, prompts)
 
 
@@ -168,14 +140,11 @@ def judge_translations(
     def work(indices) -> list[dict]:
         tasks = [translations[i].task._replace(reference=None) for i in indices]
         scores = judge(tasks, [[translations[i].text] for i in indices], 0)
-        return [
-            {
-                "segment": i,
-                "score": None if s.judge_text == TOO_LONG else s.value,
-                "judge": s.judge_text,
-            }
-            for i, (s,) in zip(indices, scores, strict=True)
-        ]
+        rows = []
+        for i, (score,) in zip(indices, scores, strict=True):
+            value = None if score.judge_text == TOO_LONG else score.value
+            rows.append({"segment": i, "score": value, "judge": score.judge_text})
+        return rows
 
     order = sorted(range(len(translations)), key=length, reverse=True)
     return map_cached(ranks, lambda: JsonlCache(path, key), "judged", order, work, round_size)
@@ -213,14 +182,12 @@ def divide(a: float, b: float) -> float:
 
 def count_pairs(rows: list[tuple[float, float]]) -> RankAgreement:
     judge, given = np.array(rows, dtype=np.float64).T
-    counts = Counter()
+    counts = np.zeros(4, dtype=np.int64)
     for i in range(1, len(rows)):
         a, b = np.sign(judge[i] - judge[:i]), np.sign(given[i] - given[:i])
-        counts["concordant"] += int((a * b > 0).sum())
-        counts["discordant"] += int((a * b < 0).sum())
-        counts["ties_judge"] += int(((a == 0) & (b != 0)).sum())
-        counts["ties_given"] += int(((a != 0) & (b == 0)).sum())
-    return RankAgreement(*(counts[name] for name in RankAgreement._fields))
+        cases = a * b > 0, a * b < 0, (a == 0) & (b != 0), (a != 0) & (b == 0)
+        counts += [case.sum() for case in cases]
+    return RankAgreement(*counts.tolist())
 
 
 class Agreement(NamedTuple):
@@ -311,7 +278,7 @@ def evaluate_judge(argv: list[str]) -> None:
     args = parse(argv)
     device, ranks = init_distributed(cli.HANG_TIMEOUT)
     file = args.file.expanduser()
-    translations = ranks.on_rank0("read the translations", lambda: read_scored_translations(file))
+    translations = ranks.on_rank0("read the translations", lambda: parse_lines(file, parse_scored))
     key, name = {name: getattr(args, name) for name in SETTINGS}, args.model
     if args.judge_url:
         judge = build_remote_judge(args, ranks, TEMPLATES[args.prompts])

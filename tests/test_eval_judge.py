@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from eval import judge as program
-from eval.judge import Translation, compute_agreement, count_pairs, main, read_scored_translations
+from eval.judge import Translation, compute_agreement, count_pairs, main, parse_scored
+from eval.translate import parse_lines
 from judge import Score, Task
 from rewards import build
-from run import estimate
 from run.distributed import Ranks
 from tests.tiny import make_model, make_tokenizer
 from toy.languages import Languages, quality
@@ -31,29 +31,12 @@ def translations_of(scores, **more):
 # ----------------------------------------------------------------------------------- statistics
 
 
-def test_pairs_are_counted_as_one_by_one():
-    rng = random.Random(0)
-    for _ in range(30):
-        rows = [(rng.randrange(6), rng.randrange(6)) for _ in range(30)]
-        signs = [
-            ((a > b) - (a < b), (c > d) - (c < d))
-            for i, (a, c) in enumerate(rows)
-            for b, d in rows[:i]
-        ]
-        assert count_pairs(rows) == (
-            sum(x * y == 1 for x, y in signs),
-            sum(x * y == -1 for x, y in signs),
-            sum(x == 0 != y for x, y in signs),
-            sum(y == 0 != x for x, y in signs),
-        )
-
-
 def test_kendall_and_accuracy_of_a_small_case():
-    """tau-b of scipy.stats.kendalltau([1, 2, 2, 2, 5], [2, 1, 3, 3, 5])."""
-    pairs = count_pairs([(1, 2), (2, 1), (2, 3), (2, 3), (5, 5)])
-    assert pairs == (6, 1, 2, 0)
-    assert pairs.tau_b() == pytest.approx(5 / 63**0.5)
-    assert pairs.accuracy() == pytest.approx(7 / 9)  # a tie of the judge is half right
+    """tau-b of scipy.stats.kendalltau([1, 2, 2, 2, 5, 4], [2, 1, 3, 3, 5, 5])."""
+    pairs = count_pairs([(1, 2), (2, 1), (2, 3), (2, 3), (5, 5), (4, 5)])
+    assert pairs == (10, 1, 2, 1)
+    assert pairs.tau_b() == pytest.approx(9 / (13 * 12) ** 0.5)
+    assert pairs.accuracy() == pytest.approx(11 / 13)  # a tie of the judge is half right
     nothing = count_pairs([(1, 1), (1, 1)])
     assert math.isnan(nothing.tau_b()) and math.isnan(nothing.accuracy())
 
@@ -107,8 +90,10 @@ def test_the_report_leaves_out_rows_without_a_score_and_counts_them(tmp_path, ca
     row = dict(zip(table[0], table[2], strict=True))
     assert row["against"] == "human" and row["rows"] == "2" and row["Kendall τ-b"] == "1.000"
     assert row["same text"].startswith("–") and row["undecided"] == "–"  # there are no siblings
-    nothing = reported(items, [None] * 4, tmp_path)
-    assert "not one of the judge's answers is a score, such as 'I cannot say'" in nothing
+    for given, says_none in (items, False), (items[3:], True):
+        nothing = reported(given, [None] * len(given), tmp_path)
+        assert "not one of the judge's answers is a score, such as 'I cannot say'" in nothing
+        assert ('There is no "score" to compare them with' in nothing) == says_none
 
 
 def test_the_judge_sees_no_reference_and_what_does_not_fit_has_no_score(tmp_path):
@@ -140,7 +125,6 @@ GOOD = {"text": "a", "translation": "b", "source": "en", "target": "de"}
         (json.dumps({**GOOD, "text": None}), "'text' missing"),
         (json.dumps({**GOOD, "score": "5"}), "the score \"score\" is '5', no number"),
         (json.dumps({**GOOD, "translation": "b\ud800"}), "'utf-8' codec can't encode"),
-        (json.dumps({**GOOD, "score": 10**400}), "int too large"),
         (json.dumps({**GOOD, "scores": [5]}), '"scores" must be an object'),
     ],
 )
@@ -148,17 +132,14 @@ def test_a_bad_line_is_named(line, message, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: " + re.escape(message)):
-        read_scored_translations(file)
+        parse_lines(file, parse_scored)
 
 
 def test_scores_come_from_either_key(tmp_path):
     file = tmp_path / "rows.jsonl"
     row = {**GOOD, "score": 3, "scores": {"comet": 0.5, "human": None}}
-    file.write_text(json.dumps(row) + "\n\n" + json.dumps(GOOD) + "\n")
-    assert [t.scores for t in read_scored_translations(file)] == [{"score": 3, "comet": 0.5}, {}]
-    file.write_text("\n")
-    with pytest.raises(ValueError, match="holds no translations"):
-        read_scored_translations(file)
+    file.write_text(json.dumps(row) + "\n" + json.dumps(GOOD) + "\n")
+    assert [t.scores for t in parse_lines(file, parse_scored)] == [{"score": 3, "comet": 0.5}, {}]
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -209,24 +190,13 @@ def test_a_file_is_judged_and_the_same_command_continues(toy_rows, tmp_path, cap
     assert (tmp_path / "elsewhere" / path.name).exists()
 
 
-def test_a_file_with_scores_is_not_called_one_without_when_the_judge_gives_none(tmp_path, capsys):
-    task = Task("Good night.", "English", "German")
-    for given in ({"score": 90}, {}):
-        rows = [{"segment": 0, "score": None, "judge": "Gute Nacht."}]
-        path = tmp_path / "judged.jsonl"
-        program.print_agreement([Translation(task, "Gute Nacht.", given)], rows, path, "model")
-        printed = capsys.readouterr().out
-        assert "not one of the judge's answers is a score, such as 'Gute Nacht.'" in printed
-        assert ('There is no "score"' in printed) == (given == {})
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--model=x", "--score-mode=expected", "--chat"], "use --score-mode written"),
         (["--model=x", "--judge-samples=2", "--score-mode=expected"], "would all be the same"),
         (["--judge-url=http://x/v1", "--model=y", "--score-mode=expected"], "needs log-probs"),
-        (["--model=nowhere/at/all"], "rows.jsonl: there is no such file"),
+        (["--model=nowhere/at/all"], r"No such file or directory: '.*rows\.jsonl'"),
     ],
 )
 def test_a_command_that_cannot_work_is_refused(words, message, tmp_path):
@@ -262,15 +232,6 @@ def test_the_cache_has_room_for_all_rows_that_fit_and_no_more(tiny, words, slots
     assert too_long == [True, *[False] * 6]
     with pytest.raises(ValueError, match="within the model's 4096 positions: lower --judge-max"):
         judge_of(tiny, [20_000])
-
-
-def test_a_judge_without_room_is_refused_before_it_is_loaded(tiny, monkeypatch):
-    monkeypatch.setattr(estimate, "available_bytes", lambda device: 1e6)
-    monkeypatch.setattr(program, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(
-        ValueError, match=r"needs about .* GB .* lower --max-num-seqs \(now 7 of \d+ tok"
-    ):
-        judge_of(tiny, range(5, 12))
 
 
 def test_an_endpoint_judges(toy_rows, tmp_path, monkeypatch):
