@@ -36,9 +36,9 @@ NAMES = ("task", "prompt", "drawn", "draws", "judge", "group", "weight", "pull",
 class Trip:
     """One sentence through step 1. Each method of NAMES writes the block of its name."""
 
-    def __init__(self, step: grpo.Step, reward, s, start: Sampler, moved: float):
+    def __init__(self, step: grpo.Step, reward, s, start: Sampler):
         """`start`: a sampler with the weights from before the step."""
-        self.step, self.s, self.start, self.moved = step, s, start, moved
+        self.step, self.s, self.start = step, s, start
         self.codec, self.templates = reward.codec, reward.prompts
         self.ids, self.source = step.prompts[TASK]
         self.samples, self.judged = step.groups[TASK], step.judged[TASK]
@@ -48,31 +48,27 @@ class Trip:
         self.n = max(range(len(self.samples)), key=lambda n: self.advantages[n])
         self.best = self.samples[self.n]
         self.hard = min(range(len(self.best.ids)), key=lambda k: self.best.logprobs[k])
-        rewards = torch.tensor([x.total for x in step.judged], dtype=torch.float64)
-        self.rows = grpo.merge_identical_samples(
-            step.prompts, step.groups, rewards, step.advantages, s
-        )
-        grpo.set_loss_weights(self.rows, s)
-        self.row = next(x for x in self.rows if x.prompt == self.ids and x.ids == self.best.ids)
+        self.copies = sum(x.ids == self.best.ids for x in self.samples)
+        self.tokens = sum(len(x.ids) for group in step.groups for x in group)
         self.p, self.gradient = self.gradients()
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """p and d loss / d logits at the best sample's tokens; three ways must agree."""
-        device, T = torch.device("cpu"), self.s.temperature
-        batch = grpo.MicroBatch([self.row], device)
+        """p and d loss / d logits at the best sample's tokens; kernel and formula must agree."""
+        T, ids = self.s.temperature, torch.tensor([*self.ids, *self.best.ids])
         with torch.no_grad():
-            z = self.start.model.logits(batch.hidden(self.start.model)).double()
+            z = self.start.model.logits(self.start.model(ids[None]))[0, len(self.ids) - 1 : -1]
+        z, targets = z.double().requires_grad_(), ids[len(self.ids) :]
         one = torch.eye(z.shape[1], dtype=z.dtype)
-        p, factor = (z / T).softmax(-1), (batch.weights * batch.advantages)[:, None]
-        formula = -factor * (one[batch.targets] - p) / T
-        a, b = (z.clone().requires_grad_() for _ in range(2))
-        logprobs = (a / T).log_softmax(-1).gather(1, batch.targets[:, None])
-        (-factor * logprobs).sum().backward()
-        columns = batch.targets, batch.advantages, batch.weights
-        linear_policy_loss(b, one, *columns, temperature=T)[0].backward()  # z as z @ one
-        for other in (a.grad, b.grad):
-            torch.testing.assert_close(other, formula, rtol=1e-6, atol=1e-15)
-        return p, formula
+        advantage, weight = (
+            torch.full((len(targets),), x)
+            for x in (self.advantages[self.n], self.copies / self.tokens)
+        )
+        loss, _ = linear_policy_loss(z, one, targets, advantage, weight, temperature=T)
+        loss.backward()  # z stands for z @ one
+        p = (z.detach() / T).softmax(-1)
+        formula = -(weight * advantage)[:, None] * (one[targets] - p) / T
+        torch.testing.assert_close(z.grad, formula, rtol=1e-6, atol=1e-15)
+        return p, z.grad
 
     def text(self, sample) -> str:
         return self.codec.decode(sample.ids[: len(sample.ids) - sample.stopped])
@@ -148,20 +144,17 @@ class Trip:
         )  # fmt: skip
 
     def weight(self) -> str:
-        tokens, copies = sum(x.copies * len(x.ids) for x in self.rows), self.row.copies
-        loss = -sum(row.weight * len(row.ids) * row.advantage for row in self.rows)
+        lengths = torch.tensor([[len(x.ids) for x in group] for group in self.step.groups])
+        loss = -float((lengths * self.step.advantages).sum()) / self.tokens
         assert_agree(loss, self.step.metrics["train/loss"], "the loss")
-        reward, distinct = self.step.metrics["reward/total"], len(set(self.answers))
         return formulas(
-            f"our sentence: {len(self.samples)} samples, {distinct} distinct",
-            f"the step:     {sum(map(len, self.step.groups))} samples, {len(self.rows)} distinct, "
-            f"{tokens} tokens, mean reward {reward:.4f}, loss {loss:.4f}",
-            f"weight of a token of sample {self.n} = copies / tokens = {copies} / {tokens}"
-            f" = {self.row.weight:.4g}",
+            f"the step: {lengths.numel()} samples, {self.tokens} tokens, loss {loss:.4f}",
+            f"weight of a token of sample {self.n} = copies / tokens = {self.copies} / "
+            f"{self.tokens} = {self.copies / self.tokens:.4g}",
         )
 
     def pull(self) -> str:
-        k, n, w = self.hard, self.n, self.row.weight
+        k, n, w = self.hard, self.n, self.copies / self.tokens
         p, mine, t, a = self.p[k], self.gradient[k], self.best.ids[k], self.advantages[n]
         shown = [t, *[i for i in p.topk(5).indices.tolist() if i != t][:4]]
         rows = [[self.token(i), float(p[i]), float(i == t), float(mine[i])] for i in shown]
@@ -179,21 +172,17 @@ class Trip:
         ])  # fmt: skip
 
     def update(self) -> str:
-        s, norm, rate = self.s, *map(self.step.metrics.get, ("train/grad_norm", "train/lr"))
+        metrics = self.step.metrics
         return formulas(
-            f"length of the gradient = {norm:.4f}, at most {s.max_grad_norm:g}: scaled by "
-            f"{min(1.0, s.max_grad_norm / norm):.4g}",
-            f"learning rate = {s.lr:g} × 1 / {s.warmup_steps} × (1 - {1 - s.min_lr_ratio:g} × 1 / "
-            f"{s.steps}) = {rate:.4g}",
-            f"the furthest that any weight moved = {self.moved:.4g}",
+            f"length of the gradient = {metrics['train/grad_norm']:.4f}",
+            f"learning rate = {metrics['train/lr']:.4g}",
         )
 
     def describe(self, sampler: Sampler, stop_ids) -> list:
         """What a sampler's weights make of the sentence."""
         logprobs = sampler.score([self.ids], [self.best.ids], self.s.temperature)[0]
         [[greedy]] = sampler.generate([self.ids], 1, self.s.max_new_tokens, 0.0, stop_ids=stop_ids)
-        p = float(logprobs[self.hard].exp()), float(logprobs.sum().exp())
-        return [*p, f"`{self.text(greedy)}`"]
+        return [float(logprobs[self.hard].exp()), f"`{self.text(greedy)}`"]
 
 
 def blocks(folder: Path, *options: str) -> dict[str, str]:
@@ -204,10 +193,8 @@ def blocks(folder: Path, *options: str) -> dict[str, str]:
         nonlocal trip
         for step in train(model, sampler, reward, batch, s, optimizer, stop_ids, start, *rest):
             if step.number == 1:
-                pairs = zip(start.parameters(), model.parameters(), strict=True)
-                moved = max(float((a - b.detach()).abs().max()) for a, b in pairs)
                 first = Sampler(start, 24, sampler.max_length)
-                trip = Trip(step, reward, s, first, moved)
+                trip = Trip(step, reward, s, first)
                 rows.append(["before", *trip.describe(first, stop_ids)])
             if step.number in (1, s.steps):
                 rows.append([f"after step {step.number}", *trip.describe(sampler, stop_ids)])
@@ -216,8 +203,7 @@ def blocks(folder: Path, *options: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as temporary, mock.patch.object(grpo, "train", watch):
         argv = ["--preset=toy", f"--model={folder}", f"--folder={temporary}/run"]
         ssr.run_training(settings.parse([*argv, *options]))
-    token = trip.token(trip.best.ids[trip.hard])
-    head = ["", f"p of {token}", f"p of all of sample {trip.n}", "greedy translation"]
+    head = ["", f"p of {trip.token(trip.best.ids[trip.hard])}", "greedy translation"]
     return {name: getattr(trip, name)() for name in NAMES} | {
         "about": f"Its weights at the start have the fingerprint `{fingerprint(folder)}`; "
         f"PyTorch {torch.__version__.split('+')[0]}.",
