@@ -101,7 +101,7 @@ class RemoteJudge:
         question = self.prompts.ask_judge(task, answer)
         message = {"role": "user", "content": "".join(question).replace("\0", "")}
         # 31 bits, whatever else is judged.
-        seed = prompt_key(step, json.dumps([self.seed, number, *task, answer]).encode()) >> 33
+        seed = prompt_key(step, json.dumps([self.seed, number, *task[:3], answer]).encode()) >> 33
         request = {"model": self.model, "messages": [message], "seed": seed} | self.options
         body, pause = json.dumps(request).encode(), FIRST_PAUSE
         for attempt in range(1, self.attempts + 1):
