@@ -39,17 +39,13 @@ def challenger_reward(share: float, penalty: float, is_question: bool, challenge
     return max(0.0, 1 - 2 * abs(share - 0.5) - penalty) if is_question else 0.0
 
 
-def window_size(s, config) -> int:
-    return min(s.max_prompt_tokens + s.max_new_tokens, config.max_length)
-
-
 class Player:
     """A frozen model that writes questions or answers them."""
 
     def __init__(self, folder: Path, s, game, device: torch.device):
         model, _ = load_frozen(folder, device)
         self.s, self.game = s, game
-        self.sampler = make_sampler(model, s.max_num_seqs, window_size(s, model.config))
+        self.sampler = make_sampler(model, s.max_num_seqs, s.max_prompt_tokens + s.max_new_tokens)
 
     def sample(self, prompts: list[list[int]], n: int, keys: Sequence[int]) -> list[list[Sample]]:
         return self.sampler.generate(
@@ -76,20 +72,6 @@ class Player:
             question: self.game.majority([self.game.answer(x, question) for x in group])
             for question, group in zip(distinct, groups, strict=True)
         }
-
-
-def write_questions(
-    challenger: Player, solver: Player, keys: Sequence[int], segments: Sequence[int]
-) -> list[dict]:
-    """One row per key: a question of the Challenger, with the Solver's agreement and label."""
-    game = challenger.game
-    prompts = game.codec.encode([game.challenger_prompt]) * len(keys)
-    questions = [solver.parse_question(x) for [x] in challenger.sample(prompts, 1, keys)]
-    agreed = solver.agreement(questions) | {None: (None, None)}
-    return [
-        {"segment": n, "question": q, "agreement": agreed[q][0], "label": agreed[q][1]}
-        for n, q in zip(segments, questions, strict=True)
-    ]
 
 
 class ChallengerReward:

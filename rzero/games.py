@@ -68,7 +68,7 @@ class Quiz:
         self, questions: Sequence[str], labels: Sequence[str] = ()
     ) -> dict[str, float]:
         """Metrics for the log. They may use the truth, so training never sees them."""
-        return {"words": statistics.fmean(len(q.split()) for q in questions)} if questions else {}
+        return {"words": statistics.fmean(len(q.split()) for q in questions)}
 
     def solver_reward(
         self, tasks: Sequence[tuple[str, str]], groups: list[list], step: int
@@ -81,9 +81,6 @@ class Quiz:
             parts = {"format": [float(x is not None) for x in answers], "label": total}
             rows.append(RewardOutput(total, parts, [f"{x}, label {label}" for x in answers]))
         return rows
-
-    def close(self) -> None:
-        pass
 
 
 class Mathematics(Quiz):
@@ -123,13 +120,10 @@ class Mathematics(Quiz):
     def cluster_answers(self, answers: Sequence[str]) -> list[int]:
         return self.comparer.clusters(answers)
 
-    def close(self) -> None:
-        self.comparer.close()
-
 
 def load_held_out(path: Path) -> list[tuple[str, str]]:
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
             pairs.append((str(row["question"]), str(row["answer"])))

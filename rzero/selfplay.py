@@ -14,8 +14,7 @@ Both start as the same model. Each iteration (arXiv 2508.05004):
 3. the Solver learns to give the labels.
 
 Both learn with grpo.py; rzero/challenger.py has the Challenger's reward, rzero/games.py the games.
-A run writes challenger/ and solver/, each with a metrics.jsonl whose steps count on over the
-iterations; iteration-1/ and so on with questions.jsonl and both players' weights; report.html.
+docs/rzero.md says what a run writes.
 
     paper: top-p 0.99 in all sampling / here: not for samples that are trained on / because their
     log-probs are trained as those of the whole distribution.
@@ -23,15 +22,12 @@ iterations; iteration-1/ and so on with questions.jsonl and both players' weight
     such update is a step with new samples / because a step's later updates are off-policy.
 """
 
-import contextlib
 import dataclasses
 import gc
 import math
 import re
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +36,7 @@ import torch
 
 import grpo
 from data import loading
-from model import read_config
+from report import draw
 from report.runs import read_rows
 from run import driver, estimate, settings
 from run.cache import JsonlCache, map_cached
@@ -51,7 +47,7 @@ from run.metrics import mean
 from run.monitor import stop_on_signal
 from run.problem import policy_folder
 from run.settings import RunSettings
-from rzero.challenger import CHALLENGES, ChallengerReward, Player, window_size, write_questions
+from rzero.challenger import CHALLENGES, ChallengerReward, Player
 from rzero.games import Mathematics, Quiz
 from sampler import Sampler
 from toy.programs import ProgramRecipe, Programs, program_model
@@ -91,23 +87,19 @@ class Settings(RunSettings):
     """Answers sampled for each question: the Solver's group."""
     held_out: str = ""
     """JSON lines with "question" and "answer" to measure accuracy with. The toy makes its own."""
-    eval_prompts: int = 256
-    """Number of held-out questions."""
-    save_every: int = 5
-    """Steps between two checkpoints."""
 
 
 # The paper's numbers, as far as published. An answer's length is the script's, a prompt's is ours.
 R_ZERO = {
     "model": "Qwen/Qwen3-4B-Base", "lr": 1e-6, "weight_decay": 1e-2, "kl": 1e-2,
     "warmup_steps": 0, "min_lr_ratio": 1.0, "max_prompt_tokens": 1024, "max_new_tokens": 4096,
-    "max_num_seqs": 24, "micro_batch_tokens": 8192,
+    "max_num_seqs": 24, "micro_batch_tokens": 8192, "eval_prompts": 256, "save_every": 5,
 }  # fmt: skip
 PRESETS = {
     "toy": {
         "prompts_per_step": 32, "challenger_steps": 10, "solver_steps": 25, "solver_samples": 8,
         "questions": 128, "lr": 4e-4, "challenger_lr": 6e-4, "warmup_steps": 2, "max_num_seqs": 512,
-        "max_prompt_tokens": 21, "max_new_tokens": 41,
+        "max_prompt_tokens": 21, "max_new_tokens": 41, "eval_prompts": 256, "save_every": 5,
     },
     "r-zero-4b": R_ZERO,
     "r-zero-4b-script": R_ZERO | {
@@ -137,11 +129,10 @@ RESUME_OVERRIDABLE = (
     "offload_optimizer"
 )
 PLAYERS = ("challenger", "solver")
-SHOWN = {  # metric -> its label in the progress line
-    "reward/total": "reward", "reward/agreement": "agreement", "questions/different": "different",
-    "questions/depth": "depth", "eval/accuracy": "held-out: greedy",
-    "eval/sampled_accuracy": "sampled",
-}  # fmt: skip
+SHOWN = (  # in the progress line
+    "reward/total", "reward/agreement", "questions/different", "questions/depth", "eval/accuracy",
+    "eval/sampled_accuracy",
+)  # fmt: skip
 
 
 class SelfPlay:
@@ -163,22 +154,22 @@ class SelfPlay:
         for folder in self.folders.values():  # a kill may have come between two of them
             again = (folder.path / "settings.json").is_file()
             folder.begin(self.s, math.inf if again else None)
+        notes = [note for note in self.game.codec.notes if "--chat" not in note]  # no option here
         print(f"R-Zero, {self.s.preset}: {self.s.iterations} iterations, writing {self.path}",
-              *self.game.codec.notes, sep="\n")  # fmt: skip
+              *notes, sep="\n")  # fmt: skip
 
     def play(self) -> None:
         self.ranks.on_rank0("begin", self.begin)
-        try:
-            for iteration in range(1, self.s.iterations + 1):
-                self.iteration = iteration
+        for iteration in range(1, self.s.iterations + 1):
+            self.iteration = iteration
+            try:
                 if not self.weights("challenger").is_dir():
                     self.train_challenger()
                 if not self.weights("solver").is_dir():
                     self.train_solver(self.write_questions())
-        except Stopping:
-            if self.ranks.rank == 0:
-                self.draw_report()
-            raise
+            finally:
+                if self.ranks.rank == 0:
+                    self.draw_report()
         self.ranks.on_rank0("end", self.finish)
 
     def weights(self, player: str, ago: int = 0) -> Path:
@@ -223,8 +214,15 @@ class SelfPlay:
         def work(numbers: Sequence[int]) -> list[dict]:
             if not players:  # none is loaded where all rows are there
                 players.extend(Player(folder, s, self.game, self.device) for folder in folders)
+            challenger, solver = players
             keys = [self.iteration * s.questions + n for n in numbers]
-            return write_questions(*players, keys, numbers)
+            samples = challenger.sample([self.asking.ids] * len(keys), 1, keys)
+            questions = [solver.parse_question(sample) for [sample] in samples]
+            agreed = solver.agreement(questions) | {None: (None, None)}
+            return [
+                {"segment": n, "question": q, "agreement": agreed[q][0], "label": agreed[q][1]}
+                for n, q in zip(numbers, questions, strict=True)
+            ]
 
         path = self.path / f"iteration-{self.iteration}" / "questions.jsonl"
         rows = map_cached(
@@ -298,34 +296,30 @@ class SelfPlay:
         source, base = self.weights(player, 1), (self.iteration - 1) * s.steps
         ranks.set_stage(f"iteration {self.iteration}: load the {player}")
         gc.collect()  # FSDP's models refer to themselves
-        window = window_size(s, read_config(source))
+        window = s.max_prompt_tokens + s.max_new_tokens
         policy = driver.build_policy(source, s, self.device, ranks, s.max_num_seqs, window)
-        identity = {"turn": [player, self.iteration], "weights": fingerprint(source)}
-        folder = final.with_name(f"{player}.checkpoints")
+        folder, identity = final.with_suffix(".checkpoints"), {"weights": fingerprint(source)}
         kept = Checkpoints(folder, 1, ranks, policy.tensors(), identity)
         last: grpo.Step | None = None
         if saved := kept.restore():
             last = grpo.Step(saved["step"], saved["metrics"], [], saved["failure_streaks"])
             policy.sync()
-        begun, first = time.perf_counter(), last.number if last else 0
 
         def record(step: grpo.Step) -> None:
             row = {"step": base + step.number} | step.metrics
             if player == "solver" and step.number == s.steps:
                 row |= self.evaluate(policy.sampler)
             log.add("metrics.jsonl", [row])
-            pace = (time.perf_counter() - begun) / max(step.number - first, 1)
             line = [f"iteration {self.iteration}, {player:10} {step.number:>3}/{s.steps}"]
-            line += [f"{label} {row[key]:.3f}" for key, label in SHOWN.items() if key in row]
-            print("  ".join([*line, f"{pace * (s.steps - step.number):.0f} s left"]), flush=True)
+            line += [f"{key} {row[key]:.3f}" for key in SHOWN if key in row]
+            print("  ".join(line), flush=True)
 
         def save() -> None:
-            kept.save(
-                last.number, {"metrics": last.metrics, "failure_streaks": last.failure_streaks}
-            )
+            state = {"metrics": last.metrics, "failure_streaks": last.failure_streaks}
+            kept.save(last.number, state)
 
         if ranks.rank == 0:  # the row of the checkpoint's step is written again
-            log.cut("metrics.jsonl", base + first + (base > 0 and not last))
+            log.cut("metrics.jsonl", base + (last.number if last else base > 0))
         try:
             if last:
                 record(last)
@@ -344,11 +338,9 @@ class SelfPlay:
             ranks.ending = True
             if last:
                 save()
-            kept.wait()
-            if kept.error:
-                raise OSError(kept.error) from None
             raise
-        kept.wait()
+        finally:
+            kept.wait()
         # Whole, on the first rank's host, in fp32: the next iteration begins with it.
         where = torch.device("meta" if ranks.rank else "cpu")
         model = policy.model
@@ -358,37 +350,30 @@ class SelfPlay:
     # --------------------------------------------------------------------------- what it writes
 
     def keep(self, model, final: Path) -> None:
-        partial = final.with_name(f"{final.name}.partial")
+        partial = final.with_suffix(".partial")
         save_with_tokenizer(model, self.game.folder, partial)
         partial.rename(final)
-        shutil.rmtree(final.with_name(f"{final.name}.checkpoints"), ignore_errors=True)
-        if final.name == "solver":
-            self.draw_report()
+        shutil.rmtree(final.with_suffix(".checkpoints"), ignore_errors=True)
 
     def draw_report(self) -> None:
-        """In a process of its own, whose errors do not end the run."""
-        folders = [(self.path / name).resolve() for name in PLAYERS]
-        folders = [str(x) for x in folders if (x / "metrics.jsonl").is_file()]
-        if folders:
-            out = str((self.path / "report.html").resolve())
-            subprocess.run(
-                [sys.executable, "-m", "report", *folders, "--out", out],
-                cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+        players = [str(self.path / name) for name in PLAYERS]
+        try:
+            draw.main([*players, "--out", str(self.path / "report.html")])
+        except Exception as error:  # it does not end the run
+            print(f"no report: {error!r}", flush=True)
 
     def finish(self) -> None:
-        """result.json, and the table: a column for the start, and one for each iteration."""
-        rows = [r for x in PLAYERS for r in read_rows(self.path / x / "metrics.jsonl")]
-        ends = [row for row in rows if "eval/accuracy" in row]
-        table = {key: [r[key] for r in ends] for key in ("eval/accuracy", "eval/sampled_accuracy")}
-        for key in dict.fromkeys(key for r in rows for key in r if key.startswith("lessons/")):
-            table[key] = [None, *(r[key] for r in rows if key in r)]
+        """result.json, also printed: a value for the start, and one for each iteration."""
+        rows = read_rows(self.path / "solver" / "metrics.jsonl")
+        table = {}
+        for key in dict.fromkeys(key for row in rows for key in row):
+            if key.startswith(("eval/", "lessons/")):
+                first = [None] * key.startswith("lessons/")
+                table[key] = first + [row[key] for row in rows if key in row]
         self.folders["."].write("result.json", table)
-        heads = "".join(f"{i:>9}" for i in range(self.s.iterations + 1))
-        print(f"\n{'after iteration':24}{heads}")
+        print("\nat the start, and after each iteration:")
         for key, values in table.items():
-            cells = ["–" if x is None else f"{x:.3f}".rstrip("0").rstrip(".") for x in values]
-            print(f"{key:24}" + "".join(f"{x:>9}" for x in cells))
+            print(f"{key:24}" + "".join("        –" if x is None else f"{x:9.3g}" for x in values))
         print(f"\nweights: {self.weights('solver')}")
         for left in self.path.glob("iteration-*/*.checkpoints"):  # by a kill at the wrong moment
             shutil.rmtree(left)
@@ -404,7 +389,9 @@ def parse(argv: list[str]) -> Settings:
     if given.get("resume"):
         folder = settings.run_folder(f"rzero-{preset}", given.get("folder", ""), True)
         saved = settings.load_saved_settings(folder, given, Settings, RESUME_OVERRIDABLE)
-    preset = given.get("preset") or saved.get("preset") or preset
+        if saved and "challenge" not in saved:
+            raise ValueError(f"{folder} is no run of R-Zero: python ssr.py --resume continues it")
+        preset = saved.get("preset", preset)
     s = Settings(**PRESETS.get(preset, {}) | saved | given | {"preset": preset})
     s.challenger_lr = s.challenger_lr or s.lr
     s.challenger_prompts = s.challenger_prompts or s.prompts_per_step
@@ -434,9 +421,8 @@ def dry_run(s: Settings) -> None:
         raise ValueError("--dry-run needs another --preset: the toy fits anywhere")
     machine, count = estimate.machines(s.dry_run, any_gpu=True)
     config = estimate.find_config(s.model)
-    same = {f.name: getattr(s, f.name) for f in dataclasses.fields(grpo.Settings)}
-    same |= {"max_num_seqs": s.max_num_seqs, "eval_prompts": 0}
-    same |= {"reward": "oracle", "score_mode": "expected"}  # no judge's time
+    same = {f.name: getattr(s, f.name) for f in dataclasses.fields(RunSettings)}
+    same |= {"eval_prompts": 0, "reward": "oracle", "score_mode": "expected"}  # no judge's time
 
     def turn(steps: int, prompts: int, samples: int, asked=None) -> TurnEstimate:
         turn = {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": samples}
@@ -450,12 +436,12 @@ def dry_run(s: Settings) -> None:
     }
     for name, k in turns.items():
         print(f"The {name}'s turn. {estimate.format_estimate(k, machine, s.model)}\n")
-    train = sum(k.s.steps * sum(estimate.seconds(k, machine).values()) for k in turns.values())
-    both = turn(1, s.questions, 1), turn(1, s.questions, m)
-    writing = sum(estimate.seconds(k, machine)["sample"] for k in both)
-    print(f"Between them {s.questions} questions, {m} answers to each: {writing / 3600:.3g} hours."
-          f"\n{s.iterations} iterations: {s.iterations * (train + writing) / 3600:.3g} hours if "
-          "all are as long as they may be, without evaluations.")  # fmt: skip
+    between = turn(1, s.questions, 1), turn(1, s.questions, m)
+    hours = sum(k.s.steps * sum(estimate.seconds(k, machine).values()) for k in turns.values())
+    hours = (hours + sum(estimate.seconds(k, machine)["sample"] for k in between)) / 3600
+    print(f"Between them {s.questions} questions, {m} answers to each. {s.iterations} iterations: "
+          f"{s.iterations * hours:.3g} hours if all are as long as they may be, without "
+          "evaluations.")  # fmt: skip
     if any(estimate.missing(k, machine) > 0 for k in turns.values()):
         sys.exit(1)
 
@@ -467,7 +453,8 @@ def start(argv: list[str]) -> None:
     device, ranks = driver.init_device_and_ranks(s)
     name = f"rzero-{s.preset}"
     s.folder = str(ranks.on_rank0("name", lambda: settings.run_folder(name, s.folder, s.resume)))
-    with contextlib.closing(build_game(s, ranks)) as game, stop_on_signal(ranks):
+    game = build_game(s, ranks)
+    with stop_on_signal(ranks):
         try:
             SelfPlay(s, game, device, ranks).play()
         except Stopping:

@@ -188,7 +188,7 @@ def test_random_reward_does_not_depend_on_the_agreement():
 
 
 def test_question_that_was_cut_off_or_is_too_long_for_the_solver_is_none(programs):
-    solver = make_player(programs, max_prompt_tokens=9)
+    solver = make_player(programs, "--max-prompt-tokens=9")
     vocabulary = solver.game.codec.tokenizer.get_vocab()
 
     def parse(text, stopped=True):

@@ -1,6 +1,5 @@
 """R-Zero end to end: what a run writes, how it is stopped and continued, what it refuses."""
 
-import dataclasses
 import gc
 import json
 import math
@@ -35,8 +34,8 @@ WEIGHTS = [f"iteration-{i}/{x}/model.safetensors" for i in (1, 2) for x in ("cha
 slow = pytest.mark.slow
 
 
-def make_player(folder, **changes):
-    s = dataclasses.replace(selfplay.parse([]), answers=4, **changes)
+def make_player(folder, *words):
+    s = selfplay.parse(["--answers=4", *words])
     return Player(folder, s, Programs(0, folder=folder), torch.device("cpu"))
 
 
@@ -53,13 +52,13 @@ def first_letter(*args):
     return (TEXT_ANSWER(*args) or "")[:1] or None
 
 
+def change(patch):
+    patch.setattr(Programs, "text_answer", first_letter)
+
+
 @pytest.fixture(autouse=True)
 def changes(monkeypatch):
     change(monkeypatch)
-
-
-def change(patch):
-    patch.setattr(Programs, "text_answer", first_letter)
 
 
 def play(folder, model, *words):
@@ -69,13 +68,6 @@ def play(folder, model, *words):
 def play_in_process(rank, words):
     change(pytest.MonkeyPatch())
     selfplay.main(words)
-
-
-def play_on_two_ranks(folder, model, *words):
-    words = [*SMALL, f"--model={model}", f"--folder={folder}", "--hang-timeout=600", *words]
-    output = folder.parent / f"{folder.name}-output"
-    done = processes.run(output, 2, play_in_process, words)
-    assert done.codes == [0, 0], (done.err, done.out)
 
 
 def assert_same_run(a, b):
@@ -99,7 +91,7 @@ def whole(programs, tmp_path_factory):
 # ------------------------------------------------------------------------------ what it writes
 
 
-def test_run_writes_metrics_questions_weights_and_result(whole):
+def test_run_writes_metrics_questions_weights_and_result(whole, programs):
     challenger, solver = (read_rows(whole / x / "metrics.jsonl") for x in selfplay.PLAYERS)
     assert [row["step"] for row in challenger] == list(range(7))  # 3 and 3: they count on
     assert [row["step"] for row in solver] == list(range(9))
@@ -110,26 +102,18 @@ def test_run_writes_metrics_questions_weights_and_result(whole):
     assert any(row["train/grad_norm"] > 0 for row in solver[1:5])
     assert any(row["train/grad_norm"] > 0 for row in challenger[1:4])
     assert len({(whole / name).read_bytes() for name in WEIGHTS}) == 4
-    for i in (1, 2):
+    for i, old_solver in ((1, programs), (2, whole / "iteration-1" / "solver")):
         header, *rows = read_rows(whole / f"iteration-{i}" / "questions.jsonl")
-        assert [row["segment"] for row in rows] == list(range(48)) and len(header["of"]) > 5
+        writers = whole / f"iteration-{i}" / "challenger", old_solver
+        assert header["of"]["weights"] == [fingerprint(folder) for folder in writers]
+        assert [row["segment"] for row in rows] == list(range(48))
         assert all((row["question"] is None) == (row["label"] is None) for row in rows)
         shares = {row["agreement"] for row in rows} - {None}
         assert shares <= {0, 0.25, 0.5, 0.75, 1} and len(shares) > 1
     result = json.loads((whole / "result.json").read_text())
     assert result["eval/accuracy"] == [solver[k]["eval/accuracy"] for k in (0, 4, 8)]
     assert result["lessons/kept"] == [None, *(solver[k]["lessons/kept"] for k in (1, 5))]
-    assert not list(whole.glob("iteration-*/*.checkpoints"))
-    assert not list(whole.rglob("*.partial"))
-
-
-def test_questions_are_written_by_the_new_challenger_and_answered_by_the_old_solver(
-    whole, programs
-):
-    for i, solver in ((1, programs), (2, whole / "iteration-1" / "solver")):
-        header = read_rows(whole / f"iteration-{i}" / "questions.jsonl")[0]["of"]
-        challenger = whole / f"iteration-{i}" / "challenger"
-        assert header["weights"] == [fingerprint(challenger), fingerprint(solver)]
+    assert not [*whole.glob("iteration-*/*.checkpoints"), *whole.rglob("*.partial")]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.25, 0.75), (0.25, 0.25)])
@@ -181,21 +165,15 @@ def test_maths_is_played_in_a_chat_template(tmp_path):
     game, lessons = Mathematics(model), []
     for n in range(1, 9):
         question = f"What is {n} + {n}?"
-        asking, solving = map(
-            game.codec.decode,
-            game.codec.encode([game.challenger_prompt, game.solver_prompt(question)]),
-        )
+        prompts = game.codec.encode([game.challenger_prompt, game.solver_prompt(question)])
+        asking, solving = map(game.codec.decode, prompts)
         text = f"<question>{question}</question>\n\\boxed{{{2 * n}}}<|im_end|>"
         lessons += [(asking, text), (solving, f"It is \\boxed{{{2 * n}}}.<|im_end|>")]
-    make_pupil(model, lessons, steps=120)
+    make_pupil(model, lessons, steps=90)
     file.write_text('{"question": "What is 4 + 4?", "answer": "8.0"}\n')
-    words = [
-        "--preset=r-zero-4b-script",
-        f"--held-out={file}",
-        "--challenger-prompts=3",
-        *SMALL[1:],
-    ]
-    play(tmp_path / "run", model, *words, "--iterations=1", "--max-new-tokens=64", "--lr=1e-4")
+    words = ["--preset=r-zero-4b-script", f"--held-out={file}", "--challenger-prompts=3"]
+    words += [*SMALL[1:], "--iterations=1", "--max-new-tokens=64", "--lr=1e-4"]
+    play(tmp_path / "run", model, *words)
     rows = read_rows(tmp_path / "run" / "iteration-1" / "questions.jsonl")[1:]
     asked = [row for row in rows if row["question"]]
     assert len(asked) > 12 and all("What is" in row["question"] for row in asked[:3])
@@ -210,7 +188,7 @@ def test_maths_is_played_in_a_chat_template(tmp_path):
 # ------------------------------------------------------------------------- stopped and continued
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=slow) for i in range(1, 6))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=slow) for i in range(1, 3))])
 def test_run_killed_at_random_moments_continues_to_the_same_end(whole, programs, tmp_path, seed):
     rng, folder = Random(seed), tmp_path / "run"
     words = [*SMALL, f"--model={programs}", f"--folder={folder}"]
@@ -255,10 +233,9 @@ class Interrupted(Ranks):
     [("measure", 3), ("keep", 2), ("write iteration 1, questions", 2), ("sample", 3)]
     + [
         pytest.param(*at, marks=slow)
-        for at in (("measure", 1), ("measure", 6), ("save", 1), ("begin", 1),
-                   ("end", 1), ("look for checkpoints", 2))
+        for at in (("measure", 6), ("save", 1), ("look for checkpoints", 2))
     ],
-)  # fmt: skip
+)
 def test_run_stopped_in_the_middle_of_any_work_continues_to_the_same_end(
     whole, programs, tmp_path, monkeypatch, what, number
 ):
@@ -267,7 +244,7 @@ def test_run_stopped_in_the_middle_of_any_work_continues_to_the_same_end(
         begin = (torch.device("cpu"), Interrupted(what, number))
         patch.setattr(driver, "init_device_and_ranks", lambda s: begin)
         play(tmp_path / "run", programs)
-    assert not (tmp_path / "run" / "result.json").exists() or what == "end"
+    assert not (tmp_path / "run" / "result.json").exists()
     play(tmp_path / "run", programs, "--resume")
     assert_same_run(whole, tmp_path / "run")
 
@@ -312,7 +289,9 @@ def test_two_ranks_begin_as_one_does(programs, tmp_path):
     words = ["--iterations=1", "--challenger-steps=1", "--solver-steps=1"]
     words += ["--prompts-per-step=1"]  # one rank has no prompt
     play(tmp_path / "one", programs, *words)
-    play_on_two_ranks(tmp_path / "two", programs, *words)
+    words = [*SMALL, f"--model={programs}", f"--folder={tmp_path / 'two'}", *words]
+    done = processes.run(tmp_path / "output", 2, play_in_process, words)
+    assert done.codes == [0, 0], (done.err, done.out)
     one, two = (read_rows(tmp_path / x / "challenger" / "metrics.jsonl") for x in ("one", "two"))
     assert [row["step"] for row in two] == [0, 1]
     for key in ("reward/total", "reward/agreement", "reward/repetition", "length/mean"):
@@ -336,7 +315,6 @@ def test_two_ranks_begin_as_one_does(programs, tmp_path):
         (["--band=0.3-1.8"], "--band 0.3-1.8 must be the lowest and the highest agreement"),
         (["--challenger-prompts=-1"], "--challenger-prompts -1 must not be negative"),
         (["--answers=1"], "--answers 1 must be at least 2"),
-        (["--micro-batch-tokens=10"], "--micro-batch-tokens 10 cannot .* use at least 62"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(words, message):
@@ -355,11 +333,14 @@ def test_presets_have_the_papers_numbers_and_the_scripts():
     assert (s.challenger_prompts, s.challenger_lr, script.challenger_lr) == (32, 1e-5, 1e-6)
 
 
-def test_resume_accepts_settings_that_change_no_result_and_refuses_others(whole):
+def test_resume_accepts_settings_that_change_no_result_and_refuses_others(whole, tmp_path):
     with pytest.raises(ValueError, match="exists already: continue it with --resume"):
         selfplay.parse([f"--folder={whole}"])
     with pytest.raises(ValueError, match="--folder tests is not the folder of a run"):
         selfplay.parse(["--folder=tests", "--resume"])
+    (tmp_path / "settings.json").write_text(json.dumps({"preset": "toy", "reward": "self"}))
+    with pytest.raises(ValueError, match="is no run of R-Zero"):
+        selfplay.parse([f"--folder={tmp_path}", "--resume"])
     for words in ("--band=0-0.9", "--preset=r-zero-4b", "--seed=4", "--answers=5"):
         with pytest.raises(ValueError, match=words.split("=")[0]):
             selfplay.parse([f"--folder={whole}", "--resume", words])
@@ -382,14 +363,8 @@ def test_run_without_a_question_in_the_band_says_what_to_do(
     [
         (["--preset=r-zero-4b", "--model=MODEL", "--held-out=no.jsonl"], r"no\.jsonl"),
         (["--model=nowhere/at-all"], "nowhere/at-all"),
-        (
-            ["--max-prompt-tokens=5", "--model=MODEL"],
-            "--max-prompt-tokens 5: the Challenger's prompt or a held-out question has",
-        ),
-        (
-            ["--preset=r-zero-4b", "--max-prompt-tokens=5", "--model=MODEL"],
-            "--max-prompt-tokens 5: the Challenger's prompt",
-        ),
+        (["--max-prompt-tokens=5", "--model=MODEL"], "-tokens 5: the Challenger's prompt or a hel"),
+        (["--preset=r-zero-4b", "--max-prompt-tokens=5", "--model=MODEL"], "-tokens 5: the Chal"),
     ],
 )
 def test_missing_inputs_are_named_before_anything_is_written(programs, tmp_path, words, message):

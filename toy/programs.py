@@ -125,7 +125,7 @@ class Programs(Quiz):
     def describe_questions(
         self, questions: Sequence[str], labels: Sequence[str] = ()
     ) -> dict[str, float]:
-        metrics = {"depth": statistics.fmean(map(depth, questions))} if questions else {}
+        metrics = {"depth": statistics.fmean(map(depth, questions))}
         right = [self.truth(q) == label for q, label in zip(questions, labels, strict=False)]
         return metrics | ({"label_accuracy": statistics.fmean(right)} if right else {})
 
