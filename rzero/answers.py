@@ -1,9 +1,9 @@
 r"""Are two final answers to a maths question the same? 1/2, \frac12 and 0.5 are.
 
-    with Answers(limit=3.0) as answers:
-        answers.same("x=3", "3")                     # True
-        answers.clusters(["1/2", "0.5", None, "3"])  # [0, 0, None, 1]
-    boxed(r"so it is \boxed{\frac{1}{2}}.")          # \frac{1}{2}
+    answers = Answers(limit=3.0)
+    answers.same("x=3", "3")                     # True
+    answers.clusters(["1/2", "0.5", None, "3"])  # [0, 0, None, 1]
+    boxed(r"so it is \boxed{\frac{1}{2}}.")      # \frac{1}{2}
 
 math-verify, on top of sympy, decides. An answer like 9^{9^{9}} keeps it busy forever while it holds
 the interpreter's lock, so it runs in a worker process (this file with --worker), which the kernel
@@ -15,7 +15,6 @@ neither symmetric nor transitive. Here answers are equal if it says so in either
 transitivity is assumed, though 50% equals both 50 and 0.5.
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -34,15 +33,12 @@ MAX_LENGTH = 1000
 
 
 class Answers:
-    """One worker, started when first needed. Not thread-safe. `expired` counts the comparisons that
-    exceeded a limit."""
+    """One worker, started when first needed; it ends with this process. Not thread-safe."""
 
     def __init__(self, limit: float = 3.0):
         """`limit`: seconds for one comparison."""
-        if importlib.util.find_spec("math_verify") is None:  # only the worker imports it
-            raise ValueError("answers are compared by math-verify: pip install math-verify==0.9.0")
-        self.limit, self.expired = limit, 0
-        self.process: subprocess.Popen | None = None
+        self.limit = limit
+        self.worker: subprocess.Popen | None = None
         self.hopeless: set[str] = set()
         self.decide = lru_cache(100_000)(self.decide)
 
@@ -52,7 +48,7 @@ class Answers:
         first, second = strip_answer(first), strip_answer(second)
         if not first or not second or first == second:
             return bool(first) and first == second
-        pair = (min(first, second), max(first, second))
+        pair = sorted((first, second))
         if self.hopeless.intersection(pair) or not (is_readable(first) and is_readable(second)):
             return False
         return self.decide(*pair)
@@ -62,28 +58,14 @@ class Answers:
 
         An answer joins the first cluster whose first member equals it.
         """
-        numbers: dict[str, int] = {}
-        firsts: list[str] = []
-        for text in filter(None, map(strip_answer, answers)):
-            if text not in numbers:
-                equal = (number for number, first in enumerate(firsts) if self.same(first, text))
-                numbers[text] = next(equal, len(firsts))
-                if numbers[text] == len(firsts):
-                    firsts.append(text)
-        return [numbers.get(strip_answer(answer)) for answer in answers]
-
-    def close(self) -> None:
-        """Kill the worker, which has nothing to save. A later call would start another."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-    def __enter__(self) -> "Answers":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+        numbers, firsts = [], []
+        for answer in answers:
+            equal = (n for n, first in enumerate(firsts) if self.same(first, answer))
+            number = next(equal, len(firsts) if strip_answer(answer) else None)
+            if number == len(firsts):
+                firsts.append(answer)
+            numbers.append(number)
+        return numbers
 
     def decide(self, first: str, second: str) -> bool:
         equal = self.compare(first, second)
@@ -95,32 +77,28 @@ class Answers:
 
     def compare(self, first: str, second: str) -> bool | None:
         """None if the worker ended instead of answering."""
-        if self.process is None:
-            self.start_worker()
+        # Put back when it has answered: after Ctrl-C its reply would answer the next question.
+        worker, self.worker = self.worker or self.start_worker(), None
         try:
-            self.process.stdin.write(json.dumps([first, second]).encode() + b"\n")
-            reply = self.process.stdout.readline()
+            worker.stdin.write(json.dumps([first, second]).encode() + b"\n")
+            if reply := worker.stdout.readline():
+                self.worker = worker
+                return json.loads(reply)
         except BrokenPipeError:
-            reply = b""
-        except BaseException:  # Ctrl-C: the pending reply would answer the next question
-            self.close()
-            raise
-        if reply:
-            return json.loads(reply)
-        self.expired += 1
-        self.close()
+            pass
+        worker.communicate()
         return None
 
-    def start_worker(self) -> None:
+    def start_worker(self) -> subprocess.Popen:
         command = [sys.executable, "-P", os.path.abspath(__file__), "--worker", str(self.limit)]
-        self.process = subprocess.Popen(
+        worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy iterates over sets
             start_new_session=True,  # Ctrl-C is for the parent
         )  # fmt: skip
-        if not self.process.stdout.readline():
-            code = self.process.wait()
-            raise RuntimeError(f"answers cannot be compared (see above): exit code {code}")
+        if not worker.stdout.readline():
+            raise RuntimeError(f"answers cannot be compared (see above): exit code {worker.wait()}")
+        return worker
 
 
 def boxed(text: str) -> str | None:
@@ -155,22 +133,17 @@ PROSE = r"(?=.*([A-Za-z]{4}|[^\x00-\u03ff]))[^\W\d_]+([ '’-][^\W\d_]+)*"
 def serve_comparisons(limit: float) -> None:
     """Pairs come as JSON lines on stdin until it is closed; replies go to what was stdout.
     Whatever the library prints goes to stderr."""
-    requests = os.fdopen(os.dup(0), encoding="utf-8")
-    replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
-    memory = MEMORY if hard_limit == resource.RLIM_INFINITY else min(MEMORY, hard_limit)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, hard_limit))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process whoever holds the lock
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     are_equal = load_comparison()
     print("ready", file=replies)
-    for line in requests:
-        signal.setitimer(signal.ITIMER_REAL, limit)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, limit)  # ends the process whoever holds the lock
         try:
             equal = are_equal(*json.loads(line))
         except MemoryError:  # the next worker begins with an empty memory
-            sys.exit(f"answers: a worker has used its {memory >> 20} MiB")
+            sys.exit(f"answers: a worker has used its {MEMORY >> 20} MiB")
         except Exception:  # whatever the library raises on an answer it cannot read
             equal = False
         signal.setitimer(signal.ITIMER_REAL, 0)
