@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -158,10 +157,10 @@ class Ranks:
     def watch(self, hang_timeout: float) -> None:
         """A thread of each rank: without a new stage for `hang_timeout` seconds it ends the
         process, and shows the stages of all ranks. The one that hangs is at another stage than
-        most."""
+        most. Rank 0 is first to do so."""
         store = self.store.clone()  # its own connection: a call that waits would stall the loop
         while not self.over.wait(min(10.0, hang_timeout / 5)):
-            if time.monotonic() - self.stage_began < hang_timeout:
+            if time.monotonic() - self.stage_began < hang_timeout + 60 * (self.rank > 0):
                 continue
             stages = store.multi_get([f"at {r}" for r in range(self.size)])
             stages = [x.decode() for x in stages]
@@ -192,8 +191,11 @@ def init_distributed(hang_timeout: float = 1800.0) -> tuple[torch.device, Ranks]
         torch.cuda.set_device(device)
     # The watchdog reports first: it knows more than a collective that timed out.
     limit = datetime.timedelta(seconds=2 * hang_timeout + 60)
-    host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = connect(300, host)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit,
+        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        wait_for_workers=False,
+    )  # fmt: skip
     # torchrun may keep its store when it restarts ranks, with the addresses of the dead in it. So
     # keys begin with the number of starts: the largest, as a node's new torchrun counts from 0.
     starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -223,29 +225,18 @@ def init_distributed(hang_timeout: float = 1800.0) -> tuple[torch.device, Ranks]
     return device, ranks
 
 
-def connect(seconds: float = 5, host: bool = False):
-    """The key-value store of all ranks, hosted by torchrun or rank 0."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = datetime.timedelta(seconds=seconds)
-    return dist.TCPStore(address, port, None, host, limit, wait_for_workers=False)
-
-
 def abort(message: str):
-    """Exit with an error, which the first rank that has it prints."""
+    """Exit with an error. The first rank of a node prints it at once, whereupon torchrun ends the
+    others; one that is still there prints it as well."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(message)
-    which = os.environ.get("TORCHELASTIC_RESTART_COUNT"), zlib.crc32(message.encode())
     try:
-        if connect().add(f"printed {which}", 1) > 1:
-            time.sleep(1)  # torchrun ends all when one ends: the first must have printed
-            os._exit(1)
-    except KeyboardInterrupt:  # torchrun's SIGTERM: another has ended, and has printed
-        os._exit(1)
-    except dist.DistError as error:  # no store to ask: each prints
-        message += f" ({error.__class__.__name__})"
-    who = f"rank {os.environ['RANK']} on {socket.gethostname()}"
-    print(f"{message}  [{who}]", file=sys.stderr, flush=True)
-    os._exit(1)  # threads that talk to ranks which are gone would never end
+        if os.environ["LOCAL_RANK"] != "0":
+            time.sleep(5)
+        who = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+        print(f"{message}  [{who}]", file=sys.stderr, flush=True)
+    finally:  # also of torchrun's SIGTERM
+        os._exit(1)  # threads that talk to ranks which are gone would never end
 
 
 def is_lost(error: Exception) -> bool:

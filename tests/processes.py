@@ -5,6 +5,7 @@ A fork costs a tenth of a second where a new interpreter with torch costs three.
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -53,11 +54,14 @@ def start(folder: Path, size: int, work, *args, env=None) -> list:
 def begin(folder: str, rank: int, variables: dict, work, args) -> None:
     import torch
 
+    from run.distributed import interrupt
+
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     os.environ.update(variables)
+    signal.signal(signal.SIGTERM, interrupt)
     torch.set_num_threads(1)
     work(rank, *args)
 
@@ -65,13 +69,15 @@ def begin(folder: str, rank: int, variables: dict, work, args) -> None:
 def finish(
     folder: Path, processes: list, timeout: float = 600, grace: float = 60
 ) -> SimpleNamespace:
-    """Their exit codes and output; none is left behind. When one has failed the others have `grace`
-    seconds to end by themselves."""
-    deadline = time.monotonic() + timeout
+    """Their exit codes and output; none is left behind. When one has failed the others get SIGTERM,
+    as from torchrun, and have `grace` seconds to end."""
+    deadline, failed = time.monotonic() + timeout, False
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-        if any(process.exitcode for process in processes):  # as torchrun does
-            deadline = min(deadline, time.monotonic() + grace)
-        time.sleep(0.02)
+        time.sleep(0.1)
+        if not failed and any(process.exitcode for process in processes):
+            failed, deadline = True, min(deadline, time.monotonic() + grace)
+            for process in processes:
+                process.terminate()
     failed = any(process.exitcode for process in processes)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
