@@ -68,7 +68,7 @@ def translate(
 
         def open_cache() -> JsonlCache:
             path = args.out / system.name / f"{one.file}.jsonl"
-            return JsonlCache(path, key | {"set or tokenizer": hash_json(encoded[one.file])})
+            return JsonlCache(path, key | {"set": hash_json(encoded[one.file])})
 
         what, count = f"{system.name} {one.entry}", len(one.tasks)
         return map_cached(

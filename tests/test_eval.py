@@ -286,7 +286,7 @@ def test_a_moved_model_is_the_same_and_another_tokenizer_is_not(here, out, tmp_p
     go(here, out, f"--model={moved}")
     assert (out / "one" / "there.en-zh.jsonl").read_bytes() == before
     make_tokenizer(moved, ("other words entirely",), 390)
-    with pytest.raises(SystemExit, match="its set or tokenizer was "):
+    with pytest.raises(SystemExit, match="its model was "):
         go(here, out, f"--model={moved}")
     with pytest.raises(SystemExit, match=r"run/config\.json \(a run's weights are in last/"):
         go(here, out, f"--model={tmp_path}/run")
