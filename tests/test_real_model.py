@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from model import load, save
 from sampler import Sampler
 from tests.conftest import once
 from tests.processes import ROOT
-from tests.runs import assert_same_run, go, wait_for
+from tests.runs import go
 
 pytestmark = pytest.mark.slow
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -121,28 +120,14 @@ def test_a_judgement_that_is_no_score_is_no_reward(models):
     assert any(unscored) and torch.tensor(out.total).isnan().tolist() == unscored
 
 
-def test_a_run_resumes_to_the_same_bits_from_what_a_kill_leaves(model_folder, workdir):
-    """The folder of a process that was stopped, copied, is what a kill would have left there."""
-    whole, killed = workdir / "whole", workdir / "killed"
-    words = [f"--data={workdir}/texts.jsonl", f"--model={model_folder}", *PLAIN_CHAT]
-    words += SMALL_RUN.split()
-    command = [sys.executable, ROOT / "ssr.py", *words, "--save-every=1", f"--folder={whole}"]
-    run = subprocess.Popen(command, env=ENV)
-    wait_for((whole / "checkpoints" / "step-000001").exists)
-    run.send_signal(signal.SIGSTOP)
-    shutil.copytree(whole, killed)
-    run.send_signal(signal.SIGCONT)
-    assert not (killed / "result.json").exists()
-    rows = go(killed, model_folder, *words, "--resume", small=[])
-    assert run.wait() == 0 and all(row["train/grad_norm"] > 0 for row in rows[1:])
-    assert_same_run(whole, killed)
-
-
-def test_it_is_evaluated_and_its_judgements_are_compared(model_folder, workdir, capfd):
-    words = [f"--sets={workdir}/texts.jsonl", "--metrics=chrf", "--max-new-tokens=6"]
-    eval.__main__.main([f"--model=smol={model_folder}", *PLAIN_CHAT, *words, f"--out={workdir}"])
-    words = [f"{workdir}/texts.jsonl", f"--model={model_folder}", "--judge-max-new-tokens=4"]
-    eval.judge.main([*words, *PLAIN_CHAT])
+def test_it_is_trained_evaluated_and_its_judgements_are_compared(model_folder, workdir, capfd):
+    data, run = f"{workdir}/texts.jsonl", workdir / "run"
+    rows = go(run, model_folder, f"--data={data}", *PLAIN_CHAT, *SMALL_RUN.split(), small=[])
+    assert len(rows) == 3 and all(row["train/grad_norm"] > 0 for row in rows[1:])
+    words = [f"--sets={data}", "--metrics=chrf", "--max-new-tokens=6", f"--out={workdir}"]
+    eval.__main__.main([f"--model=smol={run / 'last'}", *PLAIN_CHAT, *words])
+    judge = [f"--model={model_folder}", "--judge-max-new-tokens=4"]
+    eval.judge.main([data, *judge, *PLAIN_CHAT])
     printed = capfd.readouterr().out
     assert "texts.jsonl: 1/1 segments" in printed and "| en→es" in printed
     assert "2 translations of 2 texts\nnot one of the judge's answers is a score" in printed
