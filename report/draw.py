@@ -82,14 +82,12 @@ def panels_for(runs: list[RunData]) -> dict[str, Panel]:
 
 def draw_panel(panel: Panel, runs: list[RunData]) -> charts.Axes | None:
     """None if no run has anything to draw."""
-    lines: list[tuple[RunData, str, str, list[float], list[float]]] = []
-    for run in runs:
-        drawn: list = []
-        for (key, name), dash in zip(panel.keys.items(), charts.DASHES * 4, strict=False):
-            x, y = run.series(key)
-            if x and y not in drawn:  # a reward of one component equals its total
-                drawn.append(y)
-                lines.append((run, name, dash, x, y))
+    lines = [
+        (run, name, dash, *run.series(key))
+        for run in runs
+        for (key, name), dash in zip(panel.keys.items(), charts.DASHES * 4, strict=False)
+    ]
+    lines = [line for line in lines if line[-1]]
     if not lines:
         return None
     steps = [step for *_, x, _ in lines for step in x]
@@ -278,13 +276,9 @@ def groups_html(run: RunData) -> str:
 
 def settings_html(runs: list[RunData]) -> str:
     """Settings that differ are marked and come first, after where the runs come from."""
-
-    def as_text(value) -> str:
-        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
     every = [run.about | run.settings for run in runs]
     about = {key for run in runs for key in run.about}
-    rows = {key: [as_text(some.get(key)) for some in every] for values in every for key in values}
+    rows = {key: [str(some.get(key)) for some in every] for values in every for key in values}
     differing = {key for key in rows if len(set(rows[key])) > 1} - about
     body = ""
     for key in sorted(rows, key=lambda key: (key not in about, key not in differing)):

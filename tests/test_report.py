@@ -110,7 +110,7 @@ def test_sentences_are_shown_at_start_best_alarm_and_end_the_most_overrated_firs
 def test_curves_are_the_numbers_of_the_runs(runs):
     run = RunData(runs[0], "fine")
     axes = draw.draw_panel(draw.panels_for([run])["reward"], [run])
-    assert list(axes.legend) == ["total", "format"]  # self equals the total, and is not repeated
+    assert list(axes.legend) == ["total", "format", "self"]
     totals = [row["reward/total"] for row in rows_of(runs[0] / "metrics.jsonl")[1:]]
     points = ["{:.1f} {:.1f}".format(*axes.point(*p)) for p in enumerate(totals, 1)]
     assert f'd="M{"L".join(points)}"' in axes.content
@@ -134,6 +134,7 @@ def test_the_page_shows_the_share_in_a_wrong_language_with_an_example(runs, tmp_
     )
     draw.main([str(tmp_path / "run")])
     shown = (tmp_path / "run" / "report.html").read_text().split("<details>")[1:]
+    assert draw.spread_out(list(range(10)), 4, [4, 9]) == [0, 3, 4, 6, 9]
     assert len(shown) < 20 and sum("Bonjour" in group for group in shown) == 1
     [group] = [group for group in shown if "Bonjour" in group]
     heads = cells_of(group)
@@ -144,10 +145,6 @@ def test_the_page_shows_the_share_in_a_wrong_language_with_an_example(runs, tmp_
     panels = draw.panels_for([run])
     assert "wrong language" in draw.draw_panel(panels["unusable"], [run]).legend
     assert "reward/wrong_language" not in panels["reward"].keys
-
-
-def test_some_values_are_kept_evenly_and_some_always():
-    assert draw.spread_out(list(range(10)), 4, [4, 9]) == [0, 3, 4, 6, 9]
 
 
 def test_axes_have_round_numbers_and_hold_every_value():
