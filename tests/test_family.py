@@ -19,7 +19,7 @@ from sampler import Sample, Sampler
 from tests import corpora, test_problem
 from tests.test_distributed import assert_same_run
 from tests.test_judge import Scripted, sample, well_formed
-from tests.test_ssr import go, rows_of, untimed
+from tests.test_ssr import go, rows_of
 from tests.tiny import make_model, make_tokenizer
 from toy.languages import Languages
 from toy.pretrain import Recipe, build_and_save, pretrain_languages
@@ -107,23 +107,19 @@ def test_certainty_is_its_mean_over_all_tokens_the_stop_too(folder, codec, monke
         assert row.total[3] == row.total[0] and row.total[2] == 0.0
 
 
-def test_an_answers_confidence_is_that_of_its_own_tokens(folder, codec):
+@pytest.mark.parametrize(
+    ("prompts", "text"),
+    [(PAPER, "<think> hm 阳 </think> <answer>日。好。</answer>"), (PLAIN, "日。好。")],
+)
+def test_an_answers_confidence_is_that_of_its_own_tokens(folder, codec, prompts, text):
     """The tokenizer's offsets say which they are: it merges the end of the answer with the tag."""
-    text = "<think> hm 阳 </think> <answer>日。好。</answer>"
     x = drawn(codec, text)
     offsets = codec.tokenizer(text, return_offsets_mapping=True).offset_mapping
-    begin, end = text.index("日"), text.index("</answer>")
-    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
-    assert offsets[inside[-1]][1] > end
-    (judged,) = confidences(folder, codec, PAPER, "confidence", [[x]])
-    expected = gaps(logits_of(folder, codec, PAPER, x.ids))[inside].mean()
-    assert judged.total[0] == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_without_tags_all_but_the_stop_is_the_answer(folder, codec):
-    x = drawn(codec, "阳光灿烂")
-    (judged,) = confidences(folder, codec, PLAIN, "confidence", [[x]])
-    expected = gaps(logits_of(folder, codec, PLAIN, x.ids))[:-1].mean()
+    begin = text.index("日")
+    inside = [i for i, (a, b) in enumerate(offsets) if a < begin + 4 and b > begin]
+    assert (offsets[inside[-1]][1] > begin + 4) == (prompts is PAPER)
+    (judged,) = confidences(folder, codec, prompts, "confidence", [[x]])
+    expected = gaps(logits_of(folder, codec, prompts, x.ids))[inside].mean()
     assert judged.total[0] == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -176,10 +172,7 @@ def test_the_win_rate_is_over_the_others_in_both_orders(codec):
 def test_a_preference_for_a_position_is_no_advantage(codec, answer):
     scores, _ = ask(codec, lambda *_: well_formed(answer), ["a", "b", "c", "a"])
     assert [s.value for s in scores] == [0.5] * 4
-
-
-def test_equal_candidates_and_one_that_is_alone_need_no_question(codec):
-    for answers in (["a", "a"], ["a", None]):
+    for answers in (["a", "a"], ["a", None]):  # equal, or alone: no question
         scores, prompts = ask(codec, longer, answers)
         assert scores[0].value == 0.5 and prompts == []
 
@@ -310,17 +303,6 @@ def test_groups_without_agreement_move_nothing(taught, tmp_path, monkeypatch):
     assert all(x["advantage"] == 0 for row in groups for x in row["samples"])
 
 
-def test_previous_weights_are_live_or_frozen_at_the_ends(taught, tmp_path, monkeypatch):
-    def run(name, judge, every=10):
-        monkeypatch.setattr(driver, "PREVIOUS_EVERY", every)
-        words = ["--steps=2", "--lr=0.01", f"--judge={judge}", "--eval-prompts=4"]
-        return untimed(go(tmp_path / name, taught, *words))
-
-    live, frozen = run("live", "live"), run("frozen", "frozen")
-    assert run("each", "previous", every=1) == live != frozen
-    assert run("never", "previous", every=4) == frozen
-
-
 def test_a_run_with_a_previous_judge_resumes_bit_for_bit(taught, tmp_path, monkeypatch):
     """Ended between two of its updates: step 4 is judged by the weights of step 2."""
     monkeypatch.setattr(driver, "PREVIOUS_EVERY", 2)
@@ -352,19 +334,6 @@ def test_the_papers_prompts_can_compare_candidates(pupil, tmp_path, reward, opti
     file.write_text("\n".join(corpora.english("news", i) for i in range(12)))
     options = ["--source=en", "--target=zh", "--eval-metrics=none", f"--reward={reward}", option]
     assert f"reward/{reward}" in test_problem.go(pupil, file, tmp_path / "run", *options)[1]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--reward=cream"], "--reward cream compares the live judge with another .* --judge prev"),
-        (["--reward=certainty", "--judge=ema"], "own probabilities: leave --judge ema"),
-        (["--reward=pairs", "--judge=x/y"], "no other model judges with --reward pairs"),
-    ],
-)  # fmt: skip
-def test_settings_that_cannot_work_are_refused(words, message):
-    with pytest.raises(ValueError, match=message):
-        settings.parse(words)
 
 
 def test_the_estimate_counts_candidates_and_questions():
