@@ -99,7 +99,7 @@ class Mathematics(Quiz):
 
     def __init__(self, folder: Path, held_out: str = "", count: int = 0):
         """`held_out`: JSON lines with "question" and "answer"; the first `count` are used."""
-        self.folder, self.comparer = folder, Answers()
+        self.folder, self.cluster_answers = folder, Answers().clusters
         self.held_out = load_held_out(Path(held_out))[:count] if held_out else []
 
     def parse_question(self, text: str) -> str | None:
@@ -116,9 +116,6 @@ class Mathematics(Quiz):
         """An empty box is no answer: it would agree with other empty boxes."""
         answer = boxed(text)
         return answer if strip_answer(answer) else None
-
-    def cluster_answers(self, answers: Sequence[str]) -> list[int]:
-        return self.comparer.clusters(answers)
 
 
 def load_held_out(path: Path) -> list[tuple[str, str]]:

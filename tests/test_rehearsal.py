@@ -42,11 +42,12 @@ def run(env, *words):
 
 @pytest.fixture(scope="module")
 def trained(world, pupil, tmp_path_factory):
-    """Two steps of SSR-X, on the preset's texts."""
+    """Two steps of SSR-X, on the preset's texts, by two ranks with a worker each."""
     env, kiwi, _ = world
     folder = tmp_path_factory.mktemp("trained") / "run"
-    out = run(env, "ssr.py", *SMALL, f"--model={pupil}", f"--comet={kiwi}",
-              f"--eval-metrics=chrf,{kiwi}", f"--folder={folder}")  # fmt: skip
+    out = run(env, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ssr.py",
+              *SMALL, f"--model={pupil}", f"--comet={kiwi}", f"--eval-metrics=chrf,{kiwi}",
+              f"--folder={folder}")  # fmt: skip
     assert "wmt17-20: 96 texts read, 96 kept" in out and "4 held out from wmt22" in out
     return folder
 
@@ -88,13 +89,3 @@ def test_the_table_of_the_whole_path(world, trained, pupil, tmp_path):
     about = table["metrics"][METRICS[1]][0]
     assert "(XCOMETMetric), unbabel-comet 2.2.7, float32, with references" in about
     assert "(UnifiedMetric)" in table["metrics"][METRICS[0]][0]
-
-
-def test_two_ranks_have_a_worker_each_and_learn_the_same(world, trained, pupil, tmp_path):
-    env, kiwi, _ = world
-    run(env, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ssr.py", *SMALL,
-        f"--model={pupil}", f"--comet={kiwi}", f"--folder={tmp_path / 'two'}")  # fmt: skip
-    one, two = (rows_of(folder / "metrics.jsonl") for folder in (trained, tmp_path / "two"))
-    for a, b in zip(one[1:], two[1:], strict=True):
-        for key in ("reward/total", "reward/comet", "reward/self", "length/mean"):
-            assert a[key] == approx(b[key], abs=1e-4), key

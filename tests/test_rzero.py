@@ -93,14 +93,14 @@ def whole(programs, tmp_path_factory):
 
 def test_run_writes_metrics_questions_weights_and_result(whole, programs):
     challenger, solver = (read_rows(whole / x / "metrics.jsonl") for x in selfplay.PLAYERS)
-    assert [row["step"] for row in challenger] == list(range(7))  # 3 and 3: they count on
+    assert [row["step"] for row in challenger] == list(range(1, 7))  # 3 and 3: they count on
     assert [row["step"] for row in solver] == list(range(9))
     for name in ("reward/total", "reward/agreement", "reward/repetition", "questions/depth"):
-        assert all(name in row for row in challenger[1:])
+        assert all(name in row for row in challenger)
     assert [row["step"] for row in solver if "eval/accuracy" in row] == [0, 4, 8]
     assert [row["step"] for row in solver if "lessons/kept" in row] == [1, 5]
     assert any(row["train/grad_norm"] > 0 for row in solver[1:5])
-    assert any(row["train/grad_norm"] > 0 for row in challenger[1:4])
+    assert any(row["train/grad_norm"] > 0 for row in challenger[:3])
     assert len({(whole / name).read_bytes() for name in WEIGHTS}) == 4
     for i, old_solver in ((1, programs), (2, whole / "iteration-1" / "solver")):
         header, *rows = read_rows(whole / f"iteration-{i}" / "questions.jsonl")
@@ -150,7 +150,7 @@ def test_released_challenge_runs_and_the_report_is_drawn(programs, tmp_path, mon
     assert sizes == [2]  # and the Solver's batch stays
     solver = read_rows(tmp_path / "run" / "solver" / "metrics.jsonl")[1]
     assert sum(solver["histogram/label"]) <= 16 < 2 * sum(solver["histogram/label"])
-    row = read_rows(tmp_path / "run" / "challenger" / "metrics.jsonl")[1]
+    row = read_rows(tmp_path / "run" / "challenger" / "metrics.jsonl")[0]
     assert math.isfinite(row["reward/total"]) and row["train/grad_norm"] > 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert "run/challenger" in page and "run/solver" in page
@@ -181,7 +181,7 @@ def test_maths_is_played_in_a_chat_template(tmp_path):
     challenger, solver = (
         read_rows(tmp_path / "run" / x / "metrics.jsonl") for x in selfplay.PLAYERS
     )
-    assert challenger[1]["reward/format"] > 0.3 and solver[1]["reward/format"] > 0.3
+    assert challenger[0]["reward/format"] > 0.3 and solver[1]["reward/format"] > 0.3
     assert solver[-1]["eval/sampled_accuracy"] >= 0 and solver[1]["lessons/words"] > 2
 
 
@@ -293,9 +293,9 @@ def test_two_ranks_begin_as_one_does(programs, tmp_path):
     done = processes.run(tmp_path / "output", 2, play_in_process, words)
     assert done.codes == [0, 0], (done.err, done.out)
     one, two = (read_rows(tmp_path / x / "challenger" / "metrics.jsonl") for x in ("one", "two"))
-    assert [row["step"] for row in two] == [0, 1]
+    assert [row["step"] for row in two] == [1]
     for key in ("reward/total", "reward/agreement", "reward/repetition", "length/mean"):
-        assert one[1][key] == pytest.approx(two[1][key], abs=1e-6), key
+        assert one[0][key] == pytest.approx(two[0][key], abs=1e-6), key
     sizes = [(tmp_path / x / WEIGHTS[1]).stat().st_size for x in ("one", "two")]
     assert sizes[0] == sizes[1]
     assert (tmp_path / "two" / "result.json").exists()

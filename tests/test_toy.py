@@ -55,19 +55,18 @@ def test_held_out_sentences_are_never_trained_and_all_directions_and_lengths_occ
 def test_a_sentence_has_one_translation_and_back_again():
     """Distinct meanings never share a sentence, so the truth is the truth."""
     there, back = {}, {}
-    for i in range(20_000):
+    for i in range(8000):
         meaning = PAIR.meaning(random.Random(i))
         kasu, bevo = (" ".join(PAIR.say(meaning, x)) for x in (KASU, BEVO))
         assert there.setdefault(kasu, bevo) == bevo and back.setdefault(bevo, kasu) == kasu
 
 
 def test_the_languages_differ_as_the_grammar_says():
-    meaning = PAIR.meaning(random.Random(7))._replace(negated=True, preposition=None, place=None)
+    meaning = PAIR.meaning(random.Random(7))._replace(negated=True, adverb=None)
     kasu, bevo = PAIR.say(meaning, KASU), PAIR.say(meaning, BEVO)
     verb = PAIR.lexicon[BEVO]["verb", meaning.verb]
-    tail = [] if meaning.adverb is None else PAIR.lexicon[BEVO]["adverb", meaning.adverb]
-    assert bevo[len(bevo) - len(tail) - 2 :] == [*verb, PAIR.negation[BEVO], *tail]
-    assert PAIR.negation[KASU] in kasu and not set(kasu) & set(bevo)
+    assert bevo[-len(verb) - 1 :] == [*verb, PAIR.negation[BEVO]]
+    assert PAIR.negation[KASU] in kasu[:-1] and not set(kasu) & set(bevo)
 
 
 @pytest.mark.parametrize(
