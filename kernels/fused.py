@@ -31,8 +31,9 @@ def decode_blocks(model, x: Tensor, rope: tuple[Tensor, Tensor], cache) -> Tenso
 
     The parts of a block and `cache.attend` are those of model.py; rope is (B, T, 1, E) each.
     """
-    following_norms = [*(block.attention_norm for block in model.blocks[1:]), model.norm]
-    normed = model.blocks[0].attention_norm(x)
+    first, *others = model.blocks
+    following_norms = [*(block.attention_norm for block in others), model.norm]
+    normed = first.attention_norm(x)
     for block, following_norm in zip(model.blocks, following_norms, strict=True):
         attention, mlp = block.attention, block.mlp
         H, K, E = attention.heads, attention.kv_heads, attention.head_dim

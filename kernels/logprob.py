@@ -328,7 +328,6 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, impl):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.settings = temperature, impl
-        ctx.set_materialize_grads(False)
         chunks = Chunks(hidden, weight, targets, temperature, impl)
         empty = chunks.hidden.new_zeros(0)
         results = [(empty, empty), *(chunks.forward(part)[:2] for part in chunks.parts())]
@@ -340,10 +339,9 @@ class LinearLogprob(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         chunks = Chunks(hidden, weight, targets, *ctx.settings)
         chunks.start_gradients()
-        a = torch.zeros_like(b) if a is None else a
         for part in chunks.parts():
             saved = chunks.forward(part)[2]  # the logits again: 2·M·D·V flops
-            chunks.backward(part, saved, a[part], None if b is None else b[part])
+            chunks.backward(part, saved, a[part], b[part])
             del saved  # before the next chunk allocates as much
         return chunks.d_hidden.to(hidden.dtype), chunks.d_weight.to(weight.dtype), None, None, None
 

@@ -160,13 +160,19 @@ def test_stop_token_is_part_of_the_sample(model):
 # -------------------------------------------------------------------------- keyed draws
 
 
-@pytest.mark.parametrize(("slots", "size"), [(2, 3), (8, 1), (8, 16), (100, 3)])
-def test_samples_do_not_depend_on_batch_slots_or_order(exact_model, slots, size):
+@pytest.mark.parametrize(
+    ("slots", "size", "every", "window"),
+    [(2, 3, 1, 64), (8, 1, 1, 64), (8, 16, 16, 64), (100, 3, 1, 64), (5, 16, 16, 48)],
+)
+def test_samples_do_not_depend_on_batch_slots_or_order(exact_model, slots, size, every, window):
+    """Nor on checks every 16 steps, as on a GPU: tokens past a stop are discarded, even where the
+    window is full."""
     prompts = some_prompts(16, begin=(4, 5, 6))
     settings = {"n": 3, "max_new_tokens": 20, "stop_ids": STOPS, "seed": 9}
     want = Sampler(exact_model, 16, 64).generate(prompts, **settings)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist()
-    sampler = Sampler(exact_model, slots, 64)
+    sampler = Sampler(exact_model, slots, window)
+    sampler.check_every = every
     for start in range(0, 16, size):
         part = order[start : start + size]
         got = sampler.generate([prompts[i] for i in part], keys=part, **settings)
@@ -196,18 +202,6 @@ def test_kernels_replace_pytorch_and_give_the_same_samples(tmp_path):
         assert [x.ids for x in mine] == [x.ids for x in theirs]
         for a, b in zip(mine, theirs, strict=True):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-9)
-
-
-def test_checking_for_stops_rarely_changes_nothing(exact_model):
-    """A GPU checks every 16 steps: tokens past a stop are computed and discarded."""
-    prompts = some_prompts(7)
-    settings = {"n": 4, "max_new_tokens": 21, "stop_ids": STOPS, "seed": 2}
-    want = Sampler(exact_model, 9, 64).generate(prompts, **settings)
-    for slots, length in ((9, 64), (5, 48)):  # in the smaller one the window is full, too
-        sampler = Sampler(exact_model, slots, length)
-        sampler.check_every = 16
-        got = sampler.generate(prompts, **settings)
-        assert [[s.ids for s in g] for g in got] == [[s.ids for s in g] for g in want]
 
 
 def test_seed_key_and_sample_each_change_the_draw(model):
@@ -308,7 +302,6 @@ def test_cost_of_a_step_follows_the_active_sequences(model):
 @pytest.mark.parametrize("begin", [(), (4, 5, 6, 4)])
 def test_next_logprobs_equal_a_full_forward(model, begin):
     prompts = some_prompts(9, 1, 20, begin)
-    prompts += [prompts[3]]
     tokens = [5, 0, 98]
     got = Sampler(model, 4, 64).next_logprobs(prompts, tokens)
     for row, prompt in zip(got, prompts, strict=True):
@@ -317,13 +310,11 @@ def test_next_logprobs_equal_a_full_forward(model, begin):
 
 
 def test_ids_may_be_arrays_or_tensors(model):
-    sampler = Sampler(model, 4, 64)
-    prompts = some_prompts(3, 5, 5)
-    want = sampler.generate(prompts, 2, 9, stop_ids=STOPS, keys=[4, 5, 6], seed=3)
+    sampler, prompts = Sampler(model, 4, 64), some_prompts(3, 5, 5)
     for kind in (torch.tensor, numpy.array):
-        keys, seed = kind([4, 5, 6]), numpy.int64(3)
-        got = sampler.generate(kind(prompts), 2, 9, stop_ids=kind(STOPS), keys=keys, seed=seed)
-        assert got == want
+        settings = {"stop_ids": kind(STOPS), "keys": kind([4, 5, 6]), "seed": numpy.int64(3)}
+        got = sampler.generate(kind(prompts), 2, 9, **settings)
+        assert got == sampler.generate(prompts, 2, 9, stop_ids=STOPS, keys=[4, 5, 6], seed=3)
         assert sampler.next_logprobs(kind(prompts), kind(STOPS)).shape == (3, 4)
 
 
@@ -347,21 +338,6 @@ def test_other_and_interrupted_calls_leave_no_trace(exact_model):
     assert sampler.generate(prompts, **settings) == want
     rising = shares[-3:]
     assert shares[0] > 0 and rising == sorted(rising) and rising[-1] == 1
-
-
-def test_new_weights_are_noticed(folder):
-    model = ours.load(folder)
-    sampler = Sampler(model, 4, 64)
-    prompts = some_prompts(2, begin=(1, 2))
-    before = sampler.generate(prompts, 1, 10, temperature=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    after = sampler.generate(prompts, 1, 10, temperature=0)
-    assert after != before
-    for prompt, (sample,) in zip(prompts, after, strict=True):
-        want = forward_logprobs(model, prompt, sample.ids)
-        torch.testing.assert_close(torch.tensor(sample.logprobs), want, atol=1e-5, rtol=0)
 
 
 def test_common_prefix_leaves_each_its_last_token():
@@ -391,7 +367,6 @@ def test_nothing_to_do(model):
         ({"prompts": [[1] * 25]}, "prompt 0 has 25 tokens and 8 are to come.*window is 32"),
         ({"prompts": [[1, 99]]}, "prompt 0 holds ids outside the vocabulary of 99"),
         ({"n": 0}, "n=0"),
-        ({"temperature": -0.1}, "temperature=-0.1, .* temperature 0 or"),
         ({"temperature": math.nan}, "temperature=nan, .* temperature 0 or"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"keys": [1, 2]}, r"keys \(2\) as many as prompts \(1\)"),
@@ -403,7 +378,7 @@ def test_bad_arguments_are_named(model, arguments, match):
         sampler.generate(**{"prompts": [[1, 2, 3]], "max_new_tokens": 8, **arguments})
 
 
-def test_bad_samplers_and_readings_are_refused(model):
+def test_bad_samplers_and_scores_are_refused(model):
     with pytest.raises(ValueError, match="slots=0"):
         Sampler(model, 0, 32)
     with pytest.raises(ValueError, match="max_length=513 in 2"):
@@ -411,10 +386,6 @@ def test_bad_samplers_and_readings_are_refused(model):
     sampler = Sampler(model, 2, 32)
     with pytest.raises(ValueError, match="prompt and continuation 0 has 40 tokens"):
         sampler.score([[1] * 20], [[1] * 20])
-    model_of_nan = ours.Transformer(model.config)
-    torch.nn.init.constant_(model_of_nan.norm.weight, math.nan)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        Sampler(model_of_nan, 2, 32).score([[1, 2]], [[3]])
 
 
 def test_logits_that_are_not_finite_are_an_error(folder):
@@ -422,12 +393,12 @@ def test_logits_that_are_not_finite_are_an_error(folder):
     sampler = Sampler(model, 2, 32)
     ragged = [[1, 2], [3, 4, 5, 6, 7, 8]]
     want = sampler.generate(ragged, 1, 9)
-    weight = model.blocks[0].attention_norm.weight
+    weight = model.blocks[0].attention_norm.weight.requires_grad_(False)
     old = weight[3].item()
-    with torch.no_grad():
-        weight[3] = math.nan
+    weight[3] = math.nan
     with pytest.raises(FloatingPointError, match=r"prompt 0, sample \d: .* not finite"):
         sampler.generate([[1, 2, 3, 4, 5]], 2, 20)
-    with torch.no_grad():
-        weight[3] = old
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sampler.score([[1, 2]], [[3]])
+    weight[3] = old
     assert sampler.generate(ragged, 1, 9) == want  # nothing of it lingers in the cache
