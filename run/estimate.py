@@ -14,13 +14,11 @@ Letters: G GPUs, which share one set of fp32 weights, N parameters.
 import dataclasses
 import math
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from kernels.logprob import CHUNK_BYTES
 from model import Config, Transformer, read_config
@@ -103,17 +101,13 @@ def measure_machine(device: torch.device) -> Machine:
     source = torch.zeros(2**28 if cuda else 2**25, device=device)
     copy = torch.zeros_like(source)  # written once: a new page costs more than a copy
 
-    def rate(amount: float, work: Callable[[], Tensor]) -> float:
-        """Units of 10^12 a second, at best."""
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            work().flatten()[0].item()  # waits for it
-            times.append(time.perf_counter() - start)
-        return amount / min(times) / 1e12
+    def seconds(work: str) -> float:
+        names = {"a": a, "b": b, "copy": copy, "source": source}
+        timer = Timer(work, globals=names, num_threads=torch.get_num_threads())
+        return timer.timeit(5).mean
 
-    products = rate(2 * size**3, lambda: a @ b)
-    traffic = rate(2 * copy.nbytes, lambda: copy.copy_(source))
+    products = 2 * size**3 / seconds("a @ b") / 1e12
+    traffic = 2 * copy.nbytes / seconds("copy.copy_(source)") / 1e12
     name = torch.cuda.get_device_name(device) if cuda else "this CPU"
     link = 16  # PCIe, assumed
     gigabytes = available_bytes(device) / 1e9
@@ -265,20 +259,18 @@ def host_bytes(k: Workload) -> float:
 
 
 def check_room(k: Workload, device: torch.device) -> None:
-    """Before anything is loaded."""
-    advice = "--dry-run shows what for, and what would help"
-    refuse_without_room(sum(memory(k).values()), device, advice)
+    """Before anything is loaded. The ranks of a machine share its memory, but have a GPU each."""
+    host = torch.device("cpu")
     advice = "that is host memory, of which --offload-optimizer takes 20 bytes a parameter"
-    refuse_without_room(host_bytes(k), torch.device("cpu"), advice)
-
-
-def refuse_without_room(needed: float, device: torch.device, advice: str) -> None:
-    """`needed` bytes of each rank; those of one machine share its memory, but have a GPU each."""
-    processes = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room = available_bytes(device) / processes
-    if needed > 1.1 * room:
-        raise ValueError(f"this run needs about {needed / 1e9:.1f} GB on each rank, and "
-                         f"{room / 1e9:.1f} are there: {advice}")  # fmt: skip
+    for needed, where, hint in (
+        (sum(memory(k).values()), device, "--dry-run shows what for, and what would help"),
+        (host_bytes(k), host, advice),
+    ):
+        ranks = 1 if where.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        room = available_bytes(where) / ranks
+        if needed > 1.1 * room:
+            raise ValueError(f"this run needs about {needed / 1e9:.1f} GB on each rank, and "
+                             f"{room / 1e9:.1f} are there: {hint}")  # fmt: skip
 
 
 def seconds(k: Workload, m: Machine) -> dict[str, float]:
