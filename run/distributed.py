@@ -232,7 +232,7 @@ def abort(message: str):
         sys.exit(message)
     try:
         if os.environ["LOCAL_RANK"] != "0":
-            time.sleep(5)
+            time.sleep(2)
         who = f"rank {os.environ['RANK']} on {socket.gethostname()}"
         print(f"{message}  [{who}]", file=sys.stderr, flush=True)
     finally:  # also of torchrun's SIGTERM
