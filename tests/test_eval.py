@@ -315,13 +315,8 @@ def test_somebody_elses_translations_are_scored(here, first, out, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_translate_as_one(here, tmp_path):
-    words = [
-        f"--sets={here}/there.jsonl",
-        "--metrics=chrf",
-        "--max-new-tokens=12",
-        "--max-num-seqs=4",
-    ]
-    words += [f"--model={here}/one"]
+    words = [f"--sets={here}/there.jsonl", f"--model={here}/one", "--metrics=chrf",
+             "--max-new-tokens=12", "--max-num-seqs=4"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     main([*words, f"--out={tmp_path / 'one'}"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -433,9 +428,8 @@ def test_the_toy_is_evaluated_on_its_own_sets_in_both_directions(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     main(["--prompts=toy", "--max-new-tokens=20", "--sets=toy:kasu-bevo,toy:bevo-kasu",
           "--metrics=chrf", "--first=10", "--model=before=toy", "--out=out"])  # fmt: skip
-    scores = json.loads((tmp_path / "out" / "table.json").read_text())["systems"]["before"][
-        "scores"
-    ]
+    before = json.loads((tmp_path / "out" / "table.json").read_text())["systems"]["before"]
+    scores = before["scores"]
     assert list(scores) == ["kasu-bevo/toy/chrf", "bevo-kasu/toy/chrf"]
     assert scores["kasu-bevo/toy/chrf"]["value"] > 5
     assert "Only the first 10 segments" in (tmp_path / "out" / "table.md").read_text()

@@ -85,7 +85,7 @@ def test_the_table_of_the_whole_path(world, trained, pupil, tmp_path):
             average = scores[f"{direction}/avg"]["value"]
             assert average == approx(sum(columns) / 6, abs=1e-3)
     published = next(line for line in out.splitlines() if "SSR-Zero-7B (published)" in line)
-    assert "| 79.29 |" in published and "| 87.37 |" in published
+    assert " 79.29 |" in published and " 87.37 |" in published
     about = table["metrics"][METRICS[1]][0]
     assert "(XCOMETMetric), unbabel-comet 2.2.7, float32, with references" in about
     assert "(UnifiedMetric)" in table["metrics"][METRICS[0]][0]
