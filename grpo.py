@@ -440,10 +440,8 @@ class MicroBatch:
 def make_optimizer(model, s: Settings) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{name} is {parameter.dtype}: at lr {s.lr:g} its updates would be rounded away. "
-                "Load fp32 weights and set model.compute_dtype instead"
-            )
+            raise ValueError(f"{name} is {parameter.dtype}, in which small updates are rounded "
+                             "away: load fp32 weights and set model.compute_dtype")  # fmt: skip
     return torch.optim.AdamW(
         model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=True
     )

@@ -18,6 +18,7 @@ import dataclasses
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # read when torch loads: spinning threads stall each other on busy cores
@@ -80,7 +81,7 @@ def run_training(s: Settings) -> None:
         # The reward: the judge's score of what has the right form.
         ranks.set_stage("load COMET")
         scorers = build_scorers(s, judge, comets)
-        weigh = family.group_weigher(s, own_judge)
+        weigh = partial(family.agreement, own_judge) if s.reward == "cream" else None
         reward = Reward(
             codec, problem.prompts, scorers, s.format_reward, weigh, is_plausible_translation
         )

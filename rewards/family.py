@@ -64,25 +64,18 @@ def largest_question(s, prompts: Prompts, task: Task) -> tuple[list[str], int, i
 
 def self_scorers(s, judge: Judge) -> dict:
     """name -> (weight, scorer) for judge.Reward; `judge` is the policy."""
-    codec, prompts = judge.codec, judge.prompts
-    policy = judge.sampler.model, codec, prompts, s.temperature, s.micro_batch_tokens
     if s.reward == "certainty":
-        scorer = Confidence(self_certainty, lambda ids: range(len(ids)), *policy)
+        scorer = confidence(self_certainty, lambda ids: range(len(ids)), judge, s)
     elif s.reward == "confidence":
-        scorer = Confidence(top_gap, partial(answer_span, codec), *policy)
+        scorer = confidence(top_gap, partial(answer_span, judge.codec), judge, s)
     elif s.reward == "pairs":
         scorer = PairwiseJudge(judge)
     elif s.reward == "group":
-        _, size, new_tokens = largest_question(s, prompts, Task("", "English", "Chinese"))
+        _, size, new_tokens = largest_question(s, judge.prompts, Task("", "English", "Chinese"))
         scorer = GroupJudge(judge, size, new_tokens)
     else:
         scorer = judge if s.reward == "cream" else majority
     return {"self" if s.reward == "cream" else s.reward: (1.0, scorer)}
-
-
-def group_weigher(s, judge: Judge) -> Callable | None:
-    """`judge`: the one that the live one is compared with."""
-    return partial(agreement, judge) if s.reward == "cream" else None
 
 
 def majority(tasks: Sequence[Task], answers: Answers, step: int) -> list[list[Score]]:
@@ -115,25 +108,18 @@ def top_gap(logits: Tensor) -> Tensor:
     return first - second
 
 
-class Confidence:
+def confidence(
+    measure: Callable[[Tensor], Tensor], where: Callable[[list[int]], range], judge: Judge, s
+) -> Callable:
     """The mean of `measure` over a sample's tokens in `where(ids)`, with the weights that drew it,
     over the whole vocabulary, at the temperature of training."""
-
-    needs_token_ids = True
-
-    def __init__(
-        self, measure: Callable[[Tensor], Tensor], where: Callable[[list[int]], range], model,
-        codec: PromptCodec, prompts: Prompts, temperature: float, micro_batch_tokens: int,
-    ):  # fmt: skip
-        self.measure, self.where, self.model = measure, where, model
-        self.codec, self.prompts = codec, prompts
-        self.temperature, self.most = temperature, micro_batch_tokens
+    model = judge.sampler.model
 
     @torch.no_grad()
-    def __call__(
-        self, tasks: Sequence[Task], answers: Answers, step: int, groups: list[list]
+    def score(
+        tasks: Sequence[Task], answers: Answers, step: int, groups: list[list]
     ) -> list[list[Score]]:
-        prompts = self.codec.encode([self.prompts.ask(task) for task in tasks])
+        prompts = judge.codec.encode([judge.prompts.ask(task) for task in tasks])
         rows = {  # each distinct sample of a prompt once
             (p, tuple(x.ids)): grpo.TrainSample(prompts[p], x.ids, x.logprobs, 0.0, 1)
             for p, (row, group) in enumerate(zip(answers, groups, strict=True))
@@ -141,25 +127,30 @@ class Confidence:
             if answer is not None
         }
         scores: dict[grpo.TrainSample, Score] = {}
-        device, vocabulary = self.model.head_weight.device, len(self.model.head_weight)
+        device, vocabulary = model.head_weight.device, len(model.head_weight)
         # Packed as in training, so that a prompt is computed once for its samples.
-        for part in filter(None, grpo.pack_micro_batches([*rows.values()], self.most, 1)):
-            hidden = grpo.MicroBatch(part, device).hidden(self.model)
+        for part in filter(
+            None, grpo.pack_micro_batches([*rows.values()], s.micro_batch_tokens, 1)
+        ):
+            hidden = grpo.MicroBatch(part, device).hidden(model)
             values = [
-                self.measure(self.model.logits(h) / self.temperature)
+                measure(model.logits(h) / s.temperature)
                 for h in hidden.split(max(1, LOGITS // vocabulary))
             ]
             sizes = [len(row.ids) for row in part]
             for row, x in zip(part, torch.cat(values).double().cpu().split(sizes), strict=True):
-                where = self.where(row.ids)
-                value = float(x[where.start : where.stop].mean())
+                span = where(row.ids)
+                value = float(x[span.start : span.stop].mean())
                 if math.isnan(value):
                     raise FloatingPointError("the model's logits are not finite")
-                scores[row] = Score(value, f"{value:.4f} over {len(where)} tokens")
+                scores[row] = Score(value, f"{value:.4f} over {len(span)} tokens")
         return [
             [scores.get(rows.get((p, tuple(x.ids))), NOT_JUDGED) for x in group]
             for p, group in enumerate(groups)
         ]
+
+    score.needs_token_ids = True
+    return score
 
 
 def answer_span(codec: PromptCodec, ids: list[int]) -> range:

@@ -328,11 +328,11 @@ def test_every_reward_runs_on_the_toy(taught, tmp_path, words):
     assert name == "group" or rows[1][f"reward/{name}"] > 0  # so young a toy may not rate
 
 
-@pytest.mark.parametrize(("reward", "option"), [("pairs", "--chat"), ("group", "--no-chat")])
-def test_the_papers_prompts_can_compare_candidates(pupil, tmp_path, reward, option):
+@pytest.mark.parametrize(("reward", "more"), [("pairs", ["--chat"]), ("group", [])])
+def test_the_papers_prompts_can_compare_candidates(pupil, tmp_path, reward, more):
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(corpora.english("news", i) for i in range(12)))
-    options = ["--source=en", "--target=zh", "--eval-metrics=none", f"--reward={reward}", option]
+    options = ["--source=en", "--target=zh", "--eval-metrics=none", f"--reward={reward}", *more]
     assert f"reward/{reward}" in test_problem.go(pupil, file, tmp_path / "run", *options)[1]
 
 

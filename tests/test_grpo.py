@@ -488,7 +488,7 @@ def test_a_streak_ends_with_a_good_step_and_is_counted_across_a_restart(monkeypa
 
 
 def test_half_precision_master_weights_are_refused():
-    with pytest.raises(ValueError, match=r"is torch\.bfloat16: at lr"):
+    with pytest.raises(ValueError, match=r"is torch\.bfloat16, in which small"):
         grpo.make_optimizer(tiny_model(dtype=torch.bfloat16), settings())
 
 
