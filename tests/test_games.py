@@ -87,6 +87,13 @@ def test_held_out_programs_have_every_depth_and_the_truth():
     assert share == pytest.approx(1 / HELD_OUT, abs=0.02)
 
 
+def program_in(prompt):
+    """That a Solver is asked for, its rules in the order of their numbers."""
+    letters, rest = prompt[1:4], prompt[4:-1]
+    rules = dict(zip(rest[::2], rest[1::2], strict=True))
+    return " ".join([*letters, *(rules[line] for line in LINES if line in rules)])
+
+
 def test_corpus_has_shallow_questions_and_noisier_rules_the_deeper_and_nothing_held_out():
     question, solution = corpus(ProgramRecipe())
     programs = [" ".join(text[:-1]) for _, text in (question() for _ in range(3000))]
@@ -95,9 +102,7 @@ def test_corpus_has_shallow_questions_and_noisier_rules_the_deeper_and_nothing_h
         assert depths[d + 1] / depths[d] == pytest.approx(ProgramRecipe.asked, abs=0.1)
     game, solved, wrong = Programs(0), Counter(), dict.fromkeys(RULES, (0, 0))
     for prompt, working in (solution() for _ in range(3000)):
-        letters, rest = prompt[1:4], prompt[4:-1]
-        rules = dict(zip(rest[::2], rest[1::2], strict=True))
-        text = " ".join([*letters, *(rules[line] for line in LINES if line in rules)])
+        text, letters = program_in(prompt), prompt[1:4]
         programs.append(text)
         solved[depth(text)] += 1
         assert game.text_answer(" ".join(working[:-1]), text) and working[-1] == "<eos>"
@@ -113,27 +118,14 @@ def test_corpus_has_shallow_questions_and_noisier_rules_the_deeper_and_nothing_h
     assert shares[-1] == pytest.approx(6 / 8 * ProgramRecipe.doubt * 7 / 8, abs=0.06)
 
 
-def work_out(game, question):
-    """Follow the rules of the prompt by their numbers."""
-    words = "".join(f" {part} " for part in game.solver_prompt(question)).split()
-    assert words[0] == "solve" and words[-1] == "=>"
-    letters, rest = words[1:4], words[4:-1]
-    rules = dict(zip(rest[::2], rest[1::2], strict=True))
-    working = []
-    for line in sorted(rules, key=lambda x: int(x[:-1])):
-        letters = [game.tables[rules[line]][letter] for letter in letters]
-        working += [line, rules[line], *letters]
-    return " ".join(working)
-
-
 def test_posed_programs_can_be_worked_out_and_the_working_read():
     game, first_lines = Programs(0), set()
-    for seed in range(60):
-        question = program(Random(seed), 1 + seed % DEEPEST)
-        assert game.parse_question(question) == question
-        answer = game.text_answer(work_out(game, question), question)
-        assert game.is_right(answer, game.truth(question))
-        first_lines.add(" ".join(game.solver_prompt(question)).split()[4])
+    _, solution = corpus(ProgramRecipe(doubted=0.0, slip=0.0))
+    for prompt, working in (solution() for _ in range(60)):
+        question = program_in(prompt)
+        assert prompt[0] == "solve" and game.parse_question(question) == question
+        assert game.text_answer(" ".join(working[:-1]), question) == game.truth(question)
+        first_lines.add(prompt[4])
     assert len(first_lines) > 3  # the rules are shuffled
 
 
