@@ -333,15 +333,14 @@ class Sampler:
         the same samples in any call.
         """
         params = SamplingParams(temperature, top_p)
-        if not (temperature == 0 or 1e-4 <= temperature < math.inf) or not 0 < top_p <= 1:
-            raise ValueError(f"{params}: temperature 0 or at least 0.0001, top_p in (0, 1]")
+        is_valid = (temperature == 0 or 1e-4 <= temperature < math.inf) and 0 < top_p <= 1
+        if not is_valid or max_new_tokens < 1:
+            raise ValueError(
+                f"{params} and max_new_tokens={max_new_tokens}: give a temperature of 0 or at least "
+                "0.0001, top_p in (0, 1] and at least 1 token"
+            )
         prompts, stop_ids = to_tuples(prompts), to_tuples([stop_ids])[0]
         keys = range(len(prompts)) if keys is None else to_tuples([keys])[0]
-        if n < 1 or max_new_tokens < 1 or len(keys) != len(prompts):
-            raise ValueError(
-                f"n={n} and max_new_tokens={max_new_tokens} must be at least 1, and keys "
-                f"({len(keys)}) as many as prompts ({len(prompts)})"
-            )
         self.check_sequences(prompts, "prompt", max_new_tokens)
         self.start_call(prompts, n, max_new_tokens, stop_ids)
         # Long prompts first, equal ones side by side: `admit` relies on siblings in a row.
@@ -551,8 +550,6 @@ class Sampler:
     ) -> list[Tensor]:
         """Log-probs of the tokens of each continuation after its prompt, on the device, in
         `logit_dtype`."""
-        if not temperature >= 1e-4:
-            raise ValueError(f"temperature={temperature} must be at least 0.0001")
         prompts, continuations = to_tuples(prompts), to_tuples(continuations)
         self.check_sequences(prompts, "prompt")
         whole = [p + c for p, c in zip(prompts, continuations, strict=True)]

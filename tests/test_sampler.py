@@ -366,10 +366,9 @@ def test_nothing_to_do(model):
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1] * 25]}, "prompt 0 has 25 tokens and 8 are to come.*window is 32"),
         ({"prompts": [[1, 99]]}, "prompt 0 holds ids outside the vocabulary of 99"),
-        ({"n": 0}, "n=0"),
-        ({"temperature": math.nan}, "temperature=nan, .* temperature 0 or"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: .* at least 1 token"),
+        ({"temperature": math.nan}, "temperature=nan, .* temperature of 0 or"),
         ({"top_p": 0.0}, "top_p=0.0"),
-        ({"keys": [1, 2]}, r"keys \(2\) as many as prompts \(1\)"),
     ],
 )
 def test_bad_arguments_are_named(model, arguments, match):
