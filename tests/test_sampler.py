@@ -397,6 +397,7 @@ def test_logits_that_are_not_finite_are_an_error(folder):
     weight[3] = math.nan
     with pytest.raises(FloatingPointError, match=r"prompt 0, sample \d: .* not finite"):
         sampler.generate([[1, 2, 3, 4, 5]], 2, 20)
+    assert sampler.kv.isfinite().all()
     with pytest.raises(FloatingPointError, match="not finite"):
         sampler.score([[1, 2]], [[3]])
     weight[3] = old
