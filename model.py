@@ -460,6 +460,8 @@ def save(model: Transformer, folder: str | Path) -> None:
         for name, path in partial.items():
             os.replace(path, folder / name)
     except (SafetensorError, OSError) as error:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
         raise OSError(f"{folder}: the weights could not be written; an earlier save there is "
                       f"intact ({error})") from None  # fmt: skip
 

@@ -63,6 +63,7 @@ class Sample(NamedTuple):
 
 class SamplingParams(NamedTuple):
     temperature: float = 1.0
+    top_k: int = 0
     top_p: float = 1.0
 
 
@@ -191,8 +192,7 @@ def draw(
         token = logits.argmax(-1)
         logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
         return token, logprob
-    if params.top_p < 1:
-        logits = apply_top_p(logits, params)
+    logits = apply_top_k_top_p(logits, params)
     B, V = logits.shape
     if V <= 512:  # one block
         prob = (logits / params.temperature).softmax(-1)
@@ -233,13 +233,19 @@ def first_true(condition: Tensor) -> Tensor:
     return condition.to(torch.uint8).argmax(-1)
 
 
-def apply_top_p(logits: Tensor, params: SamplingParams) -> Tensor:
-    """-inf outside the smallest set of tokens whose probability reaches top_p."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    prob = (ordered / params.temperature).softmax(-1)
-    removed = prob.cumsum(-1) - prob >= params.top_p
-    removed[:, 0] = False
-    return logits.masked_fill(removed.scatter(1, order, removed), -math.inf)
+def apply_top_k_top_p(logits: Tensor, params: SamplingParams) -> Tensor:
+    """-inf outside the top_k likeliest tokens (0: all), and outside the smallest set of what is
+    left whose probability reaches top_p."""
+    if 0 < params.top_k < logits.shape[-1]:
+        smallest = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if params.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        prob = (ordered / params.temperature).softmax(-1)
+        removed = prob.cumsum(-1) - prob >= params.top_p
+        removed[:, 0] = False
+        logits = logits.masked_fill(removed.scatter(1, order, removed), -math.inf)
+    return logits
 
 
 def uniforms(seed: int, keys: Ids, samples: Ids, count: int) -> Tensor:
@@ -322,6 +328,7 @@ class Sampler:
         n: int = 1,
         max_new_tokens: int = 128,
         temperature: float = 1.0,
+        top_k: int = 0,
         top_p: float = 1.0,
         stop_ids: Ids = (),
         seed: int = 0,
@@ -332,15 +339,18 @@ class Sampler:
         `keys` (default 0, 1, 2, …) identify the prompts for the draws: the same key and seed give
         the same samples in any call.
         """
-        params = SamplingParams(temperature, top_p)
+        params = SamplingParams(temperature, top_k, top_p)
         is_valid = (temperature == 0 or 1e-4 <= temperature < math.inf) and 0 < top_p <= 1
-        if not is_valid or max_new_tokens < 1:
+        if not is_valid or top_k < 0 or max_new_tokens < 1:
             raise ValueError(
-                f"{params} and max_new_tokens={max_new_tokens}: give a temperature of 0 or at least "
-                "0.0001, top_p in (0, 1] and at least 1 token"
+                f"{params} and max_new_tokens={max_new_tokens}: give a temperature of 0 or at "
+                "least 0.0001, top_k of 0 (off) or more, top_p in (0, 1] and at least 1 token"
             )
         prompts, stop_ids = to_tuples(prompts), to_tuples([stop_ids])[0]
         keys = range(len(prompts)) if keys is None else to_tuples([keys])[0]
+        if len(keys) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(keys)} keys")
+        self.check_vocabulary(stop_ids, "stop_ids")
         self.check_sequences(prompts, "prompt", max_new_tokens)
         self.start_call(prompts, n, max_new_tokens, stop_ids)
         # Long prompts first, equal ones side by side: `admit` relies on siblings in a row.
@@ -392,10 +402,12 @@ class Sampler:
                     f"{what} {i} has {len(ids)} tokens and {more} are to come, but the window is "
                     f"{self.max_length}: shorten it or make Sampler(max_length=…) larger"
                 )
-            if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
-                raise ValueError(
-                    f"{what} {i} holds ids outside the vocabulary of {self.model.config.vocab_size}"
-                )
+            self.check_vocabulary(ids, f"{what} {i}")
+
+    def check_vocabulary(self, ids: Ids, what: str) -> None:
+        size = self.model.config.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            raise ValueError(f"{what} {ids} has an id outside the vocabulary of {size}")
 
     # ------------------------------------------------------------------------- prompts
 
@@ -559,12 +571,16 @@ class Sampler:
         return [score[:, 0] for score in scores]
 
     @torch.no_grad()
-    def next_logprobs(self, prompts: Sequence[Ids], token_ids: Ids) -> Tensor:
+    def next_logprobs(
+        self, prompts: Sequence[Ids], token_ids: Ids, temperature: float = 1.0
+    ) -> Tensor:
         """(len(prompts), len(token_ids)): log-probs of these tokens right after each prompt,
         normalised over the whole vocabulary."""
-        prompts, tokens = to_tuples(prompts), torch.tensor(to_tuples([token_ids]))
+        prompts, [token_ids] = to_tuples(prompts), to_tuples([token_ids])
+        self.check_vocabulary(token_ids, "token_ids")
         self.check_sequences(prompts, "prompt")
-        rows = self.logprobs_of(prompts, prompts, [tokens] * len(prompts), 1.0)
+        tokens = [torch.tensor([token_ids], dtype=torch.int64)] * len(prompts)
+        rows = self.logprobs_of(prompts, prompts, tokens, temperature)
         empty = torch.zeros(0, len(token_ids), dtype=self.logit_dtype, device=self.device)
         return torch.cat([empty, *rows])
 

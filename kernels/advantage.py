@@ -2,7 +2,8 @@
 
 The policy gradient stays unbiased when a baseline that does not depend on the sample is subtracted
 from its reward; GRPO uses the mean of the sample's group: a_i = r_i - mean(r), with r_1 … r_n the
-rewards of a group that are not NaN.
+rewards of a group that are not NaN. With the mean of the others ("leave-one-out") it is
+a_i * n / (n - 1).
 
     scale "std"     a_i / (std(r) + 1e-6), unbiased: the paper family's choice
     scale "batch"   a_i / (std over all samples of all groups, each about its own mean)
@@ -28,13 +29,17 @@ except ImportError:  # Triton exists on Linux only; impl="torch" does not need i
     triton = None
 
 EPSILON = 1e-6
-SCALES = ("std", "batch", "none")
+SCALES, BASELINES = ("std", "batch", "none"), ("mean", "leave-one-out")
 
 
-def group_advantage(rewards: Tensor, scale: str = "std", impl: str = "auto") -> Tensor:
+def group_advantage(
+    rewards: Tensor, scale: str = "std", baseline: str = "mean", impl: str = "auto"
+) -> Tensor:
     """(P, N) rewards -> (P, N) advantages, in float64 for float64 and else in fp32; no gradient."""
-    if scale not in SCALES:
-        raise ValueError(f"{scale!r} is unknown; known: {', '.join(SCALES)}")
+    options = (scale, SCALES), (baseline, BASELINES), (impl, ("auto", "torch", "triton"))
+    for value, known in options:
+        if value not in known:
+            raise ValueError(f"{value!r} is unknown; known: {', '.join(known)}")
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be (prompts, samples), not {tuple(rewards.shape)}")
     if torch.isinf(rewards).any():
@@ -48,6 +53,9 @@ def group_advantage(rewards: Tensor, scale: str = "std", impl: str = "auto") -> 
     if scale == "batch":  # they are still the deviations from their group's mean
         others = ((~rewards.isnan()).sum() - 1).clamp(min=1)
         advantages = advantages / ((advantages.square().sum() / others).sqrt() + EPSILON)
+    if baseline == "leave-one-out":
+        n = (~rewards.isnan()).sum(1, keepdim=True)
+        advantages = advantages * n / (n - 1).clamp(min=1)
     return advantages
 
 

@@ -59,7 +59,7 @@ def decode_attention(
     if impl == "auto":
         usable = triton is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
         impl = "triton" if usable else "torch"
-    run = decode_triton if impl == "triton" else decode_torch
+    run = {"torch": decode_torch, "triton": decode_triton}[impl]
     return run(q, k, v, cache, lengths, width)
 
 

@@ -48,7 +48,7 @@ def linear_logprob(
 
     Both in fp32 (fp64 for fp64 input), both differentiable in hidden and weight.
     """
-    impl = check_inputs(hidden, weight, targets, impl)
+    impl = check_inputs(hidden, weight, targets, temperature, impl)
     return LinearLogprob.apply(hidden, weight, targets, temperature, impl)
 
 
@@ -92,7 +92,7 @@ def linear_policy_loss(
     whose gradient the clip removed), sampler_gap and sampler_gap_max (|log p - sampler's|); with a
     cap importance_ratio, before it is capped, and importance_capped (share of tokens).
     """
-    impl = check_inputs(hidden, weight, targets, impl)
+    impl = check_inputs(hidden, weight, targets, temperature, impl)
     columns = [advantages, weights, old_logprobs, ref_logprobs, sampler_logprobs]
     for column in columns:
         if column is not None and column.shape != targets.shape:
@@ -150,11 +150,14 @@ def policy_loss(logprob, entropy, A, w, old, ref, sampler, clip, kl, entropy_bon
     return loss.sum(), stats, d_logprob, -entropy_bonus * w if entropy_bonus else None
 
 
-def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, impl: str) -> str:
+def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature, impl: str) -> str:
     """Refuse inputs that would give a wrong number; return the implementation to use."""
     shapes = [(tuple(x.shape), x.dtype) for x in (hidden, weight, targets)]
     if hidden.shape != (*targets.shape, weight.shape[1]) or targets.dtype != torch.int64:
         raise ValueError(f"hidden (M, D), weight (V, D) and int64 targets (M,) are {shapes}")
+    if not temperature > 0 or impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"temperature={temperature} must be above 0, and impl={impl!r} be auto, "
+                         "torch or triton")  # fmt: skip
     is_inside = (targets >= 0) & (targets < weight.shape[0])  # reading it would stall a GPU
     torch._assert_async(is_inside.all(), "a target is outside the vocabulary")
     if impl == "auto":

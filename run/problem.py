@@ -139,6 +139,8 @@ def build_eval_metrics(s, held_out: list[Task], comets: CometWorkers) -> dict[st
     eval_metrics: dict[str, Metric] = {}
     for name in [x.strip() for x in names.split(",") if x.strip() != "none"]:
         label = name.rstrip("/").rpartition("/")[2]
+        if label in (*eval_metrics, "self", "format"):
+            raise ValueError(f"--eval-metrics {names}: the name {label} is taken; rename a folder")
         if name == "chrf" and not referenced:
             raise ValueError(
                 "--eval-metrics chrf needs a reference of every held-out text: name "

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import fused
-from kernels.advantage import SCALES, group_advantage
+from kernels.advantage import BASELINES, SCALES, group_advantage
 from kernels.decode import decode_attention
 from kernels.logprob import linear_logprob, linear_policy_loss
 from model import Config, RMSNorm, Transformer, rotate
@@ -113,24 +113,28 @@ def advantages_agree_with_float64(impl, device, dtype=torch.float32):
         rewards = torch.rand(P, N, generator=random) * 100
         rewards[torch.rand(P, N, generator=random) < 0.2] = torch.nan
         for scale in SCALES:
-            want = advantage_by_hand(rewards.double(), scale)
-            for kind, error in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
-                got = group_advantage(rewards.to(device, kind), scale, impl)
-                torch.testing.assert_close(got.cpu().double(), want, atol=error, rtol=error)
+            for baseline in BASELINES:
+                want = advantage_by_hand(rewards.double(), scale, baseline)
+                for kind, error in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
+                    got = group_advantage(rewards.to(device, kind), scale, baseline, impl)
+                    torch.testing.assert_close(got.cpu().double(), want, atol=error, rtol=error)
 
 
-def advantage_by_hand(rewards, scale):
-    advantages, everything = torch.zeros_like(rewards), []
+def advantage_by_hand(rewards, scale, baseline):
+    advantages, deviations = torch.zeros_like(rewards), []
     for p, group in enumerate(rewards):
         present = [i for i, r in enumerate(group.tolist()) if r == r]
         values = group[present]
-        everything += (values - values.mean()).tolist()
-        advantages[p, present] = values - values.mean()
+        deviations.append(values - values.mean())
+        for i in present if len(present) > 1 else []:
+            others = present if baseline == "mean" else [j for j in present if j != i]
+            advantages[p, i] = group[i] - group[others].mean()
         if scale == "std" and len(present) > 1:
             advantages[p] /= values.std() + 1e-6
+    everything = torch.cat(deviations)
     if scale == "batch":
-        spread = sum(x * x for x in everything) / max(len(everything) - 1, 1)
-        advantages /= spread**0.5 + 1e-6
+        spread = everything.square().sum() / max(len(everything) - 1, 1)
+        advantages /= spread.sqrt() + 1e-6
     return advantages
 
 
@@ -143,7 +147,8 @@ def ties_give_exactly_zero(impl, device, dtype=torch.float32):
         for kind in (torch.float32, torch.bfloat16, torch.float64):
             rewards = constants[:, None].expand(-1, N).to(device, kind)
             for scale in SCALES:
-                assert (group_advantage(rewards, scale, impl) == 0).all()
+                for baseline in BASELINES:
+                    assert (group_advantage(rewards, scale, baseline, impl) == 0).all()
 
 
 def decode_attention_is_exact(impl, device, dtype=torch.float32):

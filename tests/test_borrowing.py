@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "borrowing.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n)*)", TEXT, re.M))  # heading -> what follows
-RUN_OR_READ = ("page.html", "__main__.py")
+RUN_OR_READ = ("comet_worker.py", "comet-requirements.txt", "page.html", "__main__.py")
 
 
 def blocks(heading):

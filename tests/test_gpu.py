@@ -28,7 +28,7 @@ def test_graphs_give_the_samples_of_plain_steps(model):
         min(16, 1 << (count - 1).bit_length()), 64, params
     )
     prompts = some_prompts(9, begin=(4, 5))
-    for changes in ({}, {"temperature": 0}, {"temperature": 0.7}, {"top_p": 0.8}):
+    for changes in ({}, {"temperature": 0}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}):
         want = plain.generate(prompts, **SETTINGS | changes)
         assert graphed.generate(prompts, **SETTINGS | changes) == want
     assert {params for _, _, params in graphed.graphs} >= {SamplingParams(), SamplingParams(0)}
@@ -81,7 +81,7 @@ def test_a_large_vocabulary_is_sorted_and_summed_in_graphs():
     config = ours.Config("qwen2", 151_936, 64, 96, 2, 4, 2, 16, 512, tied=True)
     model = ours.Transformer(config).to("cuda", torch.bfloat16)
     sampler = Sampler(model, 8, 64, kernels=Kernels(block_sums=block_sums))
-    for params in ({}, {"top_p": 0.9}):
+    for params in ({}, {"top_k": 50}, {"top_p": 0.9}):
         groups = sampler.generate([[1, 2, 3]] * 4, 2, 12, **params)
         assert len({tuple(s.ids) for g in groups for s in g}) == 8
 

@@ -167,6 +167,8 @@ def test_incoming_gradient_scales_the_loss_once():
         ({"targets": torch.tensor([0, 1])}, r"int64 targets \(M,\) are "),
         ({"targets": torch.tensor([0.0, 1.0, 2.0])}, r"int64 targets \(M,\) are .*float32"),
         ({"hidden": torch.randn(3, 7)}, r"hidden \(M, D\)"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"impl": "cuda"}, "impl='cuda' be auto"),
         ({"weights": torch.zeros(2)}, r"not \(2,\)"),
         ({"kl": 0.1}, "kl=0.1 needs ref_logprobs"),
     ],

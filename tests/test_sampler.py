@@ -133,13 +133,14 @@ def test_truncated_logprobs_are_renormalised(model):
     share = model.logits(hidden).div(0.8).softmax(-1)
     ordered = share.sort(descending=True)
     beyond = (ordered.values.cumsum(0) < 0.5).sum() + 1  # the smallest set that reaches 0.5
-    kept, mass = set(ordered.indices[:beyond].tolist()), ordered.values[:beyond].sum()
-    drawn = set()
-    for (sample,) in sampler.generate([prompt] * 200, 1, 1, temperature=0.8, top_p=0.5):
-        drawn.add(sample.ids[0])
-        want = (share[sample.ids[0]] / mass).log().item()
-        assert sample.logprobs[0] == pytest.approx(want, abs=1e-5)
-    assert drawn <= kept and len(drawn) > 1
+    for params, count in (({"top_k": 5}, 5), ({"top_p": 0.5}, int(beyond))):
+        kept, mass = set(ordered.indices[:count].tolist()), ordered.values[:count].sum()
+        drawn = set()
+        for (sample,) in sampler.generate([prompt] * 200, 1, 1, temperature=0.8, **params):
+            drawn.add(sample.ids[0])
+            want = (share[sample.ids[0]] / mass).log().item()
+            assert sample.logprobs[0] == pytest.approx(want, abs=1e-5)
+        assert drawn <= kept and len(drawn) > 1
 
 
 def test_stop_token_is_part_of_the_sample(model):
@@ -365,9 +366,12 @@ def test_nothing_to_do(model):
     [
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1] * 25]}, "prompt 0 has 25 tokens and 8 are to come.*window is 32"),
-        ({"prompts": [[1, 99]]}, "prompt 0 holds ids outside the vocabulary of 99"),
+        ({"prompts": [[1, 99]]}, "prompt 0 .* outside the vocabulary of 99"),
+        ({"stop_ids": [-1]}, "stop_ids .* outside the vocabulary of 99"),
+        ({"keys": [1, 2]}, "1 prompts, but 2 keys"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: .* at least 1 token"),
         ({"temperature": math.nan}, "temperature=nan, .* temperature of 0 or"),
+        ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
     ],
 )
