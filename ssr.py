@@ -66,11 +66,13 @@ def run_training(s: Settings) -> None:
         # The model and its sampler; the judge is the same model, unless another one is named.
         ranks.set_stage("load the model")
         cuda = device.type == "cuda"
-        load_work = workload(s, read_config(problem.folder), ranks.size, cuda)
+        room = ranks.on_rank0("memory", lambda: estimate.available_bytes(device))
+        load_work = workload(s, read_config(problem.folder), ranks.size, cuda, room)
         estimate.check_room(load_work, device)
         window = judge_window(s, problem, codec, load_work.c.max_length)
         slots, judge_slots = load_work.slots, load_work.judge_slots
         policy = driver.build_policy(problem.folder, s, device, ranks, slots, window, judge_slots)
+        policy.model.checkpointing = cuda and load_work.recompute
         own_judge = build_judge(s, policy.judge_sampler, codec, problem.prompts)
         judge = own_judge
         if s.judge_model:
@@ -155,9 +157,10 @@ def run_identity(s: Settings, problem: Problem, policy: driver.Policy, comets) -
     return identity
 
 
-def workload(s: Settings, config: Config, size: int, cuda: bool) -> estimate.Workload:
+def workload(s: Settings, config: Config, size: int, cuda: bool, room: float) -> estimate.Workload:
     other = estimate.find_config(s.judge_model) if s.judge_model and not s.judge_url else None
-    return estimate.Workload(s, config, size, judge_template(s), cuda, other)
+    work = estimate.Workload(s, config, size, judge_template(s), cuda, other)
+    return estimate.plan_recompute(work, room)
 
 
 def dry_run(s: Settings) -> None:
@@ -167,7 +170,7 @@ def dry_run(s: Settings) -> None:
         config = model_config(recipe, make_tokenizer(Languages(s.seed), recipe.skills))
     else:
         config = estimate.find_config(s.model)
-    work = workload(s, config, count, machine.is_gpu)
+    work = workload(s, config, count, machine.is_gpu, 1e9 * machine.gigabytes)
     print(estimate.format_estimate(work, machine, s.model or "the toy"))
     if estimate.missing(work, machine) > 0:
         sys.exit(1)

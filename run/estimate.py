@@ -37,8 +37,9 @@ SHAPES = {  # Config's numbers, tied or not: these models need no network
 COMETS = {"cometkiwi-xl": 3.5, "xcomet-xl": 3.5, "cometkiwi-xxl": 10.7, "xcomet-xxl": 10.7}
 EFFICIENCY = {"products": 0.45, "bytes": 0.65}
 HOST_RATE = 8.0  # GB a second between a GPU and pageable host memory, over PCIe: assumed
-# Seconds to start a block's operators: measured on a CPU; on a GPU 19 in a graph, a guess.
-BLOCK_START = {"cpu": 4e-4, "cuda": 3.4e-5}
+# Seconds to start a block's operators: measured on a CPU; on a GPU 10 in a graph, a guess.
+BLOCK_START = {"cpu": 4e-4, "cuda": 1.8e-5}
+ROOM = 0.8  # share of a GPU's memory up to which an estimate is trusted to fit
 
 
 class Machine(NamedTuple):
@@ -135,6 +136,7 @@ class Workload(NamedTuple):
     cuda: bool
     judge: Config | None = None  # of another model that judges here
     asked: "Workload | None" = None  # what R-Zero's other player samples in each step
+    recompute: bool = True  # on GPUs: the blocks once more in the backward pass, to save memory
 
     def changed(self, **settings) -> "Workload":
         asked = self.asked and self.asked.changed(**settings)
@@ -241,15 +243,24 @@ def memory(k: Workload) -> dict[str, float]:
     # copies, the attention's output, the MLP's three; and what the backward itself takes.
     H, K, E = c.heads, c.kv_heads, c.head_dim
     in_block = 6 * c.hidden_size + 4 * (H + 2 * K) * E + 2 * H * E + 4 * c.intermediate_size
-    between = c.layers * c.hidden_size if k.cuda else (c.layers - 1) * in_block  # checkpointing
+    recompute = k.cuda and k.recompute
+    between = c.layers * c.hidden_size if recompute else (c.layers - 1) * in_block
     kept = min(max(s.micro_batch_tokens, k.longest), k.train_tokens) * (
         between + in_block + 2 * c.intermediate_size
     )
     # Gathered weights and their gradients, then in fp32 on their way to their shards.
     whole = (2 * block + root) * (2 * size + 4) if k.G > 1 else size * c.vocab_size * c.hidden_size
     chunk = min(CHUNK_BYTES["cuda" if k.cuda else "cpu"], 4 * k.train_tokens * c.vocab_size)
+    if k.cuda and k.G == 1 and not recompute:  # the bf16 casts of fp32 weights are kept, too
+        whole += size * c.layers * block
     parts["while training"] = size * kept + whole + 2 * chunk
     return parts
+
+
+def plan_recompute(k: Workload, room: float) -> Workload:
+    """Blocks are recomputed only if all they keep might not fit `room` bytes: it costs time."""
+    kept = k._replace(recompute=False)
+    return kept if sum(memory(kept).values()) < ROOM * room else k
 
 
 def host_bytes(k: Workload) -> float:
@@ -307,7 +318,7 @@ def seconds(k: Workload, m: Machine) -> dict[str, float]:
         parts[s.reward] = (whole + logits) / flops
     if s.track_kl or s.kl:
         parts["reference"] = (whole + logits) / flops
-    passes = 4 if k.cuda else 3  # forward, backward of twice that; with checkpointing one more
+    passes = 4 if k.cuda and k.recompute else 3  # a forward; a backward is twice that
     compute = (passes * whole + 3 * logits) / flops
     micro_batches = math.ceil(k.train_tokens / s.micro_batch_tokens)
     traffic = micro_batches * (2 * k.itemsize + 4) * N / (m.link * 1e9) * (k.G > 1)
@@ -339,7 +350,7 @@ def format_estimate(k: Workload, m: Machine, name: str) -> str:
 
     lengths = ("max_prompt_tokens", "max_new_tokens", "judge_max_new_tokens")
     quarter = k.changed(**{name: max(1, getattr(s, name) // 4) for name in lengths})
-    longest, short = column(k), column(quarter)
+    longest, short, recompute = column(k), column(quarter), k.cuda and k.recompute
     lines = [
         f"{name}: {params_of(k.c)[0] / 1e9:.4g} B parameters on {k.G} × {m.name}",
         "",
@@ -352,7 +363,9 @@ def format_estimate(k: Workload, m: Machine, name: str) -> str:
         *(f"{stage:28} {time:7.3g}  {short[stage]:7.3g}" for stage, time in longest.items()),
         "",
         f"Estimates: {EFFICIENCY['products']:.0%} of the products' and {EFFICIENCY['bytes']:.0%} "
-        f"of the memory's rate{'; COMET is not in it' * bool(k.comets)}.",
+        f"of the memory's rate{'; COMET is not in it' * bool(k.comets)}."
+        + " Blocks are computed again in the backward pass, to save memory."
+        * recompute,
         fit_verdict(k, m),
     ]
     return "\n".join(lines)

@@ -86,6 +86,22 @@ def test_adamw_in_host_memory_is_counted_there_with_its_way_and_its_copy(monkeyp
         estimate.check_room(k, torch.device("cuda"))
 
 
+def test_blocks_are_recomputed_only_where_their_activations_might_not_fit(capsys):
+    for name, size, recompute in (
+        ("0.5B", "8xh100", 0),
+        ("0.5B", "rtx4090", 1),
+        ("7B", DRY[10:], 1),
+    ):
+        ssr.main(["--preset=ssr-zero-7b", f"--model=Qwen/Qwen2.5-{name}", f"--dry-run={size}"])
+        assert capsys.readouterr().out.count("computed again in the backward") == recompute, name
+    k = work("Qwen/Qwen2.5-0.5B", 1)
+    room = sum(memory(k).values())
+    assert estimate.plan_recompute(k, room) == k
+    kept = estimate.plan_recompute(k, 10 * room)
+    assert memory(kept)["while training"] > 2 * memory(k)["while training"]
+    assert seconds(k, H100)["train"] > 1.2 * seconds(kept, H100)["train"]
+
+
 def test_a_prompt_is_read_once_for_the_samples_that_fit():
     sizes = {"max_prompt_tokens": 80, "max_new_tokens": 100, "samples_per_prompt": 8}
     k = work("Qwen/Qwen2.5-0.5B", 1, prompts_per_step=6, micro_batch_tokens=900, **sizes)
