@@ -9,7 +9,8 @@ Interfaces the loop expects (it never inspects text):
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards, NaN where there is none),
   `.parts` (name -> N numbers; "format" is 1 where that was right), and optionally `.weight` (of its
   advantages) and `.part_weights` (name -> weight of the parts that the total is the sum of);
-  optionally `reward.finish(judged)`, given all ranks' groups;
+  optionally `reward.finish(judged)`, which returns all ranks' results with rewards that need the
+  whole batch;
 - `sampler`: `.model` and `.generate`, as in sampler.py;
 - `model(ids (1, T), segments=lengths)`: hidden states (1, T, D) of packed sequences, each prompt
   once before all its samples (`Transformer.forward`), and `.head_weight` (V, D).
@@ -28,8 +29,8 @@ Group Relative Policy Optimisation, as it is done here:
 - A sample of advantage 0 is not trained, unless a KL or an entropy bonus pulls at it. If there is
   nothing to train, no optimizer step is taken. What was cut off has no stop token to train.
 - Each rank samples and judges its share of the prompts, then trains its share of the micro-batches
-  of the whole batch; gradients are summed (run/distributed.py). Every rank calls `train` with the
-  same arguments, and gets the same steps.
+  of the whole batch; FSDP's backward sums the gradients (`Ranks.shard` in run/distributed.py).
+  Every rank calls `train` with the same arguments, and gets the same steps.
 
 Letters: P prompts, N samples of each, T tokens, D width, V vocabulary.
 """
@@ -107,7 +108,7 @@ class Settings:
     """Maximum number of tokens in one forward and backward pass. Affects memory and speed, not the
     result."""
     lr: float = 1e-6
-    """Peak learning rate of AdamW."""
+    """Learning rate of AdamW, which warm-up and decay multiply."""
     warmup_steps: int = 10
     """Steps of linear warm-up."""
     min_lr_ratio: float = 0.1
@@ -188,8 +189,8 @@ def train(
         clock.end_stage("train")
         has_reference = reference_model is not None
         metrics = batch_metrics(groups, judged, rewards, advantages, rows, has_reference)
-        num_tokens = trained["train/tokens"] * s.updates_per_batch
-        metrics |= trained | clock.metrics(groups, num_tokens) | {"train/lr": rate}
+        tokens_trained = trained["train/tokens"] * s.updates_per_batch
+        metrics |= trained | clock.metrics(groups, tokens_trained) | {"train/lr": rate}
         streaks = update_failure_streaks(metrics, streaks)
         yield Step(number, metrics, groups, streaks, prompts, judged, rewards, advantages)
         for what, count in streaks.items():
@@ -284,14 +285,16 @@ def set_loss_weights(rows: list[TrainSample], s: Settings) -> None:
 
 def set_reference_logprobs(model, rows: list[TrainSample], s: Settings, ranks: Ranks) -> None:
     """Log-probs of rows under the starting weights."""
-    parts = [x for x in pack_micro_batches(rows, s.micro_batch_tokens, ranks.size) if x]
+    packed = [x for x in pack_micro_batches(rows, s.micro_batch_tokens, ranks.size) if x]
 
     def score(mine: list[list[TrainSample]]) -> list[Tensor]:
         device = model.head_weight.device
-        return [MicroBatch(part, device).logprobs(model, s.temperature).cpu() for part in mine]
+        return [MicroBatch(x, device).logprobs(model, s.temperature).cpu() for x in mine]
 
-    for part, logprobs in zip(parts, ranks.map_over_ranks("reference", parts, score), strict=True):
-        for row, own in zip(part, logprobs.split([len(x.ids) for x in part]), strict=True):
+    results = ranks.map_over_ranks("reference", packed, score)
+    for batch_rows, logprobs in zip(packed, results, strict=True):
+        sizes = [len(row.ids) for row in batch_rows]
+        for row, own in zip(batch_rows, logprobs.split(sizes), strict=True):
             row.reference = own
 
 
@@ -308,12 +311,12 @@ def update(
     means = ["sampler_gap"] + ["importance_ratio", "importance_capped"] * (s.importance_cap > 0)
     stats |= {f"policy/{name}": math.nan for name in (*means, "sampler_gap_max")}  # unmeasured
     rows = [row for row in rows if row.advantage or s.kl or s.entropy_bonus]
-    parts = pack_micro_batches(rows, s.micro_batch_tokens, ranks.size)
-    stats |= {"train/rows": len(rows), "train/tokens": sum(map(num_tokens, parts))}
+    packed = pack_micro_batches(rows, s.micro_batch_tokens, ranks.size)
+    stats |= {"train/rows": len(rows), "train/tokens": sum(map(num_tokens, packed))}
     if not rows:
         return stats
     device = model.head_weight.device
-    batches = [MicroBatch(part, device) for part in parts[ranks.rank :: ranks.size]]
+    batches = [MicroBatch(x, device) for x in packed[ranks.rank :: ranks.size]]
     # Listed before any forward: after it FSDP shows gathered copies, which no optimizer owns.
     parameters = [p for p in model.parameters() if p.requires_grad]
     if s.updates_per_batch > 1:

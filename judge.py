@@ -262,9 +262,9 @@ class Judgement(NamedTuple):
     own: bool  # the judge's own to the end: neither cut off, nor still thinking, nor an echo
 
 
-def average_judgements(judgements: Sequence[Judgement], read: Callable = parse_score) -> Score:
-    """The mean over the judgements that `read` can read, from 0 … 100 to 0 … 1."""
-    values = [read(x.judge_text) if x.own else None for x in judgements]
+def average_judgements(judgements: Sequence[Judgement], parse: Callable = parse_score) -> Score:
+    """The mean over the judgements that `parse` can read, from 0 … 100 to 0 … 1."""
+    values = [parse(x.judge_text) if x.own else None for x in judgements]
     values = [value / 100 for value in values if value is not None]
     mean = sum(values) / len(values) if values else None
     return Score(mean, " / ".join(x.judge_text for x in judgements))
@@ -295,13 +295,14 @@ class Judge:
         return [scores.get(i, TOO_LONG) for i in range(len(pairs))]
 
     def ask(
-        self, questions: list[list[str]], step: int, read: Callable, values: dict[int, float]
+        self, questions: list[list[str]], step: int, parse: Callable, values: dict[int, float]
     ) -> dict[int, Score]:
-        """Scores of the questions that fit the window, by number: what `read` makes of a written
-        answer, or the mean of `values` (of token ids) under the next token's probabilities."""
+        """Scores of the questions that fit the window, by number: what `parse` makes of a written
+        answer (0 … 100), or the mean of `values` (by token id, 0 … 1) under the next token's
+        probabilities."""
         if self.score_mode == "written":
             written = self.write(questions, step, self.max_new_tokens)
-            return {i: average_judgements(group, read) for i, group in written.items()}
+            return {i: average_judgements(group, parse) for i, group in written.items()}
         prompts = self.fitting(questions, 1)
         rows = self.sampler.next_logprobs([*prompts.values()], [*values]).tolist()
         return {i: self.read_expected(row, values) for i, row in zip(prompts, rows, strict=True)}
@@ -341,7 +342,7 @@ class Judge:
 
 
 Scorer = Callable[[Sequence[Task], list[list[str | None]], int], list[list[Score]]]
-# Added to the score of a wrong and of a right format; a wrong one has no score.
+# The reward of a wrong format, and what is added to the score of a right one.
 FORMAT_REWARDS = {"product": (0.0, 0.0), "zero-one": (0.0, 1.0), "plus-minus-one": (-1.0, 1.0)}
 
 
@@ -422,10 +423,10 @@ class Reward:
 
 def translation_in(codec, prompts: Prompts, task: Task, sample) -> str | None:
     """The translation in a sample, or None when its form earns nothing."""
-    text, answer = codec.read(sample)
-    if not sample.stopped or answer is None or (prompts.tags and not format_ok(text)):
+    text, spoken = codec.read(sample)  # `spoken`: what follows the thinking
+    if not sample.stopped or spoken is None or (prompts.tags and not format_ok(text)):
         return None
-    answer = codec.sanitize(read_answer(answer) if prompts.tags else answer).strip()
+    answer = codec.sanitize(read_answer(spoken) if prompts.tags else spoken).strip()
     control = {*codec.control.findall(answer)} - {*codec.control.findall(codec.sanitize(task.text))}
     forged = TAG.search(folded(answer)) or holds_score(answer, task.text)
     return None if control or forged or not alnum_only(answer) else answer

@@ -63,7 +63,8 @@ def run_training(s: Settings) -> None:
         problem = toy_problem(s, ranks) if s.preset == "toy" else data_problem(s, ranks, comets)
         codec = PromptCodec(load_tokenizer(problem.folder), s.chat)
 
-        # The model and its sampler; the judge is the same model, unless another one is named.
+        # The model and its sampler. The judge has the policy's weights, live or as --judge says
+        # (frozen, an average, previous ones), or is another model.
         ranks.set_stage("load the model")
         cuda = device.type == "cuda"
         room = ranks.on_rank0("memory", lambda: estimate.available_bytes(device))
@@ -77,7 +78,7 @@ def run_training(s: Settings) -> None:
         judge = own_judge
         if s.judge_model:
             judge = other_judge(s, ranks, problem, device, slots, codec)
-        elif s.reward == "cream":  # compares the live judge with `own_judge`
+        elif s.reward == "cream":  # the live judge scores, and is compared with `own_judge`
             judge = build_judge(s, policy.sampler, codec, problem.prompts)
 
         # The reward: the judge's score of what has the right form.
@@ -88,7 +89,7 @@ def run_training(s: Settings) -> None:
             codec, problem.prompts, scorers, s.format_reward, weigh, is_plausible_translation
         )
 
-        # The loop: driver.train_policy is grpo.train with this policy's optimizer and copies.
+        # The loop: driver.train_policy is grpo.train, with this policy's copies kept in step.
         path = ranks.on_rank0("name the run", lambda: run_folder(s.preset, s.folder, s.resume))
         identity = run_identity(s, problem, policy, comets)
         versions = {"code": commit(), "PyTorch version": torch.__version__}
@@ -110,7 +111,7 @@ def run_training(s: Settings) -> None:
                 policy, reward, batch, s, codec.stop_ids, ranks, resume_from
             ):
                 monitor.after(step)
-    if monitor.finished and not monitor.had_signal:
+    if monitor.finished and not monitor.has_learned:
         sys.exit(3)
 
 
@@ -118,7 +119,7 @@ def encode_prompts(
     s: Settings, problem: Problem, codec: PromptCodec, tasks: list[Task]
 ) -> list[grpo.Prompt]:
     encoded = codec.encode([problem.prompts.ask(task) for task in tasks])
-    if (longest := max(map(len, encoded))) > s.max_prompt_tokens:
+    if (longest := max(map(len, encoded))) > s.max_prompt_tokens:  # data_problem leaves those out
         raise ValueError(f"a prompt has {longest} tokens: --max-prompt-tokens "
                          f"{s.max_prompt_tokens} must be at least that")  # fmt: skip
     return [grpo.Prompt(ids, task) for ids, task in zip(encoded, tasks, strict=True)]

@@ -30,7 +30,7 @@ LABELS = {  # in the table at the end
     "eval/format": "share in the right form, greedy",
     "eval/invalid": "share the judge gave no score",
 }
-STATE = ("first_evaluation", "latest", "alarms", "had_signal")
+STATE = ("first_evaluation", "latest", "alarms", "has_learned")
 
 
 class RunMonitor:
@@ -44,7 +44,7 @@ class RunMonitor:
         self.first_evaluation: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.alarms: list[int] = []
-        self.had_signal = False  # some group had a difference to learn from
+        self.has_learned = False  # some group had a difference to learn from
         self.resumed_at, self.ends = 0, {s.steps}  # the last steps of this run, now and before
         self.step: grpo.Step | None = None
         self.state: dict = {}  # as it was before `step` was recorded
@@ -126,7 +126,7 @@ class RunMonitor:
         self.state["evaluation"] = self.evaluation.state()
         if step.number % self.s.save_every == 0 or step.number == self.s.steps:
             self.save()
-        self.had_signal |= step.metrics["groups/zero_variance"] < 1
+        self.has_learned |= step.metrics["groups/zero_variance"] < 1
         self.folder.add("groups.jsonl", self.groups)
         if step.prompts and step.number == self.resumed_at + 1:
             has_template = bool(self.evaluation.codec.tokenizer.chat_template)
@@ -235,7 +235,7 @@ class RunMonitor:
         if self.alarms:
             steps = ", ".join(map(str, self.alarms))
             print(f"{ALARM} at step {steps}: compare best/ with last/")
-        if not self.had_signal:
+        if not self.has_learned:
             print("No group of samples ever differed in its reward: nothing was learned. See "
                   "groups.jsonl, and reward/format and judge/invalid in metrics.jsonl")  # fmt: skip
         weights = f"{path / 'best'}, of step {best}"
