@@ -171,7 +171,7 @@ def holds_score(answer: str, source: str) -> bool:
     ("90", "score: 90") and no line of the source is that number; or "score: 90" or "90/100" stands
     anywhere and the source has no 90."""
 
-    def digits(line: str) -> str:
+    def digits(line: str) -> str:  # in order: another language may turn a date round
         return "".join(sorted(filter(str.isdigit, line)))
 
     answer, source = (re.sub(r"[*_`\"“”{}()\[\]]", "", nfkc(x)) for x in (answer, source))

@@ -210,7 +210,7 @@ def test_a_wrong_form_earns_nothing_from_a_judge_that_gives_everything_100(codec
         ("最终比分：3比2", "Final score: 3-2", "Chinese", "English"),
         ("Article 12", "Art. 12", "English", "German"),
         ("（三）走", "(3) Go", "Chinese", "English"),
-        ("12:30", "12:30", "English", "Chinese"),
+        ("12:30", "12:30", "English", "Chinese"), ("12/31", "31, 12", "English", "German"),
         ("The answer is <b>no</b>.", "Die Antwort ist <b>nein</b>.", "English", "German"),
     ],
 )  # fmt: skip
