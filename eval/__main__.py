@@ -37,7 +37,7 @@ import torch
 from data.languages import describe_language_check, is_plausible_translation
 from data.loading import code_pair, hash_json, split_entries
 from eval import cli, sets, table
-from eval.comet import DTYPES, Comet, comet_rows, find_python, where
+from eval.comet import DTYPES, NAMES, Comet, comet_rows, find_python, where
 from eval.score import SACREBLEU, Result, mean_score
 from eval.sets import TestSet
 from eval.table import Column
@@ -108,13 +108,12 @@ def parse_metrics(args: argparse.Namespace, test_sets: list[TestSet]) -> dict[st
     metrics: dict[str, str] = {}
     for text in split_entries(args.metrics):
         name, checkpoint = (text, "") if text in SACREBLEU else split_name(text)
-        if text not in SACREBLEU:
-            where(checkpoint)  # refuses what is none
+        path = "" if text in SACREBLEU else where(checkpoint)  # refuses what is none
         name = cli.slug(name or checkpoint.rstrip("/").rpartition("/")[2])
         if name in metrics:
             raise ValueError(f"--metrics: the name {name} is taken: use NAME=CHECKPOINT")
         metrics[name] = checkpoint
-        for one in test_sets if checkpoint in ("", "comet22") else []:
+        for one in test_sets if path in ("", NAMES["comet22"]) else []:
             lacking = [i for i, task in enumerate(one.tasks, 1) if not task.reference]
             if lacking:
                 raise ValueError(
