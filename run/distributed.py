@@ -231,7 +231,7 @@ def abort(message: str):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(message)
     try:
-        if os.environ["LOCAL_RANK"] != "0":
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(2)
         who = f"rank {os.environ['RANK']} on {socket.gethostname()}"
         print(f"{message}  [{who}]", file=sys.stderr, flush=True)
