@@ -156,7 +156,7 @@ def check_kernels(config: Config) -> None:
         results.append((hidden, *sums))
         model.decode_blocks = decode_blocks
     gaps = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True)]
-    if not max(gaps) < 0.05:
+    if not all(gap < 0.05 for gap in gaps):
         raise RuntimeError(
             f"kernels/ and PyTorch differ by {gaps} on {torch.cuda.get_device_name()}, which is a "
             "bug: SSR_PLAIN_DECODE=1 goes on with PyTorch's operators"
