@@ -112,7 +112,8 @@ class RunMonitor:
         self.groups, self.resumed_at = saved["groups"], number
         self.started -= state.pop("seconds")
         vars(self).update(state)
-        self.ends.add(saved["steps"])  # evaluated as the last one, its weights may be in best/
+        if saved["steps"] == number:  # evaluated as the last one, its weights may be in best/
+            self.ends.add(number)
         return grpo.Step(number, saved["metrics"], [], saved["failure_streaks"])
 
     # --------------------------------------------------------------------------- after a step
