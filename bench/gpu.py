@@ -6,9 +6,11 @@
                 weights and cache at the measured bandwidth, or to multiply at the measured rate
     step        whole steps at 0.5B's shape, with the judge: stages, and peak memory beside what
                 --dry-run says
-    logprob     the loss kernel at 0.5B's and 7B's widths beside plain torch, Liger, TRL
+    logprob-7b  the loss kernel at 7B's width beside plain torch, Liger, TRL
+    logprob-0.5b        the same at 0.5B's
     sampler     beside transformers' `generate`
-    toy         the toy's run in bf16, and its evaluation
+    toy         the toy's run in bf16
+    evaluation  of that run's best weights
 
 A part that fails is named, the others continue, and the exit code is 1. Numbers go to all.json in
 --out, logs beside it, and one table is printed at the end. `--rehearse` runs `decode` and `step`

@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: lines, dashboards, the report.
 
-What fails here is printed once, and the run goes on.
+What fails here is printed, and the run goes on.
 """
 
 import importlib.util

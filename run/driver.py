@@ -2,7 +2,7 @@
 
     device, ranks = init_device_and_ranks(s)
     policy = build_policy(folder, s, device, ranks, slots, window)
-    for step in train(policy, reward, batch, s, stop_ids, ranks, resume_from):
+    for step in train_policy(policy, reward, batch, s, stop_ids, ranks, resume_from):
         ...                                             # weights are at rest: log, save, evaluate
 
 `ssr.py` and R-Zero's turns are such runs.
