@@ -40,7 +40,8 @@ class RunSettings(grpo.Settings):
     preset: str = ""
     model: str = ""
     folder: str = ""
-    """Folder to write; it must not exist yet. Default: runs/PRESET-DATE-TIME."""
+    """Folder to write; it must not exist yet. Default: runs/PRESET-DATE-TIME, of R-Zero
+    runs/rzero-PRESET-DATE-TIME."""
     resume: bool = False
     """Continue from the newest checkpoint in --folder (default: the preset's newest run), with the
     settings of that run; from the beginning if there is none."""
