@@ -8,7 +8,7 @@ Interfaces the loop expects (it never inspects text):
 - `batch(number)`: the prompts of step 1, 2, …;
 - `reward(tasks, groups, number)`: for each group `.total` (N rewards, NaN where there is none),
   `.parts` (name -> N numbers; "format" is 1 where that was right), and optionally `.weight` (of its
-  advantages) and `.part_weights` (name -> weight of the parts that the total is the sum of);
+  advantages) and `.part_weights` (for GDPO: name -> weight of the parts that the total sums);
   optionally `reward.finish(judged)`, which returns all ranks' results with rewards that need the
   whole batch;
 - `sampler`: `.model` and `.generate`, as in sampler.py;

@@ -407,7 +407,8 @@ class Sampler:
     def check_vocabulary(self, ids: Ids, what: str) -> None:
         size = self.model.config.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < size:
-            raise ValueError(f"{what} {ids} has an id outside the vocabulary of {size}")
+            bad = next(i for i in ids if not 0 <= i < size)
+            raise ValueError(f"{what} holds the id {bad}, outside the vocabulary of {size}")
 
     # ------------------------------------------------------------------------- prompts
 

@@ -65,9 +65,9 @@ def run_training(s: Settings) -> None:
 
         # The model and its sampler. The judge has the policy's weights, live or as --judge says
         # (frozen, an average, previous ones), or is another model.
-        ranks.set_stage("load the model")
         cuda = device.type == "cuda"
         room = ranks.on_rank0("memory", lambda: estimate.available_bytes(device))
+        ranks.set_stage("load the model")
         load_work = workload(s, read_config(problem.folder), ranks.size, cuda, room)
         estimate.check_room(load_work, device)
         window = judge_window(s, problem, codec, load_work.c.max_length)

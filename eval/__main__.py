@@ -194,7 +194,7 @@ def score_with_comet(
     with_references = all(task.reference for task in tasks)
     pairs = comet_rows(tasks, texts, with_references)
     key = {"checkpoint": checkpoint_id(comet.checkpoint), "dtype": args.comet_dtype}
-    key |= {"translation, source or reference": hash_json(pairs)}
+    key |= {"source, translation or reference": hash_json(pairs)}
 
     def work(indices) -> list[dict]:
         scores = comet.score([pairs[i] for i in indices])

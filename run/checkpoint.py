@@ -28,7 +28,7 @@ from torch import Tensor
 
 from run.distributed import Ranks
 
-VERSION = 6  # of state.json and of the names in `tensors_of`
+VERSION = 7  # of state.json and of the names in `tensors_of`
 
 
 def tensors_of(model, optimizer, average: Iterable[Tensor] = ()) -> dict[str, Tensor]:

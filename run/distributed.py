@@ -162,7 +162,10 @@ class Ranks:
         while not self.over.wait(min(10.0, hang_timeout / 5)):
             if time.monotonic() - self.stage_began < hang_timeout + 60 * (self.rank > 0):
                 continue
-            stages = store.multi_get([f"at {r}" for r in range(self.size)])
+            try:
+                stages = store.multi_get([f"at {r}" for r in range(self.size)])
+            except dist.DistError:
+                abort("ssr.py: torchrun does not answer: it, or the machine of rank 0, is gone")
             stages = [x.decode() for x in stages]
             lines = [
                 f"ssr.py: no progress for {hang_timeout:.0f} s (--hang-timeout). The ranks are at:"

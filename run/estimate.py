@@ -259,8 +259,13 @@ def memory(k: Workload) -> dict[str, float]:
 
 def plan_recompute(k: Workload, room: float) -> Workload:
     """Blocks are recomputed only if all they keep might not fit `room` bytes: it costs time."""
-    kept = k._replace(recompute=False)
-    return kept if sum(memory(kept).values()) < ROOM * room else k
+    s, kept = k.s, k._replace(recompute=False)
+    parts = memory(kept)
+    # Attention reads a copy of the prompt for each sample, in every block that keeps it.
+    N = s.samples_per_prompt
+    copies = N * k.longest / (s.max_prompt_tokens + N * s.max_new_tokens)
+    needed = sum(parts.values()) + (copies - 1) * parts["while training"]
+    return kept if needed < ROOM * room else k
 
 
 def host_bytes(k: Workload) -> float:

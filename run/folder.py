@@ -144,12 +144,18 @@ def environment() -> dict:
         "commit": commit(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "launcher": launcher(),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
+
+
+def launcher() -> str:
+    """What stays the same when torchrun starts the ranks again: their parent."""
+    return f"{platform.node()} {os.getppid()}"
 
 
 def commit() -> str:

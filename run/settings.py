@@ -28,6 +28,7 @@ from judge import FORMAT_REWARDS, PAPER, PLAIN, TOY
 from kernels.advantage import SCALES
 from rewards import build
 from run.console import check_dashboards
+from run.folder import launcher
 
 TEMPLATES = {"paper": PAPER, "plain": PLAIN, "toy": TOY}
 OWN_JUDGES = ("live", "frozen", "ema", "previous")
@@ -294,10 +295,12 @@ def load_saved_settings(folder: Path, given: dict, cls: type, overridable: str) 
 
 
 def run_folder(prefix: str, folder: str, resume: bool) -> Path:
-    """The folder of a new run, or of the newest one to resume."""
+    """The folder of a new run, of the newest one to resume, or of the one whose ranks restart."""
     if folder:
         return Path(folder)
     runs = sorted(Path("runs").glob(f"{prefix}-[0-9]*-[0-9]*/settings.json"), reverse=True)
+    if is_restart():
+        runs = [f for f in runs if json.loads(f.read_text())["about"].get("launcher") == launcher()]
     if resume and runs:
         return runs[0].parent
     return Path(f"runs/{prefix}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -333,6 +336,8 @@ def parse(argv: list[str], about: str = "") -> Settings:
     if given.get("resume"):
         folder = run_folder(preset, given.get("folder", ""), True)
         saved = load_saved_settings(folder, given, Settings, RESUME_OVERRIDABLE)
+        if saved and "prompts" not in saved:
+            raise ValueError(f"{folder} is a run of R-Zero: python -m rzero --resume continues it")
         preset = given.get("preset", saved.get("preset", preset))
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown; known: {', '.join(PRESETS)}")

@@ -135,7 +135,9 @@ def serve_comparisons(limit: float) -> None:
     Whatever the library prints goes to stderr."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+    memory = MEMORY if hard_limit == resource.RLIM_INFINITY else min(MEMORY, hard_limit)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, hard_limit))
     are_equal = load_comparison()
     print("ready", file=replies)
     for line in sys.stdin:
