@@ -1,7 +1,8 @@
 """The folder of a run: its logs, its lock, and what is in it about the machine and the code; and
 writing files so that neither a kill nor a full disk leaves half of one behind.
 
-Rank 0 alone writes (`is_writer`); on the other ranks the same calls do nothing.
+Rank 0 alone writes. `write` and `add` do nothing on the other ranks (`is_writer` is false); the
+other methods are called on rank 0 only.
 """
 
 import dataclasses
