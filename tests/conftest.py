@@ -21,11 +21,13 @@ def pytest_addoption(parser):
 
 # The longest files first: workers that take a file at a time end at about the same time.
 LONGEST = (
+    "ssr",
+    "checkpoint",
+    "comet",
+    "bench",
     "toy",
     "distributed",
     "rzero",
-    "checkpoint",
-    "ssr",
     "problem",
     "report",
     "sampler",
