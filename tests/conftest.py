@@ -21,17 +21,17 @@ def pytest_addoption(parser):
 
 # The longest files first: workers that take a file at a time end at about the same time.
 LONGEST = (
+    "distributed",
     "ssr",
     "checkpoint",
-    "comet",
-    "bench",
-    "toy",
-    "distributed",
     "rzero",
+    "comet",
     "problem",
-    "report",
+    "kernels",
+    "answers",
+    "bench",
     "sampler",
-    "family",
+    "grpo",
 )
 
 
