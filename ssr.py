@@ -73,7 +73,7 @@ def run_training(s: Settings) -> None:
         window = judge_window(s, problem, codec, load_work.c.max_length)
         slots, judge_slots = load_work.slots, load_work.judge_slots
         policy = driver.build_policy(problem.folder, s, device, ranks, slots, window, judge_slots)
-        policy.model.checkpointing = cuda and load_work.recompute
+        policy.model.checkpointing = load_work.recomputes
         own_judge = build_judge(s, policy.judge_sampler, codec, problem.prompts)
         judge = own_judge
         if s.judge_model:

@@ -136,7 +136,7 @@ class Workload(NamedTuple):
     cuda: bool
     judge: Config | None = None  # of another model that judges here
     asked: "Workload | None" = None  # what R-Zero's other player samples in each step
-    recompute: bool = True  # on GPUs: the blocks once more in the backward pass, to save memory
+    recompute: bool = True  # to save memory, where there is a GPU
 
     def changed(self, **settings) -> "Workload":
         asked = self.asked and self.asked.changed(**settings)
@@ -146,6 +146,11 @@ class Workload(NamedTuple):
     def itemsize(self) -> int:
         """Bytes of a weight that samples or judges."""
         return 2 if self.cuda else 4
+
+    @property
+    def recomputes(self) -> bool:
+        """The blocks, once more in the backward pass."""
+        return self.cuda and self.recompute
 
     @property
     def offloaded(self) -> bool:
@@ -243,15 +248,14 @@ def memory(k: Workload) -> dict[str, float]:
     # copies, the attention's output, the MLP's three; and what the backward itself takes.
     H, K, E = c.heads, c.kv_heads, c.head_dim
     in_block = 6 * c.hidden_size + 4 * (H + 2 * K) * E + 2 * H * E + 4 * c.intermediate_size
-    recompute = k.cuda and k.recompute
-    between = c.layers * c.hidden_size if recompute else (c.layers - 1) * in_block
+    between = c.layers * c.hidden_size if k.recomputes else (c.layers - 1) * in_block
     kept = min(max(s.micro_batch_tokens, k.longest), k.train_tokens) * (
         between + in_block + 2 * c.intermediate_size
     )
     # Gathered weights and their gradients, then in fp32 on their way to their shards.
     whole = (2 * block + root) * (2 * size + 4) if k.G > 1 else size * c.vocab_size * c.hidden_size
     chunk = min(CHUNK_BYTES["cuda" if k.cuda else "cpu"], 4 * k.train_tokens * c.vocab_size)
-    if k.cuda and k.G == 1 and not recompute:  # the bf16 casts of fp32 weights are kept, too
+    if k.cuda and k.G == 1 and not k.recompute:  # the bf16 casts of fp32 weights are kept, too
         whole += size * c.layers * block
     parts["while training"] = size * kept + whole + 2 * chunk
     return parts
@@ -323,7 +327,7 @@ def seconds(k: Workload, m: Machine) -> dict[str, float]:
         parts[s.reward] = (whole + logits) / flops
     if s.track_kl or s.kl:
         parts["reference"] = (whole + logits) / flops
-    passes = 4 if k.cuda and k.recompute else 3  # a forward; a backward is twice that
+    passes = 4 if k.recomputes else 3  # a forward; a backward is twice that
     compute = (passes * whole + 3 * logits) / flops
     micro_batches = math.ceil(k.train_tokens / s.micro_batch_tokens)
     traffic = micro_batches * (2 * k.itemsize + 4) * N / (m.link * 1e9) * (k.G > 1)
@@ -355,7 +359,7 @@ def format_estimate(k: Workload, m: Machine, name: str) -> str:
 
     lengths = ("max_prompt_tokens", "max_new_tokens", "judge_max_new_tokens")
     quarter = k.changed(**{name: max(1, getattr(s, name) // 4) for name in lengths})
-    longest, short, recompute = column(k), column(quarter), k.cuda and k.recompute
+    longest, short = column(k), column(quarter)
     lines = [
         f"{name}: {params_of(k.c)[0] / 1e9:.4g} B parameters on {k.G} × {m.name}",
         "",
@@ -370,7 +374,7 @@ def format_estimate(k: Workload, m: Machine, name: str) -> str:
         f"Estimates: {EFFICIENCY['products']:.0%} of the products' and {EFFICIENCY['bytes']:.0%} "
         f"of the memory's rate{'; COMET is not in it' * bool(k.comets)}."
         + " Blocks are computed again in the backward pass, to save memory."
-        * recompute,
+        * k.recomputes,
         fit_verdict(k, m),
     ]
     return "\n".join(lines)
