@@ -308,7 +308,7 @@ class Sampler:
         self.alive = torch.zeros(slots, dtype=torch.bool, device=device)
         # Between its end and the next check, a slot still decodes: it rewrites the column after its
         # last token, which is never read.
-        shape = (slots, max_length + 1)
+        shape = (slots, max_length)
         self.uniform = torch.zeros(shape, dtype=torch.float64, device=device)
         self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(shape, dtype=self.logit_dtype, device=device)
