@@ -48,7 +48,7 @@ from torch import Tensor
 from kernels.advantage import decoupled_advantage, group_advantage
 from kernels.logprob import linear_logprob, linear_policy_loss
 from run.distributed import Ranks, clip_gradients, sync_weights
-from run.metrics import Clock, batch_metrics
+from run.metrics import Clock, batch_metrics, mean_kl
 
 MAX_BAD_STEPS = 5  # in a row without what ADVICE names
 ADVICE = {
@@ -187,8 +187,9 @@ def train(
         trained = update(model, optimizer, rows, s, ranks)
         sync_sampler(sampler, model)
         clock.end_stage("train")
-        has_reference = reference_model is not None
-        metrics = batch_metrics(groups, judged, rewards, advantages, rows, has_reference)
+        metrics = batch_metrics(groups, judged, rewards, advantages)
+        if reference_model is not None:
+            metrics["policy/kl"] = mean_kl(rows)
         tokens_trained = trained["train/tokens"] * s.updates_per_batch
         metrics |= trained | clock.metrics(groups, tokens_trained) | {"train/lr": rate}
         streaks = update_failure_streaks(metrics, streaks)

@@ -37,9 +37,9 @@ class Clock:
 
 
 def batch_metrics(
-    groups, judged, rewards: Tensor, advantages: Tensor, rows: list, has_reference: bool
+    groups, judged, rewards: Tensor, advantages: Tensor
 ) -> dict[str, float | list[int]]:
-    """Means over all samples, trained or not; rewards and KL over those that have a reward."""
+    """Means over all samples, trained or not; rewards over those that have one."""
     samples = [sample for group in groups for sample in group]
     scored = ~rewards.isnan()
     lengths = [len(sample.ids) for sample in samples]
@@ -65,16 +65,18 @@ def batch_metrics(
         "length/max": max(lengths),
         "length/truncated": mean([not sample.stopped for sample in samples]),
     }
-    if has_reference:
-        gaps = [
-            (r.copies, r.reference.double() - torch.tensor(r.logprobs, dtype=torch.float64))
-            for r in rows
-        ]
-        total = sum(copies * len(x) for copies, x in gaps) or math.nan
-        # The estimator called k3, exp(x) - 1 - x: never negative, right on average.
-        k3 = [copies * float((x.expm1() - x).sum()) for copies, x in gaps]
-        metrics["policy/kl"] = sum(k3) / total
     return metrics
+
+
+def mean_kl(rows: list) -> float:
+    """Of the policy to the starting weights, a token, over the samples that have a reward."""
+    gaps = [
+        (r.copies, r.reference.double() - torch.tensor(r.logprobs, dtype=torch.float64))
+        for r in rows
+    ]
+    total = sum(copies * len(x) for copies, x in gaps) or math.nan
+    # The estimator called k3, exp(x) - 1 - x: never negative, right on average.
+    return sum(copies * float((x.expm1() - x).sum()) for copies, x in gaps) / total
 
 
 def histogram(values: Sequence[float], bins: int = 20) -> list[int]:

@@ -526,7 +526,8 @@ def test_metrics_are_what_they_say():
     )
     for row in rows:
         row.reference = torch.tensor(row.logprobs) + 0.1
-    found = metrics.batch_metrics(groups, about, rewards, advantages, rows, has_reference=True)
+    found = metrics.batch_metrics(groups, about, rewards, advantages)
+    found["policy/kl"] = metrics.mean_kl(rows)
     counts = found.pop("histogram/self")
     assert [i for i, n in enumerate(counts) if n] == [5, 10, 15] and sum(counts) == 3
     expected = {
@@ -545,7 +546,7 @@ def test_a_histogram_counts_what_was_judged():
     samples = [[Sample([EOS], [-1.0], True), Sample([3, EOS], [-1.0, -1.0], True)]]
     about = [RewardOutput([0.0, 0.5], {"self": [0.0, 0.5], "format": [0.0, 1.0]}, [])]
     rewards = torch.tensor([[0.0, 0.5]])
-    found = metrics.batch_metrics(samples, about, rewards, rewards, [], False)
+    found = metrics.batch_metrics(samples, about, rewards, rewards)
     assert found["histogram/self"] == [*[0] * 10, 1, *[0] * 9]
 
 
