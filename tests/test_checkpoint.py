@@ -359,3 +359,14 @@ def test_two_nodes_with_an_agent_each(toy, tmp_path):
     for a, b in zip(*rows, strict=True):
         for key in ("reward/total", "eval/quality", "policy/entropy"):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-5)
+
+
+def test_restarted_ranks_find_the_run_that_their_torchrun_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, launcher in (("1", folder.launcher()), ("2", "another 1")):
+        run = tmp_path / "runs" / f"toy-20260101-00000{name}"
+        run.mkdir(parents=True)
+        (run / "settings.json").write_text(json.dumps({"about": {"launcher": launcher}}))
+    assert settings.run_folder("toy", "", True).name == "toy-20260101-000002"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert settings.run_folder("toy", "", True).name == "toy-20260101-000001"

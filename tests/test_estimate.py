@@ -98,6 +98,10 @@ def test_blocks_are_recomputed_only_where_their_activations_might_not_fit(capsys
     room = sum(memory(k).values())
     assert estimate.plan_recompute(k, room) == k
     kept = estimate.plan_recompute(k, 10 * room)
+    long_prompts = k.changed(max_prompt_tokens=1400, max_new_tokens=40)  # each sample copies them
+    parts = memory(long_prompts._replace(recompute=False))
+    enough = 1.01 * sum(parts.values()) / estimate.ROOM
+    assert estimate.plan_recompute(long_prompts, enough).recompute
     assert memory(kept)["while training"] > 2 * memory(k)["while training"]
     assert seconds(k, H100)["train"] > 1.2 * seconds(kept, H100)["train"]
 
